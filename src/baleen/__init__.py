@@ -1,0 +1,1 @@
+"""Baleen: the DeepSeek-V3 system, whole and at any size."""

@@ -1,0 +1,404 @@
+"""The one vocabulary of Baleen: what a model is, what a recipe is, and how both are read, checked and written.
+
+Keys of `ModelConfig` are those of Hugging Face's `deepseek_v3` config.json, the mixed `n_` and `num_` included.
+This module imports no torch, so that the command line and the cost engine stay fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(ValueError):
+    """A user's mistake: one sentence that names the fault and the cure. The command line exits with 2 on it."""
+
+
+class Strict(BaseModel):
+    """A frozen model in which an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+T = TypeVar("T", bound=BaseModel)
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RopeScaling(Strict):
+    """YaRN (arXiv 2309.00071) as the released config.json spells it.
+
+    `mscale_all_dim` scales the softmax by (0.1 * mscale_all_dim * ln factor + 1)^2; without it the same factor
+    goes into cos and sin instead (transformers' reading, which we follow).
+    """
+
+    rope_type: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=1.0)
+    original_max_position_embeddings: Positive
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+class ModelConfig(Strict):
+    """Shape of a DeepSeek-V3 network. Symbols of arXiv 2412.19437 stand beside each key."""
+
+    vocab_size: Positive = 129280
+    hidden_size: Positive = 7168  # d
+    intermediate_size: Positive = 18432
+    moe_intermediate_size: Positive = 2048
+    num_hidden_layers: Positive = 61  # L
+    num_attention_heads: Positive = 128  # n_h
+    q_lora_rank: Positive | None = 1536  # d_c'; null: a plain q_proj
+    kv_lora_rank: Positive = 512  # d_c
+    qk_nope_head_dim: Positive = 128  # d_h
+    qk_rope_head_dim: Positive = 64  # d_h^R
+    v_head_dim: Positive = 128  # d_h
+    n_routed_experts: Positive = 256  # N_r
+    n_shared_experts: Count = 1  # N_s
+    num_experts_per_tok: Positive = 8  # K_r
+    n_group: Positive = 8
+    topk_group: Positive = 4  # M
+    first_k_dense_replace: Count = 3
+    routed_scaling_factor: float = Field(2.5, gt=0.0)
+    norm_topk_prob: bool = True
+    num_nextn_predict_layers: Count = 1  # D
+    max_position_embeddings: Positive = 4096
+    rope_theta: float = Field(10000.0, gt=0.0)
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True
+    rms_norm_eps: float = Field(1e-6, gt=0.0)
+    initializer_range: float = Field(0.006, gt=0.0)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    bos_token_id: Count = 0
+    eos_token_id: Count = 1
+
+    @field_validator("q_lora_rank", "rope_scaling", mode="before")
+    @classmethod
+    def _zero_is_null(cls, value: Any) -> Any:
+        return None if value == 0 else value  # TOML has no null
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: rotary pairs need an even number")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_routed_experts ({self.n_routed_experts}) is not a multiple of n_group ({self.n_group}): "
+                f"take n_group = {_nearest_divisor(self.n_routed_experts, self.n_group)}"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group ({self.topk_group}) is larger than n_group ({self.n_group}): lower topk_group")
+        if self.n_group > 1 and self.experts_per_group < 2:
+            raise ValueError(
+                "a group is scored by its two best experts, so n_group must be at most n_routed_experts / 2 "
+                f"= {self.n_routed_experts // 2}"
+            )
+        if self.num_experts_per_tok > self.topk_group * self.experts_per_group:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is above the group limit: {self.topk_group} groups "
+                f"of {self.experts_per_group} experts hold {self.topk_group * self.experts_per_group}; "
+                "raise topk_group or lower num_experts_per_tok"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers + self.num_nextn_predict_layers:
+            raise ValueError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) is larger than the number of layers "
+                f"({self.num_hidden_layers} + {self.num_nextn_predict_layers} of MTP)"
+            )
+        for key in ("bos_token_id", "eos_token_id"):
+            if getattr(self, key) >= self.vocab_size:
+                raise ValueError(f"{key} ({getattr(self, key)}) is outside the vocabulary of {self.vocab_size}")
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers cached per token and layer: d_c + d_h^R."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.n_routed_experts // self.n_group
+
+    @property
+    def num_layers_with_mtp(self) -> int:
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        return layer_idx >= self.first_k_dense_replace
+
+
+# What config.json must also say for other engines: constants of the architecture that Baleen does not vary.
+HF_CONSTANTS: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "use_cache": True,
+}
+# Keys of a released config.json that do not change the function a model computes.
+HF_IGNORED = {
+    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_key_value_heads", "pad_token_id",
+    "pretraining_tp", "quantization_config", "seq_aux", "torch_dtype", "transformers_version", "output_router_logits",
+    "num_mtp_layers", "qk_head_dim", "unk_token_id", "is_encoder_decoder", "chunk_size_feed_forward", "id2label",
+    "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+
+def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """ModelConfig -> the dict of a Hugging Face `deepseek_v3` config.json."""
+    out = {**HF_CONSTANTS, **config.model_dump(), "num_key_value_heads": config.num_attention_heads}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling.model_dump(exclude_none=True)
+        out["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    return dict(sorted(out.items()))
+
+
+def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """The dict of a `deepseek_v3` config.json, old or new spelling of the rope settings -> ModelConfig.
+
+    Raises UserError for another architecture, or for a key that changes the function in a way Baleen has not built.
+    """
+    if raw.get("model_type") != "deepseek_v3":
+        raise UserError(f"config.json says model_type {raw.get('model_type')!r}; Baleen loads 'deepseek_v3'")
+    raw = dict(raw)
+    for key, value in HF_CONSTANTS.items():
+        if key not in ("architectures", "use_cache") and raw.get(key, value) != value:
+            raise UserError(f"config.json has {key} = {raw[key]!r}; Baleen builds only {value!r}")
+    rope = dict(raw.pop("rope_parameters", None) or raw.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    known = {k: v for k, v in raw.items() if k in ModelConfig.model_fields}
+    unknown = sorted(set(raw) - set(known) - set(HF_CONSTANTS) - HF_IGNORED)
+    if unknown:
+        raise UserError(f"config.json has keys that Baleen does not know: {', '.join(unknown)}")
+    if "num_mtp_layers" in raw:
+        known.setdefault("num_nextn_predict_layers", raw["num_mtp_layers"])
+    known["rope_theta"] = theta
+    known["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    for key in ("n_group", "topk_group"):
+        known[key] = known.get(key) or 1
+    known["n_shared_experts"] = known.get("n_shared_experts") or 0
+    if isinstance(known.get("eos_token_id"), list):
+        known["eos_token_id"] = known["eos_token_id"][0]
+    return _validated(ModelConfig, known, "config.json")
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------
+
+Knot = tuple[Annotated[float, Field(ge=0)] | str, float] | tuple[
+    Annotated[float, Field(ge=0)] | str, float, Literal["linear", "cosine"]
+]
+
+
+class DataConfig(Strict):
+    """Where the text comes from and how it becomes tokens."""
+
+    sources: tuple[str, ...] = ()  # files, folders, or package:NAME
+    format: Literal["text", "chat"] = "text"
+    heldout_fraction: Fraction = 0.02  # of documents, chosen by hash
+    min_chars: Count = 1
+    fim_rate: Fraction = 0.0  # PSM, document level, before packing (V3 §4.1)
+    pretoken_split_rate: Fraction = 0.0  # share of joined punctuation and line-break pretokens that is split (V3 §4.1)
+
+
+class TrainConfig(Strict):
+    """How the network is trained. `schedule` multiplies lr, batch_tokens, bias_update_speed and mtp_loss_weight."""
+
+    tokens: Positive
+    batch_tokens: Positive
+    seq_len: Positive
+    micro_batch_size: Count = 0  # sequences a forward; 0: the whole batch
+    minutes: float = Field(0.0, ge=0.0)  # 0: no limit. Else the schedule ends by the clock if that comes first
+    seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0.0)
+    muon_lr: float = Field(0.02, gt=0.0)  # for matrices under Muon; `lr` stays with AdamW's parameters
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    clip_norm: float = Field(1.0, gt=0.0)
+    mtp_loss_weight: float = Field(0.3, ge=0.0)  # lambda, Eq. 25
+    bias_update_speed: float = Field(0.001, ge=0.0)  # gamma, §2.1.2
+    balance_loss_weight: float = Field(1e-4, ge=0.0)  # alpha, Eq. 17
+    ema_decay: Fraction = 0.0  # 0: no moving average of the weights
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: Count = 0  # steps; 0: only at the end
+    keep_checkpoints: Positive = 2
+    eval_every: Count = 0  # steps; 0: only at the end
+    sample_every_seconds: float = Field(60.0, ge=0.0)
+
+
+class ScheduleConfig(Strict):
+    """Knots [when, factor, shape]: factor is reached from the knot before by 'linear' (default) or 'cosine'.
+
+    `when` counts tokens, or is a share of train.tokens written as "60%". Two knots at one place make a jump.
+    """
+
+    lr: tuple[Knot, ...] = ((0, 1.0),)
+    batch_tokens: tuple[Knot, ...] = ((0, 1.0),)
+    bias_update_speed: tuple[Knot, ...] = ((0, 1.0),)
+    mtp_loss_weight: tuple[Knot, ...] = ((0, 1.0),)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _knots(cls, knots: tuple[Knot, ...]) -> tuple[Knot, ...]:
+        if not knots:
+            raise ValueError("a schedule needs at least one knot, such as [0, 1.0]")
+        for knot in knots:
+            knot_position(knot[0], 1)
+        return knots
+
+
+class CostConfig(Strict):
+    """What the ledger writes beside the hours. usd_per_device_hour 0: the rate of the hardware table."""
+
+    project: str = "default"
+    purpose: Literal["research", "ablation", "failed", "final"] = "research"
+    usd_per_device_hour: float = Field(0.0, ge=0.0)
+
+
+class Recipe(Strict):
+    """A whole run: [model], [data], [train], [schedule], [cost]."""
+
+    name: str = "recipe"
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    cost: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.train.seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.seq_len ({self.train.seq_len}) is longer than model.max_position_embeddings "
+                f"({self.model.max_position_embeddings})"
+            )
+        if self.train.batch_tokens % self.train.seq_len:
+            raise ValueError(
+                f"train.batch_tokens ({self.train.batch_tokens}) is not a multiple of train.seq_len "
+                f"({self.train.seq_len}): take {-(-self.train.batch_tokens // self.train.seq_len) * self.train.seq_len}"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(_without_null(self.model_dump()))
+
+
+def knot_position(when: float | str, total_tokens: int) -> float:
+    """Tokens at which a knot stands: a count as it is, "60%" as that share of `total_tokens`."""
+    if not isinstance(when, str):
+        return float(when)
+    try:
+        share = float(when.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not when.endswith("%") or not 0 <= share <= 1:
+        raise ValueError(f"a knot stands at {when!r}: write a number of tokens, or a share such as '60%'")
+    return share * total_tokens
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in resources.files("baleen.recipes").iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe by path, or by the name of one that ships with the package; `overrides` are `section.key=value`.
+
+    Raises UserError on an unknown name or key (naming the nearest known one), a wrong type or an impossible shape.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml" and path.is_file():
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    elif str(name_or_path) in recipe_names():
+        text, where = resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_text(), f"recipe {name_or_path}"
+    else:
+        raise UserError(f"no recipe {str(name_or_path)!r}: give a .toml file or one of {', '.join(recipe_names())}")
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    raw.setdefault("name", path.stem)
+    return _validated(Recipe, raw, where)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: write section.key=value, such as train.lr=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, leaf = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    raw[leaf] = value
+
+
+def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]), n=1, cutoff=0.0)
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?" if near else f"{where}: unknown key {key!r}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from None
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: 0 if v is None else _without_null(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_null(v) for v in value]
+    return value
+
+
+def _nearest_divisor(number: int, target: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
