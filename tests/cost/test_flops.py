@@ -72,7 +72,9 @@ def test_sliding_window_counts_what_its_mask_admits():
     assert flops.mean_context(seq, window=window) == pytest.approx(admitted, rel=0.01)
     assert flops.mean_context(seq, window=seq) == seq / 2
     half = LLAMA_405B.model_copy(update={"sliding_window": window, "sliding_share": 0.5})
-    both = (flops.attention_flops(LLAMA_405B, seq) / (seq / 2)) * (0.5 * seq / 2 + 0.5 * flops.mean_context(seq, window=window))
+    both = (flops.attention_flops(LLAMA_405B, seq) / (seq / 2)) * (
+        0.5 * seq / 2 + 0.5 * flops.mean_context(seq, window=window)
+    )
     assert flops.attention_flops(half, seq) == pytest.approx(both)
 
 

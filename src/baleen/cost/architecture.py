@@ -104,7 +104,9 @@ def from_dims(dims: dict[str, Any]) -> Architecture:
     window = given.pop("swa", None)
     unknown = sorted(set(given) - set(DIMS_KEYS))
     if unknown:
-        raise UserError(f"dims has unknown keys {', '.join(unknown)}; known are {', '.join(DIMS_KEYS)}, mla, hd and swa")
+        raise UserError(
+            f"dims has unknown keys {', '.join(unknown)}; known are {', '.join(DIMS_KEYS)}, mla, hd and swa"
+        )
     keys = {DIMS_KEYS[key]: value for key, value in given.items()}
     if latent:
         keys.setdefault("num_key_value_heads", keys.get("num_attention_heads"))
