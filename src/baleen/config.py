@@ -98,7 +98,9 @@ class ModelConfig(Strict):
                 f"take n_group = {_nearest_divisor(self.n_routed_experts, self.n_group)}"
             )
         if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group ({self.topk_group}) is larger than n_group ({self.n_group}): lower topk_group")
+            raise ValueError(
+                f"topk_group ({self.topk_group}) is larger than n_group ({self.n_group}): lower topk_group"
+            )
         if self.n_group > 1 and self.experts_per_group < 2:
             raise ValueError(
                 "a group is scored by its two best experts, so n_group must be at most n_routed_experts / 2 "
@@ -154,9 +156,9 @@ HF_CONSTANTS: dict[str, Any] = {
 }
 # Keys of a released config.json that do not change the function a model computes.
 HF_IGNORED = {
-    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_key_value_heads", "pad_token_id",
-    "pretraining_tp", "quantization_config", "seq_aux", "torch_dtype", "transformers_version", "output_router_logits",
-    "num_mtp_layers", "qk_head_dim", "unk_token_id", "is_encoder_decoder", "chunk_size_feed_forward", "id2label",
+    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_key_value_heads",
+    "pad_token_id", "pretraining_tp", "quantization_config", "seq_aux", "torch_dtype", "transformers_version",
+    "output_router_logits", "num_mtp_layers", "qk_head_dim", "unk_token_id", "is_encoder_decoder", "chunk_size_feed_forward", "id2label",
     "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
 }  # fmt: skip
 
@@ -203,9 +205,10 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 # --- recipes -----------------------------------------------------------------------------------------------------
 
-Knot = tuple[Annotated[float, Field(ge=0)] | str, float] | tuple[
-    Annotated[float, Field(ge=0)] | str, float, Literal["linear", "cosine"]
-]
+Knot = (
+    tuple[Annotated[float, Field(ge=0)] | str, float]
+    | tuple[Annotated[float, Field(ge=0)] | str, float, Literal["linear", "cosine"]]
+)
 
 
 class DataConfig(Strict):
@@ -318,7 +321,9 @@ def knot_position(when: float | str, total_tokens: int) -> float:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted(f.name.removesuffix(".toml") for f in resources.files("baleen.recipes").iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in resources.files("baleen.recipes").iterdir() if f.name.endswith(".toml")
+    )
 
 
 def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -330,7 +335,10 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...]
     if path.suffix == ".toml" and path.is_file():
         text, where = path.read_text(encoding="utf-8"), str(path)
     elif str(name_or_path) in recipe_names():
-        text, where = resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_text(), f"recipe {name_or_path}"
+        text, where = (
+            resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_text(),
+            f"recipe {name_or_path}",
+        )
     else:
         raise UserError(f"no recipe {str(name_or_path)!r}: give a .toml file or one of {', '.join(recipe_names())}")
     try:
@@ -366,8 +374,12 @@ def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]), n=1, cutoff=0.0)
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?" if near else f"{where}: unknown key {key!r}") from None
+            near = difflib.get_close_matches(
+                str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]), n=1, cutoff=0.0
+            )
+            raise UserError(
+                f"{where}: unknown key {key!r}; did you mean {near[0]!r}?" if near else f"{where}: unknown key {key!r}"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from None
 
