@@ -72,7 +72,8 @@ class Span(NamedTuple):
     @property
     def kind(self) -> str:
         """F, B, I, W, or F&B for an overlapped pair."""
-        return "F&B" if len(self.action) > 1 else str(self.action[-1].kind)
+        kinds = [op.kind for op in self.action]
+        return "F&B" if len(kinds) > 1 else kinds[0]
 
 
 @dataclass(frozen=True)
