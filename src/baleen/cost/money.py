@@ -1,17 +1,33 @@
-"""Dollars: the factors with their sources, and the rate card that prices a device-hour."""
+"""Dollars: factors with their sources, the rate card of a device-hour, renting against owning, people, research.
+
+Renting and owning are two answers to one question (what did this hour cost?) and are never added up.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baleen.config import UserError
+
+if TYPE_CHECKING:
+    from baleen.cost.hardware import Hardware
+
+HOURS_PER_YEAR = 8760.0
+OWNING_LEAVES_OUT = (
+    "staff who run it",
+    "spares and repairs",
+    "storage",
+    "taxes",
+    "delivery and installation",
+)
 
 
 @dataclass(frozen=True)
@@ -25,14 +41,116 @@ class Factor:
     low: float | None = None
     high: float | None = None
     recalled: bool = False
+    assumed: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
-            raise UserError(f"a factor of {self.value} {self.unit} is not a finite number")
+        assert math.isfinite(self.value) and self.source and self.date, self
 
     @property
     def interval(self) -> tuple[float, float]:
         return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
+
+
+Factors = Mapping[str, Factor]
+
+
+@cache
+def _shipped() -> Factors:
+    raw = tomllib.loads(resources.files("baleen.cost").joinpath("data/money.toml").read_text(encoding="utf-8"))
+    return {name: Factor(**fields) for name, fields in raw.items()}
+
+
+def load_factors(overrides: Iterable[str] = ()) -> Factors:
+    """The factors of data/money.toml; each override is `name=number`.
+
+    Raises UserError on an unknown factor (naming the nearest) or a value that is no number, or negative.
+    """
+    return override_factors(_shipped(), overrides)
+
+
+def override_factors(factors: Factors, overrides: Iterable[str]) -> Factors:
+    """`factors` with each `name=number` put in as an exact figure. Raises UserError as `load_factors`."""
+    changed = dict(factors)
+    for override in overrides:
+        name, separator, text = (part.strip() for part in override.partition("="))
+        if separator and name not in changed:
+            near = get_close_matches(name, changed, n=1, cutoff=0.0)[0]
+            raise UserError(f"--set {override}: no factor {name!r}; did you mean {near!r}?")
+        try:
+            value = float(text.replace(",", "").replace("_", ""))
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"--set {override}: write name=number, with a number that is not negative")
+        changed[name] = replace(changed[name], value=value, low=None, high=None, source="set by hand", recalled=False)
+    return changed
+
+
+def spread(
+    compute: Callable[[Factors], float], factors: Factors
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """How far a result may lie from its middle: (low, high, the swing of each factor alone).
+
+    Each factor goes to its two bounds with the others at their values; the swings down and up are then combined as
+    independent errors (root of the sum of squares).
+    """
+    middle = compute(factors)
+    swings: dict[str, tuple[float, float]] = {}
+    for name, factor in factors.items():
+        ends = [compute({**factors, name: replace(factor, value=end)}) for end in factor.interval]
+        if ends != [middle, middle]:
+            swings[name] = (min(*ends, middle), max(*ends, middle))
+    down = math.sqrt(sum((middle - low) ** 2 for low, _ in swings.values()))
+    up = math.sqrt(sum((high - middle) ** 2 for _, high in swings.values()))
+    return middle - down, middle + up, swings
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What an owned device costs per hour of work, USD, part by part."""
+
+    capital: float
+    colocation: float
+    electricity: float
+    idle: float
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.capital + self.colocation + self.electricity + self.idle
+
+
+def ownership(device_usd: float, device_watts: float, factors: Factors) -> Ownership:
+    """Cost of owning one device of a cluster.
+
+    Capital is the annuity of the price less the present value of what is left at the end. Power is paid twice, as
+    rated kW to the colocation and as kWh drawn; an hour without work still costs capital and colocation.
+    """
+    f = {name: factor.value for name, factor in factors.items()}
+    if not 0 < f["utilisation"] <= 1 or f["amortisation_years"] <= 0:
+        raise UserError("utilisation must lie between 0 and 1 and amortisation_years above 0")
+    if f["network_share"] >= 1 or f["depreciation_per_year"] > 1:
+        raise UserError("network_share and depreciation_per_year are shares below 1")
+    price = device_usd * f["server_overhead"] / (1 - f["network_share"])
+    years, rate = f["amortisation_years"], f["cost_of_capital"]
+    left = price * (1 - f["depreciation_per_year"]) ** years / (1 + rate) ** years
+    annuity = 1 / years if rate == 0 else rate / (1 - (1 + rate) ** -years)
+    capital = (price - left) * annuity / HOURS_PER_YEAR
+    kilowatts = device_watts / 1e3 * f["server_power_overhead"]
+    colocation = kilowatts * f["colocation_usd_per_kw_month"] * 12 / HOURS_PER_YEAR
+    electricity = kilowatts * f["draw_share"] * f["pue"] * f["electricity_usd_per_kwh"]
+    idle = (capital + colocation) * (1 / f["utilisation"] - 1)
+    return Ownership(capital, colocation, electricity, idle)
+
+
+def people_usd(people: float, years: float, factors: Factors) -> float:
+    """Staff cost of `people` full-time equivalents over `years`."""
+    return people * years * factors["people_usd_per_year"].value
+
+
+def whole_project_usd(final_usd: float, factors: Factors) -> tuple[float, float, float]:
+    """(low, middle, high) of a project's compute, from that of its final runs alone."""
+    factor = factors["research_multiplier"]
+    return final_usd * factor.interval[0], final_usd * factor.value, final_usd * factor.interval[1]
 
 
 @dataclass(frozen=True)
@@ -60,54 +178,61 @@ class RateCard:
         return asdict(self)
 
 
-@cache
-def _table(name: str) -> Mapping[str, Factor]:
-    raw = tomllib.loads(resources.files("baleen.cost").joinpath(f"data/{name}.toml").read_text(encoding="utf-8"))
-    return {key: Factor(**fields) for key, fields in raw.items()}
+def rate_card(device_name: str, usd_per_device_hour: float = 0.0, overrides: Iterable[str] = ()) -> RateCard:
+    """The rate of a device: "cpu" (one device is one vCPU), a name of the hardware table, or one a driver reports.
 
-
-def load_factors(overrides: Iterable[str] = (), table: str = "money") -> dict[str, Factor]:
-    """The factors of data/`table`.toml by name; each override is `name=number`.
-
-    Raises UserError on an unknown factor (naming the nearest) or a value that is no number, or negative.
-    """
-    factors = dict(_table(table))
-    for override in overrides:
-        name, value = parse_override(override)
-        if name not in factors:
-            near = get_close_matches(name, factors, n=1, cutoff=0.0)[0]
-            raise UserError(f"--set {override}: no factor {name!r}; did you mean {near!r}?")
-        factors[name] = replace(factors[name], value=value, low=None, high=None, source="set by hand", recalled=False)
-    return factors
-
-
-def parse_override(override: str) -> tuple[str, float]:
-    """`name=number` -> (name, number). Raises UserError if it is not that, or negative."""
-    name, separator, text = override.partition("=")
-    try:
-        value = float(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        value = math.nan
-    if not separator or not math.isfinite(value) or value < 0:
-        raise UserError(f"--set {override}: write name=number with a number that is not negative")
-    return name.strip(), value
-
-
-def rate_card(device_name: str, usd_per_device_hour: float = 0.0) -> RateCard:
-    """The rate of a device by name; of "cpu", one device is one vCPU. `usd_per_device_hour` > 0 replaces the table's.
-
+    The price is `usd_per_device_hour` if above 0, else the middle of the rental prices, else the cost of owning.
     Raises UserError for a device that is in no table and has no price given.
     """
-    factors = load_factors()
+    factors = load_factors(overrides)
     if device_name.lower() == "cpu":
         usd, watts = factors["cpu_usd_per_hour"], factors["cpu_watts"]
         card = RateCard(
             usd.value, "rental of one vCPU", f"{usd.source} ({usd.date})", watts.value, f"{watts.source} ({watts.date})"
         )
-    elif usd_per_device_hour > 0:
-        card = RateCard(usd_per_device_hour, f"one {device_name}", "given by the user")
     else:
-        raise UserError(f"no price is known for {device_name!r}: set cost.usd_per_device_hour")
-    if usd_per_device_hour > 0:
-        card = replace(card, usd_per_device_hour=usd_per_device_hour, source="given by the user")
-    return card
+        card = _accelerator_card(device_name, usd_per_device_hour, factors)
+    if usd_per_device_hour == 0:
+        return card
+    return replace(card, usd_per_device_hour=usd_per_device_hour, source="given by the user")
+
+
+def _accelerator_card(name: str, usd: float, factors: Factors) -> RateCard:
+    device = recognise(name)
+    if device is None:
+        if usd == 0:
+            raise UserError(f"no price is known for {name!r}: give one with --set cost.usd_per_device_hour=N")
+        return RateCard(usd, f"one {name}", "given by the user")
+    draw = factors["draw_share"]
+    watts = None if device.watts is None else device.watts * draw.value
+    watts_source = "" if watts is None else f"{device.watts:g} W rated x {draw.value:g} ({draw.source})"
+    if device.rental_usd_per_hour:
+        low, high, when = device.rental_usd_per_hour
+        what = f"rental of one {device.title}, middle of {low:g} to {high:g} USD ({when})"
+        return RateCard((low + high) / 2, what, device.sources["rental_usd_per_hour"], watts, watts_source)
+    if device.purchase_usd and device.watts:
+        price = sum(device.purchase_usd) / 2
+        what = f"owning one {device.title} bought at {price:,.0f} USD"
+        owned = ownership(price, device.watts, factors).usd_per_hour
+        return RateCard(owned, what, device.sources["purchase_usd"], watts, watts_source)
+    if usd == 0:
+        raise UserError(f"the hardware table has no price for {device.title}: set cost.usd_per_device_hour")
+    return RateCard(usd, f"one {device.title}", "given by the user", watts, watts_source)
+
+
+def recognise(name: str) -> Hardware | None:
+    """The device of the hardware table that a name such as "NVIDIA A100-SXM4-80GB" stands for, or None."""
+    from baleen.cost.hardware import find_hardware, shipped_hardware
+
+    try:
+        return find_hardware(name)
+    except UserError:
+        words = re.findall(r"[a-z0-9]+", name.lower())
+    best: tuple[float, str] | None = None
+    for key in shipped_hardware():
+        family, *parts = key.split("-")
+        if family in words:
+            fits = sum(any(word.startswith(part) for word in words) for part in parts)
+            score = (fits - (len(parts) - fits) / 2, key)
+            best = score if best is None else max(best, score)
+    return shipped_hardware()[best[1]] if best else None
