@@ -1,0 +1,127 @@
+"""The table of devices: peaks, achieved matrix products, memory, links, power and prices, each cell with its source.
+
+GPUs and CPUs are entries alike; `baleen cost calibrate` writes one for the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from baleen.config import Positive, Strict, UserError
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+# Share of a dense peak that large matrix products reach where nobody has published a figure (0.78-0.87 elsewhere).
+USUAL_ACHIEVED_SHARE = 0.8
+# One precision's peak where the table has only another's: tensor cores halve from FP8 to BF16 to TF32.
+PRECISION_FIELDS = {"fp32": "peak_fp32", "bf16": "peak_bf16", "fp8": "peak_fp8"}
+
+
+class Hardware(Strict):
+    """One device. TFLOPS dense; GB = 1e9 bytes; nvlink both directions together, network one direction, per device."""
+
+    name: str
+    title: str
+    generation: str
+    aliases: tuple[str, ...] = ()
+    peak_bf16: PositiveFloat | None = None
+    peak_fp8: PositiveFloat | None = None
+    peak_fp32: PositiveFloat | None = None
+    achieved_bf16: PositiveFloat | None = None
+    achieved_fp8: PositiveFloat | None = None
+    achieved_fp32: PositiveFloat | None = None
+    memory_gb: PositiveFloat
+    memory_tb_s: PositiveFloat
+    watts: PositiveFloat | None = None
+    nvlink_gb_s: PositiveFloat | None = None
+    network_gb_s: PositiveFloat | None = None
+    domain: Positive = 1  # devices that share the fast link
+    op_overhead_us: Annotated[float, Field(ge=0)] = 0.0  # per operator, where it is measured (CPUs)
+    purchase_usd: tuple[PositiveFloat, PositiveFloat] | None = None
+    rental_usd_per_hour: tuple[PositiveFloat, PositiveFloat, str] | None = None
+    sources: dict[str, str] = {}  # field -> "title (date)"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.generation == "cpu"
+
+    def peak_flops(self, precision: str) -> float:
+        """Dense peak in FLOP/s at 'fp32', 'bf16' or 'fp8'. Raises UserError where the device has no such format."""
+        if precision not in PRECISION_FIELDS:
+            raise UserError(f"unknown precision {precision!r}: known are {', '.join(PRECISION_FIELDS)}")
+        peak = getattr(self, PRECISION_FIELDS[precision])
+        if peak is None:
+            have = [p for p, field in PRECISION_FIELDS.items() if getattr(self, field)]
+            raise UserError(f"{self.title} has no {precision} peak in the table; it has {', '.join(have)}")
+        return peak * 1e12
+
+    def achieved_share(self, precision: str) -> float:
+        """Share of the peak that large matrix products reach on this device."""
+        achieved = getattr(self, f"achieved_{precision}", None)
+        return achieved * 1e12 / self.peak_flops(precision) if achieved else USUAL_ACHIEVED_SHARE
+
+
+def parse_hardware(raw: dict[str, Any], where: str) -> dict[str, Hardware]:
+    """Tables of hardware.toml -> devices by name. Raises UserError naming file, device and field."""
+    known_sources = raw.get("sources", {})
+    devices = {}
+    for name, cells in raw.items():
+        if name == "sources":
+            continue
+        fields: dict[str, Any] = {"name": name, "sources": {}}
+        for field, cell in cells.items():
+            if field in ("title", "generation", "aliases"):
+                fields[field] = cell
+                continue
+            if not (isinstance(cell, list) and len(cell) == 2 and isinstance(cell[1], str)):
+                raise UserError(f"{where}: {name}.{field} must be [value, source]")
+            value, source = cell
+            entry = known_sources.get(source)
+            if entry is None:
+                raise UserError(f"{where}: {name}.{field} names source {source!r}, which is not under [sources]")
+            fields[field] = value
+            fields["sources"][field] = f"{entry['title']} ({entry['date']})"
+        try:
+            devices[name] = Hardware.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{where}: {name}.{field}: {first['msg']}") from None
+    return devices
+
+
+@cache
+def shipped_hardware() -> dict[str, Hardware]:
+    text = resources.files("baleen.cost").joinpath("data/hardware.toml").read_text(encoding="utf-8")
+    return parse_hardware(tomllib.loads(text), "hardware.toml")
+
+
+def read_hardware(path: Path) -> dict[str, Hardware]:
+    """Devices of a file the user wrote (or `baleen cost calibrate`), in the format of hardware.toml."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a TOML file with one table a device") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    return parse_hardware(raw, str(path))
+
+
+def find_hardware(name: str, *files: Path) -> Hardware:
+    """A device by name or alias, from the user's files first. Raises UserError listing what is known."""
+    devices = dict(shipped_hardware())
+    for path in files:
+        devices.update(read_hardware(path))
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    for device in reversed(devices.values()):
+        if wanted == device.name.lower() or wanted in device.aliases:
+            return device
+    raise UserError(
+        f"unknown hardware {name!r}: known are {', '.join(sorted(devices))}; "
+        "add one with --hardware FILE.toml (a table in the format of baleen/cost/data/hardware.toml)"
+    )
