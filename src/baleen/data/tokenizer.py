@@ -1,0 +1,362 @@
+"""Text <-> tokens: a byte-level BPE with a chat template, our own or any Hugging Face fast tokenizer's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from baleen.config import UserError, read_json
+from baleen.data.document import Message
+from baleen.data.template import BALEEN_TEMPLATE, ChatTemplate
+
+BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
+REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+# fmt: off
+SPECIAL_TOKENS = (
+    BOS, EOS, PAD, "<|user|>", "<|assistant|>", "<|system|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>",
+    *REASONING_TOKENS, "<|tool_calls_begin|>", "<|tool_call_begin|>", "<|tool_sep|>", "<|tool_call_end|>",
+    "<|tool_calls_end|>", "<|tool_output_begin|>", "<|tool_output_end|>",
+)
+# fmt: on
+# Single digits: numbers of any length line up by place, so that a small model can learn to reckon; V3 takes up to
+# three at a time, which saves tokens but needs a thousand entries, a quarter of a small vocabulary.
+# The second alternative joins punctuation with the line breaks after it, as V3 §4.1 does.
+PRETOKENS = (
+    r"\p{N}|[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}]+|'[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PUNCTUATION_AND_BREAKS = re.compile(r"( ?[^\w\s]+)([\r\n]+)")
+
+Chat = Sequence[Message | Mapping[str, Any]]
+
+
+class Tokenizer:
+    """A fast tokenizer, its special ids and its chat template.
+
+    Text that somebody typed never becomes a control token: `encode` and the content of messages are split by a twin
+    of the tokenizer that knows none of them. The assistant's own `<think>`, `</think>`, `<answer>` and `</answer>` are
+    let through in its messages.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], template: str | None) -> None:
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._settings = dict(settings)
+        self._template = ChatTemplate(template) if template else None
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = {id for id, token in added.items() if token.special}
+        self._control = {t.content: id for id, t in added.items() if t.special or re.fullmatch(r"<.+>", t.content)}
+        self._is_control = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+        description = json.loads(backend.to_str())
+        self._plain = _without_tokens(description, self._control)
+        self._added = {id: token.content for id, token in added.items()}
+        self._byte_level = '"ByteLevel"' in json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
+        self._halves: dict[int, tuple[list[int], list[int]]] | None = None
+
+    # --- ids
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id: the least `vocab_size` of a model for it."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int:
+        eos = self._named_id("eos_token")
+        if eos is None:
+            raise UserError("the tokenizer names no eos_token: add it to tokenizer_config.json")
+        return eos
+
+    @property
+    def pad_id(self) -> int:
+        pad = self._named_id("pad_token")
+        return self.eos_id if pad is None else pad
+
+    @property
+    def user_id(self) -> int | None:
+        return self.id_of("<|user|>", "<｜User｜>")
+
+    @property
+    def assistant_id(self) -> int | None:
+        return self.id_of("<|assistant|>", "<｜Assistant｜>")
+
+    def id_of(self, *names: str) -> int | None:
+        """The id of the first of these control tokens that there is."""
+        return next((self._control[name] for name in names if name in self._control), None)
+
+    def _named_id(self, key: str) -> int | None:
+        name = self._settings.get(key)
+        return None if name is None else self._backend.token_to_id(name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal tokens and equal chats."""
+        template = self._template.source if self._template else ""
+        text = json.dumps([self._backend.to_str(), template, self._settings], sort_keys=True)
+        return blake2b(text.encode(), digest_size=12).hexdigest()
+
+    # --- text
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        return self.encode_batch([text], allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """Many texts at once, on all cores. No beginning or end token is added."""
+        backend = self._backend if allow_special else self._plain
+        try:
+            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:  # a lone surrogate has no bytes
+            cleaned = [text.encode(errors="replace").decode() for text in texts]
+            return [e.ids for e in backend.encode_batch_fast(cleaned, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Special tokens are left out unless asked for; `<think>` and its kin are words and always stay."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; joined over a text they are its UTF-8."""
+        if id in self._added:
+            return self._added[id].encode()
+        token = self._backend.id_to_token(id)
+        if token is None:
+            return b""  # a row of the embedding that no token uses
+        if self._byte_level:
+            return bytes(BYTE_OF_CHARACTER[c] for c in token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    def split_joined(self, ids: Sequence[int], rate: float, rng: np.random.Generator) -> list[int]:
+        """A random share of the tokens that join punctuation and line breaks, each replaced by its two halves.
+
+        V3 §4.1: a model that only ever saw them joined goes wrong on a prompt that ends between the two.
+        """
+        if rate == 0.0:
+            return list(ids)
+        if self._halves is None:
+            self._halves = self._joined_tokens()
+        out: list[int] = []
+        for id in ids:
+            if id in self._halves and rng.random() < rate:
+                out.extend(self._halves[id][0] + self._halves[id][1])
+            else:
+                out.append(id)
+        return out
+
+    def _joined_tokens(self) -> dict[int, tuple[list[int], list[int]]]:
+        halves = {}
+        for id in range(self.vocab_size):
+            if id not in self._added:
+                match = PUNCTUATION_AND_BREAKS.fullmatch(self.token_bytes(id).decode(errors="ignore"))
+                if match:
+                    halves[id] = (self.encode(match[1]), self.encode(match[2]))
+        return halves
+
+    # --- chat
+
+    def render(self, messages: Chat, add_generation_prompt: bool = False, thinking: bool | None = None) -> str:
+        """The template's text. `thinking` opens (True) or closes (False) the reasoning after a generation prompt."""
+        return self._render([_as_dict(m) for m in messages], add_generation_prompt, thinking)
+
+    def encode_chat(
+        self, messages: Chat, add_generation_prompt: bool = False, thinking: bool | None = None
+    ) -> list[int]:
+        return self.encode_chats([messages], add_generation_prompt, thinking)[0]
+
+    def encode_chats(
+        self, chats: Iterable[Chat], add_generation_prompt: bool = False, thinking: bool | None = None
+    ) -> list[list[int]]:
+        """Many conversations at once, on all cores: each the tokens of its rendered text."""
+        out: list[list[int]] = []
+        plain: list[tuple[int, str]] = []
+        for number, chat in enumerate(chats):
+            messages = [_as_dict(message) for message in chat]
+            if any(self._is_forged(message) for message in messages):
+                out.append(self._encode_forged(messages, add_generation_prompt, thinking))
+            else:
+                plain.append((number, self._render(messages, add_generation_prompt, thinking)))
+                out.append([])
+        encoded = self.encode_batch([text for _, text in plain], allow_special=True)
+        for (number, _), ids in zip(plain, encoded, strict=True):
+            out[number] = ids
+        return out
+
+    def assistant_mask(self, ids: Sequence[int]) -> list[int]:
+        """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.
+
+        Raises UserError if the tokenizer has no token that opens an assistant turn.
+        """
+        if self.assistant_id is None:
+            raise UserError(
+                "the tokenizer has no assistant token: the assistant's words cannot be told from the user's"
+            )
+        mask, inside = [], False
+        for id in ids:
+            mask.append(int(inside))
+            inside = id == self.assistant_id or (inside and id != self.eos_id)
+        return mask
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None) -> str:
+        if self._template is None:
+            raise UserError("the tokenizer has no chat template: add chat_template.jinja beside tokenizer.json")
+        names = {k: v for k, v in self._settings.items() if k.endswith("_token") and isinstance(v, str)}
+        extra = {} if thinking is None else {"thinking": thinking}
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **names, **extra)
+
+    def _is_forged(self, message: Mapping[str, Any]) -> bool:
+        return any(self._is_control.search(s) and s != self._guarded(s, message, "\0") for s in _strings(message))
+
+    def _guarded(self, text: str, message: Mapping[str, Any], guard: str) -> str:
+        """`text` with `guard` put inside every control token its author may not write."""
+        allowed = REASONING_TOKENS if message["role"] == "assistant" else ()
+        return self._is_control.sub(lambda m: m[0] if m[0] in allowed else m[0][0] + guard + m[0][1:], text)
+
+    def _encode_forged(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None):
+        """Spoil the forged control tokens, render, cut at the true ones, and mend the forged as plain text."""
+        written = "".join(s for message in messages for s in _strings(message))
+        guard = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in written)
+        guarded = [_mapped(m, lambda s, m=m: self._guarded(s, m, guard)) for m in messages]
+        text = self._render(guarded, add_generation_prompt, thinking)
+        ids: list[int] = []
+        position = 0
+        for match in self._is_control.finditer(text):
+            ids += self.encode(text[position : match.start()].replace(guard, ""))
+            ids.append(self._control[match[0]])
+            position = match.end()
+        return ids + self.encode(text[position:].replace(guard, ""))
+
+    # --- files
+
+    def save(self, directory: Path) -> None:
+        """tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers' AutoTokenizer reads them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"))
+        text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        if self._template is not None:
+            (directory / "chat_template.jinja").write_text(self._template.source, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """A tokenizer of ours, or any Hugging Face fast tokenizer. Raises UserError if files are missing or broken."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: Baleen loads fast tokenizers, which are kept in that file")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path} is not a tokenizer that `tokenizers` can load: {error}") from None
+        settings = read_json(directory / "tokenizer_config.json")
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            if isinstance(settings.get(key), dict):
+                settings[key] = settings[key]["content"]
+        for key in ("bos_token", "eos_token", "pad_token"):
+            if settings.get(key) is None:
+                settings[key] = _token_of_config(backend, directory / "config.json", f"{key}_id")
+        template = settings.pop("chat_template", None)
+        if isinstance(template, list):
+            template = next((t["template"] for t in template if t["name"] == "default"), template[0]["template"])
+        if (directory / "chat_template.jinja").is_file():
+            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, settings, template)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` entries: special tokens first, then the 256 bytes, then merges.
+
+    Deterministic. Raises UserError if `vocab_size` is too small, or larger than the text can fill.
+    """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size is {vocab_size}: the special tokens and the 256 bytes alone need {smallest}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PRETOKENS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+        initial_alphabet=sorted(BYTE_OF_CHARACTER),
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the text fills only {backend.get_vocab_size()}: "
+            "set model.vocab_size to that or less, or give more text"
+        )
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["content"] not in REASONING_TOKENS  # they are words to be shown and scored
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), settings, BALEEN_TEMPLATE)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _without_tokens(description: dict[str, Any], names: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which these added tokens are ordinary text."""
+    kept = [token for token in description["added_tokens"] if token["content"] not in names]
+    model = dict(description["model"])
+    if model["type"] == "BPE":  # else a whole pretoken that equals one would still be looked up
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in names or t == model.get("unk_token")}
+    plain = {**description, "added_tokens": kept, "model": model, "post_processor": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+
+def _token_of_config(backend: tokenizers.Tokenizer, path: Path, key: str) -> str | None:
+    id = read_json(path).get(key) if path.is_file() else None
+    id = id[0] if isinstance(id, list) and id else id
+    return backend.id_to_token(id) if isinstance(id, int) else None
+
+
+def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content} if isinstance(message, Message) else dict(message)
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [string for part in parts for string in _strings(part)]
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value
