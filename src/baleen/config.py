@@ -156,10 +156,10 @@ HF_CONSTANTS: dict[str, Any] = {
 }
 # Keys of a released config.json that do not change the function a model computes.
 HF_IGNORED = {
-    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_key_value_heads",
-    "pad_token_id", "pretraining_tp", "quantization_config", "seq_aux", "torch_dtype", "transformers_version",
-    "output_router_logits", "num_mtp_layers", "qk_head_dim", "unk_token_id", "is_encoder_decoder", "chunk_size_feed_forward", "id2label",
-    "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
+    "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
+    "id2label", "is_encoder_decoder", "label2id", "num_key_value_heads", "num_mtp_layers", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim",
+    "quantization_config", "return_dict", "seq_aux", "torch_dtype", "transformers_version", "unk_token_id",
 }  # fmt: skip
 
 
@@ -233,7 +233,6 @@ class TrainConfig(Strict):
     seed: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0.0)
-    muon_lr: float = Field(0.02, gt=0.0)  # for matrices under Muon; `lr` stays with AdamW's parameters
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0)
@@ -275,7 +274,7 @@ class CostConfig(Strict):
 
     project: str = "default"
     purpose: Literal["research", "ablation", "failed", "final"] = "research"
-    usd_per_device_hour: float = Field(0.0, ge=0.0)
+    usd_per_device_hour: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class Recipe(Strict):

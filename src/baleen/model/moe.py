@@ -56,6 +56,13 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if not (bias.is_meta or self.e_score_correction_bias.is_meta):  # the model may be cast, b may not
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, x_Nd: Tensor) -> Routing:
         cfg = self.config
         wide = torch.promote_types(x_Nd.dtype, torch.float32)

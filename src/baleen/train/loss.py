@@ -1,0 +1,105 @@
+"""The loss of V3: cross-entropy of the next token, of the MTP layers (Eq. 24-25), and the sequence-wise balance loss.
+
+Shapes: B sequences, T positions, N = B * T, d hidden, Z = vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from baleen.model.moe import Routing, sequence_balance_loss
+from baleen.model.transformer import Transformer
+
+IGNORED = -100  # a target that is not learnt
+ROWS_AT_ONCE = 1024
+
+
+class Loss(NamedTuple):
+    total: Tensor
+    main: Tensor  # nats a token
+    mtp: Tensor  # mean over depths; 0 without MTP
+    balance: Tensor
+    loads: list[Tensor]  # tokens per expert, int64 [E], for each of model.gates
+
+
+def training_loss(
+    model: Transformer,
+    tokens: Tensor,
+    *,
+    mtp_loss_weight: float,
+    balance_loss_weight: float,
+    document_ids: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+) -> Loss:
+    """Loss of tokens [B, T + 1]: the first T are the input of the trunk, the last T its targets.
+
+    MTP layer k reads h^{k-1}_i with t_{i+k} and predicts t_{i+k+1}; the last k positions have no such target.
+    document_ids [B, T + 1]: attention stays within a document. loss_mask [B, T + 1]: 0 where a token is not learnt.
+    """
+    targets = tokens if loss_mask is None else tokens.masked_fill(loss_mask == 0, IGNORED)
+    T = tokens.shape[1] - 1
+    documents = None if document_ids is None else document_ids[:, :T]
+    hidden, routings = model(tokens[:, :T], document_ids_BT=documents)
+    main = cross_entropy(hidden, model.lm_head.weight, targets[:, 1:])
+    mtp = main.new_zeros(())
+    depth = model.config.num_nextn_predict_layers if mtp_loss_weight else 0
+    for k in range(1, depth + 1):
+        documents = None if document_ids is None else document_ids[:, k:T]
+        output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
+        hidden = output.hidden_BTd
+        routings = routings + output.routings
+        mtp = mtp + cross_entropy(hidden, model.lm_head.weight, targets[:, k + 1 :]) / depth
+    balance = _balance(routings, tokens.shape[0], model.config.num_experts_per_tok) if balance_loss_weight else 0 * mtp
+    total = main + mtp_loss_weight * mtp + balance_loss_weight * balance
+    return Loss(total, main.detach(), mtp.detach(), balance.detach(), [routing.load() for routing in routings])
+
+
+def _balance(routings: list[Routing], batch_size: int, top_k: int) -> Tensor:
+    return torch.stack([sequence_balance_loss(routing, batch_size, top_k) for routing in routings]).sum()
+
+
+def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of hidden [..., d] through the output head, over targets that are not IGNORED.
+
+    Logits exist for ROWS_AT_ONCE rows at a time, and their gradient is taken at once, so the [N, Z] matrix is never
+    held; twin: F.cross_entropy of F.linear.
+    """
+    rows_Nd, targets_N = hidden.flatten(0, -2), targets.flatten()
+    loss: Tensor = _LinearCrossEntropy.apply(rows_Nd, weight_Zd, targets_N)  # type: ignore[assignment]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_Nd: Tensor, weight_Zd: Tensor, targets_N: Tensor) -> Tensor:
+        learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        count = (targets_N != IGNORED).sum().clamp(min=1)
+        loss = torch.zeros((), dtype=torch.promote_types(hidden_Nd.dtype, torch.float32), device=hidden_Nd.device)
+        grad_hidden = torch.empty_like(hidden_Nd) if learns else None
+        grad_weight = torch.zeros_like(weight_Zd) if learns else None
+        for start in range(0, hidden_Nd.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits = (hidden_Nd[rows] @ weight_Zd.t()).to(loss.dtype)
+            log_probs = F.log_softmax(logits, dim=-1)
+            loss += F.nll_loss(log_probs, targets_N[rows], ignore_index=IGNORED, reduction="sum")
+            if grad_hidden is None or grad_weight is None:
+                continue
+            grad = log_probs.exp_()
+            valid = targets_N[rows] != IGNORED
+            grad[torch.arange(grad.shape[0], device=grad.device), targets_N[rows].clamp(min=0)] -= 1.0
+            grad = (grad * (valid[:, None] / count)).to(weight_Zd.dtype)
+            torch.mm(grad, weight_Zd, out=grad_hidden[rows])
+            grad_weight.addmm_(grad.t(), hidden_Nd[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None

@@ -1,0 +1,67 @@
+"""The optimizers of a run: AdamW for everything, or Muon for the hidden matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from baleen.config import TrainConfig, UserError
+from baleen.train.muon import Muon
+from baleen.train.precision import multiplies_bf16
+
+
+class Optimizer:
+    """One or two torch optimizers that step as one; its state is a flat dict of tensors by parameter name."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hidden = {n for n, p in named.items() if config.optimizer == "muon" and _is_hidden_matrix(n, p)}
+        decayed = [p for n, p in named.items() if n not in hidden and p.ndim >= 2]
+        plain = [p for n, p in named.items() if n not in hidden and p.ndim < 2]
+        adamw = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
+        )  # fmt: skip
+        self.parts: list[torch.optim.Optimizer] = [adamw]
+        if hidden:
+            stacked = [named[n] for n in sorted(hidden) if n.endswith("gate_up_proj")]
+            single = [named[n] for n in sorted(hidden) if not n.endswith("gate_up_proj")]
+            groups = [{"params": single, "matrices": 1}, {"params": stacked, "matrices": 2}]
+            dtype = torch.bfloat16 if multiplies_bf16(single[0].device) else torch.float32
+            groups = [group for group in groups if group["params"]]
+            self.parts.append(Muon(groups, config.lr, config.weight_decay, dtype=dtype))
+        self._named = named
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """{"<parameter>.<state>": tensor}, such as model.norm.weight.exp_avg; empty before the first step."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._named.items()
+            for part in self.parts
+            for key, value in part.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse. Raises UserError if a tensor belongs to no parameter or has another shape."""
+        for key, value in tensors.items():
+            name, _, state = key.rpartition(".")
+            parameter = self._named.get(name)
+            if parameter is None or (value.ndim and value.shape != parameter.shape):
+                raise UserError(f"the optimizer state {key!r} fits no parameter: the checkpoint is of another model")
+            owner = next(p for p in self.parts if any(parameter is q for g in p.param_groups for q in g["params"]))
+            owner.state[parameter][state] = value.clone()
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Matrices between hidden states; embeddings, the head, routers and vectors stay with AdamW."""
+    return parameter.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))

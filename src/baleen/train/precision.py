@@ -1,0 +1,44 @@
+"""What a machine can multiply fast, and the settings that follow from it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """`auto` is bf16 where the hardware multiplies it fast, fp32 elsewhere. Weights and optimizer stay fp32."""
+    if precision == "auto":
+        return "bf16" if multiplies_bf16(device) else "fp32"
+    return precision
+
+
+@contextlib.contextmanager
+def computing_in(precision: Literal["fp32", "bf16"], device: torch.device) -> Iterator[None]:
+    """Matmuls in bf16 over fp32 weights (autocast), or everything in fp32."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks instead of returning them to the kernel: page faults of each fresh activation
+    cost a CPU training step up to a third of its time. Elsewhere than on Linux with glibc it does nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    libc.mallopt(m_top_pad, 1 << 28)

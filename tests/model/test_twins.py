@@ -1,0 +1,192 @@
+"""Fast paths against their slow twins, exact to rounding in float64; and what is counted in bytes."""
+
+import math
+
+import pytest
+import torch
+
+from baleen.config import ModelConfig
+from baleen.model.attention import LatentAttention
+from baleen.model.cache import LatentCache
+from baleen.model.grouped import grouped_linear, grouped_linear_loop
+from baleen.model.moe import DeepseekMoE, Gate, Routing, sequence_balance_loss
+from baleen.model.rope import RotaryEmbedding, rotate, softmax_scale, yarn_mscale
+from baleen.model.transformer import Transformer
+
+F64 = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def ids(batch, length, seed=1):
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_cached_equals_full(tiny_model, monkeypatch, absorb, chunk):
+    model = tiny_model(dtype=torch.float64)
+    tokens = ids(2, 29)
+    full = model(tokens).hidden_BTd
+    monkeypatch.setattr(LatentAttention, "prefers_absorbed", lambda *_: absorb)
+    cache = LatentCache(model.config, 2, 8, dtype=torch.float64)  # smaller than the text: it has to grow
+    parts = []
+    for start in range(0, 29, chunk):
+        part = tokens[:, start : start + chunk]
+        positions = torch.arange(start, start + part.shape[1]).expand_as(part)
+        parts.append(model(part, positions_BT=positions, cache=cache).hidden_BTd)
+    torch.testing.assert_close(torch.cat(parts, 1), full, **F64)
+
+
+def test_absorbed_is_chosen_by_its_cost():
+    v3 = LatentAttention.__new__(LatentAttention)
+    torch.nn.Module.__init__(v3)
+    v3.config = ModelConfig()
+    assert v3.prefers_absorbed(1, 4096) and v3.prefers_absorbed(64, 4096)
+    assert not v3.prefers_absorbed(4096, 4096)
+
+
+def test_rows_at_different_positions(tiny_model):
+    """A batch whose sequences have different lengths, one of them shortened after a rejected draft."""
+    model = tiny_model(dtype=torch.float64)
+    tokens = ids(2, 12)
+    cache = LatentCache(model.config, 2, 16, dtype=torch.float64)
+    model(tokens[:, :8], positions_BT=torch.arange(8).expand(2, 8), cache=cache)
+    positions = torch.tensor([[8], [3]])  # the second sequence goes back to position 3
+    step = model(torch.stack((tokens[0, 8:9], tokens[1, 9:10])), positions_BT=positions, cache=cache).hidden_BTd
+    long = model(tokens[:1, :9]).hidden_BTd[:, -1]
+    short = model(torch.cat((tokens[1:, :3], tokens[1:, 9:10]), 1)).hidden_BTd[:, -1]
+    torch.testing.assert_close(step[:, 0], torch.cat((long, short)), **F64)
+
+
+def test_cache_bytes(tiny_config):
+    config = tiny_config()
+    for mtp, layers in ((False, 3), (True, 4)):
+        cache = LatentCache(config, 2, 10, mtp=mtp)
+        assert cache.bytes_per_token == layers * (16 + 8) * 4
+        assert cache.latents.numel() * 4 == cache.bytes_per_token * 2 * 10
+    v3 = LatentCache(ModelConfig(), 1, 1, dtype=torch.bfloat16, device="meta")
+    assert v3.bytes_per_token == 70_272
+
+
+def test_v3_has_the_published_parameters():
+    with torch.device("meta"):
+        v3 = Transformer(ModelConfig())
+    mtp = sum(p.numel() for layer in v3.mtp_layers for p in layer.parameters())
+    total = sum(p.numel() for p in v3.parameters())
+    assert total - mtp == 671_026_404_352
+    assert sum(gate.e_score_correction_bias.numel() for gate in v3.gates[:-1]) == 14_848
+    assert round(mtp / 1e9, 3) == 11.610
+    assert round((total + 2 * v3.lm_head.weight.numel()) / 1e9, 2) == 684.49
+
+
+def test_grouped_linear_is_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    counts = [3, 0, 5, 1]
+    x = torch.randn(9, 6, dtype=torch.float64, generator=generator)
+    w = torch.randn(4, 7, 6, dtype=torch.float64, generator=generator)
+    g = torch.randn(9, 7, dtype=torch.float64, generator=generator)
+    results = []
+    for function in (grouped_linear, grouped_linear_loop):
+        x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = function(x_, w_, counts)
+        y.backward(g)
+        results.append((y, x_.grad, w_.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, **F64)
+
+
+def test_grouped_mm_of_accelerators_is_the_same():
+    x, w = torch.randn(9, 8), torch.randn(4, 16, 8)
+    counts = [3, 0, 5, 1]
+    torch.testing.assert_close(grouped_linear(x, w, torch.tensor(counts)), grouped_linear_loop(x, w, counts))
+
+
+def test_moe_is_a_loop_over_tokens(tiny_model):
+    """Eq. 12-16 token by token, group mask of -inf and negative biases included."""
+    model = tiny_model(dtype=torch.float64)
+    moe = model.model.layers[1].mlp
+    assert isinstance(moe, DeepseekMoE) and moe.shared_experts is not None
+    moe.gate.e_score_correction_bias -= 2.0  # a mask of 0.0 would now prefer the masked groups
+    x = torch.randn(1, 20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y, routing = moe(x)
+    for n in range(20):
+        u = x[0, n]
+        s = (moe.gate.weight @ u).sigmoid()
+        choice = s + moe.gate.e_score_correction_bias
+        groups = choice.view(4, 2).sum(1).topk(2).indices.tolist()
+        allowed = [e for e in range(8) if e // 2 in groups]
+        chosen = sorted(allowed, key=lambda e: -choice[e].item())[:3]
+        assert sorted(routing.indices_NK[n].tolist()) == sorted(chosen)
+        expected = moe.shared_experts(u)
+        for e in chosen:
+            gate, up = (moe.experts.gate_up_proj[e] @ u).chunk(2)
+            value = moe.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up)
+            expected = expected + s[e] / s[chosen].sum() * 2.5 * value
+        torch.testing.assert_close(y[0, n], expected, **F64)
+
+
+def test_no_token_is_dropped(tiny_model):
+    _, routings = tiny_model()(ids(3, 17))
+    for routing in routings:
+        assert routing.load().sum() == 3 * 17 * 3
+
+
+def test_bias_moves_against_the_load(tiny_config):
+    gate = Gate(tiny_config())
+    gate.update_bias(torch.tensor([10, 0, 4, 4, 4, 4, 4, 2]), speed=0.5)
+    assert gate.e_score_correction_bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0, 0, 0.5]
+    assert not gate.e_score_correction_bias.requires_grad
+
+
+def test_bias_stays_float32_in_a_bfloat16_model(tiny_model):
+    gate = tiny_model().to(torch.bfloat16).gates[0]
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert gate(torch.randn(4, 32, dtype=torch.bfloat16)).weights_NK.dtype == torch.float32
+
+
+def test_sequence_balance_loss_by_hand():
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.2], [0.8, 0.3, 0.1, 0.6]], dtype=torch.float64)
+    routing = Routing(torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2), scores)
+    share = scores / scores.sum(-1, keepdim=True)
+    one_sequence = sum(f * p for f, p in zip([2, 0, 1, 1], share.mean(0).tolist(), strict=True))
+    assert sequence_balance_loss(routing, 1, 2).item() == pytest.approx(one_sequence)
+    two = [
+        sum(2 * share[0, [0, 2]].tolist()[i] for i in range(2)),
+        sum(2 * share[1, [0, 3]].tolist()[i] for i in range(2)),
+    ]
+    assert sequence_balance_loss(routing, 2, 2).item() == pytest.approx(sum(two) / 2)
+
+
+def test_documents_do_not_see_each_other(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    tokens = ids(1, 20)
+    documents = torch.tensor([[0] * 8 + [1] * 12])
+    apart = model(tokens, document_ids_BT=documents).hidden_BTd
+    alone = model(tokens[:, 8:], positions_BT=torch.arange(8, 20)[None]).hidden_BTd
+    torch.testing.assert_close(apart[:, 8:], alone, **F64)
+
+
+def test_rotation_is_complex_multiplication(tiny_config):
+    config = tiny_config()
+    cos, sin = RotaryEmbedding(config)(torch.arange(6)[None], torch.float64)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    torch.testing.assert_close(rotate(x, cos, sin, True), torch.cat((turned.real, turned.imag), -1))
+
+
+def test_yarn_at_v3_scale(tiny_config):
+    assert yarn_mscale(40, 1.0) == pytest.approx(1.36889, abs=5e-6)
+    from baleen.config import RopeScaling
+
+    yarn = RopeScaling(factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+    scaled = softmax_scale(ModelConfig(rope_scaling=yarn)) * math.sqrt(192)
+    assert scaled == pytest.approx(1.87385, abs=1e-5)
+
+
+def test_weights_are_normal_and_repeatable(tiny_config):
+    model, again = Transformer(tiny_config(hidden_size=256)), Transformer(tiny_config(hidden_size=256))
+    model.init_weights(3)
+    again.init_weights(3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    weight = model.model.embed_tokens.weight
+    assert weight.std().item() == pytest.approx(0.1, rel=0.05) and abs(weight.mean().item()) < 0.01
+    assert torch.equal(model.model.norm.weight, torch.ones(256))
