@@ -1,4 +1,4 @@
-"""How a run is cut over devices: parallel degrees, schedule, sharding and recomputation; and the free text of papers."""
+"""How a run is cut over devices: parallel degrees, schedule, sharding, recomputation; and the free text of papers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError, model_validator
 from baleen.config import Count, Positive, Strict, UserError
 
 Schedule = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
-# none: keep all activations; selective: recompute attention's core (arXiv 2205.05198), which FlashAttention does anyway;
+# none: keep all activations; selective: recompute attention's core (arXiv 2205.05198), as FlashAttention does anyway;
 # operators: elementwise operators and every second matmul (torchtitan's SAC); full: keep only the layers' inputs;
 # deepseek: recompute norms, MLA up-projections and SwiGLU, keep linear inputs in FP8 (2412.19437 §3.2.3, §3.3.3).
 Recompute = Literal["none", "selective", "operators", "full", "deepseek"]
@@ -75,9 +75,10 @@ class Layout(Strict):
         """Micro-batches a pipeline runs for `global_batch` sequences. Raises UserError if they do not divide."""
         step = self.data * self.micro_batch
         if global_batch % step:
+            nearest = max(1, round(global_batch / step)) * step
             raise UserError(
                 f"a batch of {global_batch} sequences does not divide over {self.data} data-parallel ranks with "
-                f"micro-batches of {self.micro_batch}; the nearest that does is {max(step, round(global_batch / step) * step)}"
+                f"micro-batches of {self.micro_batch}; the nearest that does is {nearest}"
             )
         return global_batch // step
 

@@ -1,0 +1,191 @@
+"""A roofline for each operator of a training step on one rank: seconds = max(FLOPs / reachable rate, bytes / bandwidth).
+
+The reachable rate of a matrix product is the device's achieved one, less what a product of this shape leaves idle.
+Nothing here is fitted; `baleen.cost.calibration` holds the few factors by which real steps are slower.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from baleen.cost.architecture import Architecture
+from baleen.cost.flops import Matmul, attention_flops, head_matmul, layer_matmuls, mtp_projection
+from baleen.cost.hardware import Hardware
+from baleen.cost.layout import Layout
+from baleen.cost.memory import STATE_BYTES, StageParameters
+
+# A product of size n in one dimension reaches n / (n + HALF_SIZE) of the rate of large ones (tiles and waves not
+# filled, start and end of the pipeline inside a kernel). 110 at A100's 312 TFLOPS: cuBLAS at 4096^3 about 92 % of its
+# best; the idle time is fixed, so the size grows with the rate (H100 BF16 about 75 % at 4096^3; as published curves).
+HALF_SIZE = 110
+HALF_SIZE_AT_FLOPS = 312e12
+# Share of the dense BF16 peak of fused attention, forward and backward, at head size 128: FlashAttention-2 on A100
+# (arXiv 2307.08691), -3 on H100 (2407.08608), cuDNN 9 / FA-4 on B200; causal masks and training lengths included.
+ATTENTION_SHARE = {"ampere": (0.55, 0.50), "hopper": (0.55, 0.45), "blackwell": (0.50, 0.45)}
+USUAL_ATTENTION_SHARE = (0.50, 0.40)
+ATTENTION_BACKWARD_FLOPS = 2.5  # of the forward: five products against two, the scores are computed again
+BANDWIDTH_SHARE = 0.85  # of the memory peak that streaming kernels reach (BabelStream on A100, H100: 0.85-0.93)
+# Unfused attention, before FlashAttention: bytes a score moves through memory, forward (mask, softmax, dropout)
+# and backward; counted from Megatron's kernels as arXiv 2205.05198 lists them.
+UNFUSED_SCORE_BYTES = (14, 20)
+
+
+class Seconds(NamedTuple):
+    """Forward and backward time of a class of kernels for one micro-batch on one rank."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: object) -> Seconds:
+        assert isinstance(other, Seconds)
+        return Seconds(self.forward + other.forward, self.backward + other.backward)
+
+    def times(self, factor: float) -> Seconds:
+        return Seconds(self.forward * factor, self.backward * factor)
+
+
+class Kernels(NamedTuple):
+    """Seconds of one micro-batch by class: products, grouped products of experts, attention's core, the rest."""
+
+    matmul: Seconds
+    grouped: Seconds
+    attention: Seconds
+    elementwise: Seconds
+    weight_gradient: float  # the part of matmul and grouped backward that is for the weights
+
+    def __add__(self, other: object) -> Kernels:
+        assert isinstance(other, Kernels)
+        return Kernels(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> Kernels:
+        return Kernels(*(p.times(factor) if isinstance(p, Seconds) else p * factor for p in self))
+
+
+NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0)
+
+
+def matmul_seconds(hardware: Hardware, precision: str, m: float, n: float, k: float, operand_bytes: float = 2) -> float:
+    """One product [m, k] x [k, n] by the roofline."""
+    peak = hardware.peak_flops(precision)
+    half = HALF_SIZE * peak / HALF_SIZE_AT_FLOPS
+    fill = m / (m + half) * n / (n + half) * k / (k + half)
+    compute = 2 * m * n * k / (peak * hardware.achieved_share(precision) * fill)
+    return max(compute, operand_bytes * (m * k + k * n + m * n) / _bandwidth(hardware))
+
+
+def product(hardware: Hardware, precision: str, matmul: Matmul, tokens: float, experts: int = 1) -> Kernels:
+    """A linear layer for `tokens` rows, forward, input and weight gradients; `experts` share the rows evenly."""
+    rows = max(1.0, tokens / experts)
+    width = STATE_BYTES[precision].kept_linear_input
+    forward = experts * matmul_seconds(hardware, precision, rows, matmul.outer, matmul.inner, width)
+    dgrad = experts * matmul_seconds(hardware, precision, rows, matmul.inner, matmul.outer, width)
+    wgrad = experts * matmul_seconds(hardware, precision, matmul.outer, matmul.inner, rows, width)
+    seconds = Seconds(forward, dgrad + wgrad)
+    grouped = matmul.part == "routed_experts"
+    return NOTHING._replace(weight_gradient=wgrad, **{"grouped" if grouped else "matmul": seconds})
+
+
+def layer_kernels(
+    arch: Architecture,
+    layout: Layout,
+    hardware: Hardware,
+    precision: str,
+    *,
+    seq_len: int,
+    moe: bool,
+    fused_attention: bool = True,
+) -> Kernels:
+    """One layer and one micro-batch on one rank, without recomputation."""
+    tokens = layout.micro_batch * seq_len / layout.context
+    total = NOTHING
+    for matmul in layer_matmuls(arch, moe):
+        if matmul.part == "routed_experts":
+            local = max(1, arch.n_routed_experts // layout.expert)
+            total += product(hardware, precision, matmul, tokens / layout.tensor * arch.num_experts_per_tok, local)
+        elif matmul.part == "router":
+            total += product(hardware, _router_precision(hardware), matmul, tokens / layout.tensor)
+        else:
+            total += product(hardware, precision, _split(matmul, layout.tensor), tokens)
+    attention = attention_seconds(arch, hardware, tokens, seq_len, precision, fused=fused_attention)
+    elementwise = elementwise_bytes(arch, layout, precision, moe) * tokens / _bandwidth(hardware)
+    return total._replace(
+        attention=attention.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise)
+    )
+
+
+def attention_seconds(
+    arch: Architecture, hardware: Hardware, tokens: float, seq_len: int, precision: str, *, fused: bool = True
+) -> Seconds:
+    """The core of one attention layer, all heads: scores, softmax, values; always in BF16 on a GPU."""
+    flops = tokens * attention_flops(arch, seq_len)
+    core = "fp32" if precision == "fp32" else "bf16"
+    peak = hardware.peak_flops(core)
+    if not fused:  # no skipping of masked scores; products at the usual rate, everything else through memory
+        scores = tokens * seq_len * arch.num_attention_heads / _bandwidth(hardware)
+        dense = 2 * flops / (peak * hardware.achieved_share(core))
+        reads, writes = UNFUSED_SCORE_BYTES
+        return Seconds(dense + reads * scores, 2 * dense + writes * scores)
+    forward, backward = ATTENTION_SHARE.get(hardware.generation, USUAL_ATTENTION_SHARE)
+    width = min(1.0, (arch.qk_head_dim + arch.v_head_dim) / 256) ** 0.5  # narrow heads leave the exponentials to wait for
+    return Seconds(flops / (peak * forward * width), ATTENTION_BACKWARD_FLOPS * flops / (peak * backward * width))
+
+
+def elementwise_bytes(arch: Architecture, layout: Layout, precision: str, moe: bool) -> float:
+    """Bytes per token and layer that norms, residuals, rope, activation, casts and token shuffling move, forward."""
+    width, d = STATE_BYTES[precision].kept, arch.hidden_size
+    stream = layout.tensor if layout.sequence_parallel else 1
+    heads = arch.num_attention_heads * (arch.qk_head_dim + arch.v_head_dim) / layout.tensor
+    moved = 2 * 4 * d / stream + 2 * arch.num_attention_heads * arch.qk_head_dim / layout.tensor  # norms, residuals; rope
+    if arch.kv_lora_rank is not None:
+        moved += 2 * heads  # latents' norms are small; k and v are assembled from parts
+    if moe:
+        copies, ff = arch.num_experts_per_tok, arch.moe_intermediate_size
+        moved += (copies + arch.n_shared_experts) * ff * arch.ffn_matrices + 2 * 2 * copies * d / layout.tensor
+        casts = (copies + arch.n_shared_experts) * ff + (copies + 1) * d
+    else:
+        ff = arch.intermediate_size / layout.tensor
+        moved += ff * arch.ffn_matrices
+        casts = ff + d
+    total = moved * width
+    if precision == "fp8":  # each linear input is read, and written in FP8 as it is and transposed
+        total += (casts + d + arch.num_attention_heads * arch.v_head_dim / layout.tensor) * (2 + 1 + 1)
+    return total
+
+
+def ends_kernels(arch: Architecture, layout: Layout, hardware: Hardware, precision: str, seq_len: int, mtp: bool) -> Kernels:
+    """Output head and loss of one micro-batch (once more for each MTP module, with its projection), all on one rank."""
+    tokens = layout.micro_batch * seq_len / layout.context
+    core = "fp32" if precision == "fp32" else "bf16"
+    logits = 3 * STATE_BYTES[precision].logit / 2 * tokens * arch.vocab_size / layout.tensor / _bandwidth(hardware)
+    head = product(hardware, core, _split(head_matmul(arch), layout.tensor), tokens)
+    head = head._replace(elementwise=Seconds(logits / 3, 2 * logits / 3))
+    modules = arch.num_nextn_predict_layers if mtp else 0
+    if not modules:
+        return head
+    projection = product(hardware, precision, _split(mtp_projection(arch), layout.tensor), tokens)
+    return head.times(1 + modules) + projection.times(modules)
+
+
+def optimizer_seconds(hardware: Hardware, held: StageParameters, layout: Layout, precision: str, expert_ranks: int) -> float:
+    """One optimizer step: state, gradient and weight of this rank's share read and written once."""
+    state = STATE_BYTES[precision]
+    shared = held.shared / (layout.shard_ranks if layout.zero else 1)
+    experts = held.experts / (expert_ranks if layout.zero else 1)
+    return (2 * state.optimizer + 2 * state.gradient + state.weight) * (shared + experts) / _bandwidth(hardware)
+
+
+def _split(matmul: Matmul, tensor: int) -> Matmul:
+    """A tensor-parallel share: by rows for the products that close a block, else by columns."""
+    if tensor == 1:
+        return matmul
+    if matmul.name in ("o_proj", "down", "shared_experts.down"):
+        return matmul._replace(inner=max(1, matmul.inner // tensor))
+    return matmul._replace(outer=max(1, matmul.outer // tensor))
+
+
+def _router_precision(hardware: Hardware) -> str:
+    return "fp32" if hardware.is_cpu else "bf16"
+
+
+def _bandwidth(hardware: Hardware) -> float:
+    return hardware.memory_tb_s * 1e12 * BANDWIDTH_SHARE
