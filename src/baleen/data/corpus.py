@@ -172,10 +172,10 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 def _row_document(row: Any, where: str) -> Document:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return Document(_whole(row["text"]), where)
-    turns = row.get("messages") or row.get("conversations") if isinstance(row, dict) else None
+    turns = row.get("messages", row.get("conversations")) if isinstance(row, dict) else None
     if not isinstance(turns, list):
         keys = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has {keys}: it needs text, or messages=[{{role, content}}], or conversations")
+        raise UserError(f"{where} has {keys}: it needs text (a string), or messages=[{{role, content}}]")
     return Document.of_messages([_message(turn, where) for turn in turns], where)
 
 

@@ -16,11 +16,12 @@ from baleen.config import UserError
 from baleen.data.document import Document, Message, NotText, decode_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.\w")
-PROFANE = re.compile(
-    r"\b(?:(?:mother)?fuck\w*|(?:bull)?shit(?:s|ty)?|bitch(?:es|y)?|cunts?|niggers?|faggots?|whores?|sluts?|assholes?"
-    r"|porn\w*|retard(?:s|ed)?)\b",
-    re.IGNORECASE,
+EMAIL = re.compile(r"[\w.+-]@[\w-]+\.\w")
+WORD = re.compile(r"[a-z]+")
+PROFANE = frozenset(
+    "fuck fucks fucked fucker fuckers fucking motherfucker motherfuckers motherfucking shit shits shitty bullshit "
+    "bitch bitches bitchy cunt cunts nigger niggers faggot faggots whore whores slut sluts asshole assholes "
+    "porn pornography pornographic retard retards retarded".split()
 )
 
 
@@ -74,7 +75,7 @@ def _conversations(path: Path, counts: Counter[str]) -> Iterator[Document]:
         turns: list[tuple[str, list[str]]] = []
         for line in (line for group in conversation["messages"] for line in group):
             text = line["text"].strip()
-            if PROFANE.search(text):
+            if not PROFANE.isdisjoint(WORD.findall(text.lower())):
                 counts["lines_profane"] += 1
             elif EMAIL.search(text):
                 counts["lines_with_email"] += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -69,14 +70,17 @@ def prepare(
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries: set model.vocab_size to that or more")
     key = _cache_key(data, vocab_size, seq_len, seed, tokenizer, assistant_only)
     directory = cache_dir / key
-    if not directory.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_dir))
-        try:
-            _build(aside, data, vocab_size, seq_len, seed, tokenizer, assistant_only, progress)
-            _rename(aside, directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_dir):
+        if not directory.is_dir():
+            aside = cache_dir / ".building"
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+            aside.mkdir()
+            try:
+                _build(aside, data, vocab_size, seq_len, seed, tokenizer, assistant_only, progress)
+                os.replace(aside, directory)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     return Prepared(
         tokenizer or Tokenizer.load(directory / "tokenizer"),
         PackedTokens.open(directory, seq_len),
@@ -99,12 +103,12 @@ def _cache_key(
     return blake2b(json.dumps(identity).encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
-def _rename(aside: Path, directory: Path) -> None:
-    try:
-        os.replace(aside, directory)
-    except OSError:
-        if not directory.is_dir():  # else another process built the same thing first
-            raise
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time: of the ranks on a machine the first builds, the others wait and open."""
+    with (directory / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _build(
@@ -130,7 +134,7 @@ def _build(
             f"({data.min_chars}) or one phrase over and over"
         )
     threshold = heldout_threshold(hashes, data.heldout_fraction)
-    if min(hashes) >= threshold > 0 or max(hashes) < threshold:
+    if max(hashes) < threshold:
         raise UserError(
             f"the text makes {len(hashes)} document(s) after cleaning, too few to train on some and hold others out: "
             "give more text, or set data.heldout_fraction lower (0 holds nothing out)"
@@ -233,7 +237,8 @@ def _write_spool(path: Path, documents: Iterable[Document]) -> list[int]:
     hashes = []
     with path.open("w", encoding="utf-8") as file:
         for document in documents:
-            file.write(json.dumps(asdict(document)) + "\n")
+            messages = document.messages and [[message.role, message.content] for message in document.messages]
+            file.write(json.dumps([document.text, document.source, messages]) + "\n")
             hashes.append(text_hash(document.text))
     return hashes
 
@@ -241,7 +246,5 @@ def _write_spool(path: Path, documents: Iterable[Document]) -> list[int]:
 def _read_spool(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8") as file:
         for line in file:
-            row = json.loads(line)
-            messages = row["messages"]
-            messages = None if messages is None else tuple(Message(**message) for message in messages)
-            yield Document(row["text"], row["source"], messages)
+            text, source, messages = json.loads(line)
+            yield Document(text, source, None if messages is None else tuple(Message(*turn) for turn in messages))

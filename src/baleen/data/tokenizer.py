@@ -14,11 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from baleen.config import UserError, read_json
+from baleen.data.control import REASONING_TOKENS, ControlTokens
 from baleen.data.document import Message
 from baleen.data.template import BALEEN_TEMPLATE, ChatTemplate
 
 BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
-REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 # fmt: off
 SPECIAL_TOKENS = (
     BOS, EOS, PAD, "<|user|>", "<|assistant|>", "<|system|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>",
@@ -53,11 +53,11 @@ class Tokenizer:
         self._settings = dict(settings)
         self._template = ChatTemplate(template) if template else None
         added = backend.get_added_tokens_decoder()
-        self._special_ids = {id for id, token in added.items() if token.special}
-        self._control = {t.content: id for id, t in added.items() if t.special or re.fullmatch(r"<.+>", t.content)}
-        self._is_control = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+        self._control = ControlTokens(
+            {t.content: id for id, t in added.items() if t.special or re.fullmatch(r"<.+>", t.content)}
+        )
         description = json.loads(backend.to_str())
-        self._plain = _without_tokens(description, self._control)
+        self._plain = _without_tokens(description, self._control.ids)
         self._added = {id: token.content for id, token in added.items()}
         self._byte_level = '"ByteLevel"' in json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
         self._halves: dict[int, tuple[list[int], list[int]]] | None = None
@@ -95,7 +95,7 @@ class Tokenizer:
 
     def id_of(self, *names: str) -> int | None:
         """The id of the first of these control tokens that there is."""
-        return next((self._control[name] for name in names if name in self._control), None)
+        return next((self._control.ids[name] for name in names if name in self._control.ids), None)
 
     def _named_id(self, key: str) -> int | None:
         name = self._settings.get(key)
@@ -184,7 +184,7 @@ class Tokenizer:
         plain: list[tuple[int, str]] = []
         for number, chat in enumerate(chats):
             messages = [_as_dict(message) for message in chat]
-            if any(self._is_forged(message) for message in messages):
+            if any(self._control.forged_in(message) for message in messages):
                 out.append(self._encode_forged(messages, add_generation_prompt, thinking))
             else:
                 plain.append((number, self._render(messages, add_generation_prompt, thinking)))
@@ -216,27 +216,15 @@ class Tokenizer:
         extra = {} if thinking is None else {"thinking": thinking}
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **names, **extra)
 
-    def _is_forged(self, message: Mapping[str, Any]) -> bool:
-        return any(self._is_control.search(s) and s != self._guarded(s, message, "\0") for s in _strings(message))
-
-    def _guarded(self, text: str, message: Mapping[str, Any], guard: str) -> str:
-        """`text` with `guard` put inside every control token its author may not write."""
-        allowed = REASONING_TOKENS if message["role"] == "assistant" else ()
-        return self._is_control.sub(lambda m: m[0] if m[0] in allowed else m[0][0] + guard + m[0][1:], text)
-
-    def _encode_forged(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None):
-        """Spoil the forged control tokens, render, cut at the true ones, and mend the forged as plain text."""
-        written = "".join(s for message in messages for s in _strings(message))
-        guard = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in written)
-        guarded = [_mapped(m, lambda s, m=m: self._guarded(s, m, guard)) for m in messages]
-        text = self._render(guarded, add_generation_prompt, thinking)
+    def _encode_forged(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None
+    ) -> list[int]:
+        """Spoil the forged control tokens, render, cut at the true ones, and mend the forged as ordinary text."""
+        spoilt, guard = self._control.spoil(messages)
         ids: list[int] = []
-        position = 0
-        for match in self._is_control.finditer(text):
-            ids += self.encode(text[position : match.start()].replace(guard, ""))
-            ids.append(self._control[match[0]])
-            position = match.end()
-        return ids + self.encode(text[position:].replace(guard, ""))
+        for piece in self._control.cut(self._render(spoilt, add_generation_prompt, thinking)):
+            ids += [piece] if isinstance(piece, int) else self.encode(piece.replace(guard, ""))
+        return ids
 
     # --- files
 
@@ -345,18 +333,3 @@ def _token_of_config(backend: tokenizers.Tokenizer, path: Path, key: str) -> str
 
 def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     return {"role": message.role, "content": message.content} if isinstance(message, Message) else dict(message)
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [string for part in parts for string in _strings(part)]
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value
