@@ -1,0 +1,51 @@
+"""Quantities as people write them: 14.8T tokens, $1M, 30d, 500MWh."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from baleen.config import UserError
+
+SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+MEGAWATT_HOURS = {"kwh": 1e-3, "mwh": 1.0, "gwh": 1e3, "twh": 1e6}
+
+
+def parse_count(text: str, what: str) -> float:
+    """ "14.8T", "300B", "2,048", "1e12" -> a number above 0. Raises UserError naming `what`."""
+    return _parse(text, what, SCALES, "such as 2048, 300B or 14.8T")
+
+
+def parse_dollars(text: str, what: str) -> float:
+    """ "$1M", "250k", "5.6e6" -> USD. Raises UserError naming `what`."""
+    return _parse(text.strip().removeprefix("$").lower().removesuffix("usd"), what, SCALES, "such as $1M or $250k")
+
+
+def parse_seconds(text: str, what: str) -> float:
+    """ "30d", "12h", "90min", "2w" -> seconds; the unit must be there. Raises UserError naming `what`."""
+    return _parse(text, what, SECONDS, "with its unit, such as 30d, 12h or 2w")
+
+
+def parse_megawatt_hours(text: str, what: str) -> float:
+    """ "500MWh", "1.2GWh" -> MWh; the unit must be there. Raises UserError naming `what`."""
+    return _parse(text, what, MEGAWATT_HOURS, "with its unit, such as 500MWh or 1.2GWh")
+
+
+def format_count(value: float) -> str:
+    """14.8e12 -> "14.8T", three digits and no unit that would hide a zero."""
+    for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= scale * 0.9995:
+            return f"{value / scale:.3g}{suffix}" if value < 999.5 * scale else f"{value / scale:,.0f}{suffix}"
+    return f"{value:.3g}"
+
+
+def _parse(text: str, what: str, units: dict[str, float], example: str) -> float:
+    match = re.fullmatch(r"([-+]?[\d_,]*\.?\d+(?:e[-+]?\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = match[2] if match else None
+    if match is None or unit not in units:
+        raise UserError(f"{what} {text!r} is no quantity: write a number {example}")
+    value = float(match[1].replace(",", "").replace("_", "")) * units[unit]
+    if not math.isfinite(value) or value <= 0:
+        raise UserError(f"{what} {text!r} must be above 0 and finite: write a number {example}")
+    return value
