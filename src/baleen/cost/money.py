@@ -229,9 +229,9 @@ def recognise(name: str) -> Hardware | None:
     except UserError:
         words = re.findall(r"[a-z0-9]+", name.lower())
     best: tuple[float, str] | None = None
-    for key in shipped_hardware():
+    for key, device in shipped_hardware().items():
         family, *parts = key.split("-")
-        if family in words:
+        if family in words or any(alias in words for alias in device.aliases):
             fits = sum(any(word.startswith(part) for word in words) for part in parts)
             score = (fits - (len(parts) - fits) / 2, key)
             best = score if best is None else max(best, score)
