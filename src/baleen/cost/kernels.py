@@ -126,7 +126,9 @@ def attention_seconds(
         reads, writes = UNFUSED_SCORE_BYTES
         return Seconds(dense + reads * scores, 2 * dense + writes * scores)
     forward, backward = ATTENTION_SHARE.get(hardware.generation, USUAL_ATTENTION_SHARE)
-    width = min(1.0, (arch.qk_head_dim + arch.v_head_dim) / 256) ** 0.5  # narrow heads leave the exponentials to wait for
+    width = (
+        min(1.0, (arch.qk_head_dim + arch.v_head_dim) / 256) ** 0.5
+    )  # narrow heads leave the exponentials to wait for
     return Seconds(flops / (peak * forward * width), ATTENTION_BACKWARD_FLOPS * flops / (peak * backward * width))
 
 
@@ -135,7 +137,9 @@ def elementwise_bytes(arch: Architecture, layout: Layout, precision: str, moe: b
     width, d = STATE_BYTES[precision].kept, arch.hidden_size
     stream = layout.tensor if layout.sequence_parallel else 1
     heads = arch.num_attention_heads * (arch.qk_head_dim + arch.v_head_dim) / layout.tensor
-    moved = 2 * 4 * d / stream + 2 * arch.num_attention_heads * arch.qk_head_dim / layout.tensor  # norms, residuals; rope
+    moved = (
+        2 * 4 * d / stream + 2 * arch.num_attention_heads * arch.qk_head_dim / layout.tensor
+    )  # norms, residuals; rope
     if arch.kv_lora_rank is not None:
         moved += 2 * heads  # latents' norms are small; k and v are assembled from parts
     if moe:
@@ -152,7 +156,9 @@ def elementwise_bytes(arch: Architecture, layout: Layout, precision: str, moe: b
     return total
 
 
-def ends_kernels(arch: Architecture, layout: Layout, hardware: Hardware, precision: str, seq_len: int, mtp: bool) -> Kernels:
+def ends_kernels(
+    arch: Architecture, layout: Layout, hardware: Hardware, precision: str, seq_len: int, mtp: bool
+) -> Kernels:
     """Output head and loss of one micro-batch (once more for each MTP module, with its projection), all on one rank."""
     tokens = layout.micro_batch * seq_len / layout.context
     core = "fp32" if precision == "fp32" else "bf16"
@@ -166,7 +172,9 @@ def ends_kernels(arch: Architecture, layout: Layout, hardware: Hardware, precisi
     return head.times(1 + modules) + projection.times(modules)
 
 
-def optimizer_seconds(hardware: Hardware, held: StageParameters, layout: Layout, precision: str, expert_ranks: int) -> float:
+def optimizer_seconds(
+    hardware: Hardware, held: StageParameters, layout: Layout, precision: str, expert_ranks: int
+) -> float:
     """One optimizer step: state, gradient and weight of this rank's share read and written once."""
     state = STATE_BYTES[precision]
     shared = held.shared / (layout.shard_ranks if layout.zero else 1)

@@ -1,0 +1,70 @@
+"""The few factors by which real training is slower than its rooflines, each with a prior from the literature.
+
+They are fitted in `baleen.cost.validate` on published runs marked `cal`, never on the run that is predicted, and kept
+with their fit in data/calibration.toml; `--set NAME=VALUE` changes one.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from difflib import get_close_matches
+from importlib import resources
+from typing import NamedTuple
+
+from baleen.config import UserError
+
+
+class Constant(NamedTuple):
+    """A factor's prior: its median, the standard deviation of its logarithm, what it is and where that comes from."""
+
+    prior: float
+    sigma: float
+    meaning: str
+    source: str
+
+
+CONSTANTS = {
+    "matmul_ampere": Constant(
+        1.10, 0.10, "products inside training against isolated ones, A100", "FF table II: 220 of 253 TFLOPS on PCIe"
+    ),
+    "matmul_hopper": Constant(
+        1.20, 0.10, "the same on H100 (at full power its clock drops)", "arXiv 2407.21783 §3.3; stas00/ml-engineering"
+    ),
+    "matmul_blackwell": Constant(1.25, 0.15, "the same on B200 and GB200", "as Hopper, newer libraries"),
+    "matmul_fp8": Constant(1.15, 0.15, "FP8 products besides: scaling, promotion", "arXiv 2412.19437 §3.3.2"),
+    "grouped": Constant(1.25, 0.20, "experts' grouped products against one product of the rows", "DeepGEMM's tables"),
+    "elementwise": Constant(1.50, 0.30, "kernels that stream memory: launches, unfused passes", "arXiv 2007.00072"),
+    "tensor_exposed": Constant(0.85, 0.25, "share of TP traffic that compute does not hide", "arXiv 2205.05198"),
+    "expert_exposed": Constant(0.60, 0.40, "share of experts' all-to-all not hidden", "arXiv 2412.19437 §3.2.1: 1:1"),
+    "data_exposed": Constant(0.15, 0.50, "share of gradient and FSDP traffic not hidden", "arXiv 2304.11277"),
+    "routing_imbalance": Constant(
+        1.10, 0.05, "busiest expert rank over the mean, where nobody forces balance", "V3 §4"
+    ),
+    "jitter": Constant(0.010, 0.50, "slower per doubling of devices beyond a node", "arXiv 2402.15627 (stragglers)"),
+    "goodput": Constant(0.92, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
+}
+
+
+class Calibration(dict[str, float]):
+    """Value of every constant by name."""
+
+    def __init__(self, values: dict[str, float] | None = None):
+        super().__init__({name: constant.prior for name, constant in CONSTANTS.items()})
+        for name, value in (values or {}).items():
+            if name not in CONSTANTS:
+                near = get_close_matches(name, CONSTANTS, n=1, cutoff=0.0)[0]
+                raise UserError(f"unknown calibration constant {name!r}; did you mean {near!r}?")
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"calibration constant {name} = {value} must be a positive number")
+            self[name] = float(value)
+
+    def with_(self, **values: float) -> Calibration:
+        return Calibration({**self, **values})
+
+
+def shipped_calibration() -> Calibration:
+    """The constants as fitted on the published runs marked `cal`."""
+    path = resources.files("baleen.cost").joinpath("data/calibration.toml")
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    return Calibration({name: entry["value"] for name, entry in raw["constants"].items()})
