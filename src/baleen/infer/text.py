@@ -1,0 +1,76 @@
+"""Tokens to text while they arrive: never half a character, never the beginning of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class TextTokenizer(Protocol):
+    """What inference needs of a tokenizer (baleen.data.tokenizer.Tokenizer has it)."""
+
+    @property
+    def eos_id(self) -> int: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+class Detokenizer:
+    """Bytes of tokens -> text, a character as soon as it is whole; special tokens are left out.
+
+    Bytes that can no longer become a character turn into U+FFFD, exactly as when all bytes are decoded at once.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete."""
+        return self._decoder.decode(b"".join(self._bytes(id) for id in ids))
+
+    def flush(self) -> str:
+        """The end: what is still half a character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+    def _bytes(self, id: int) -> bytes:
+        is_special = self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False)
+        return b"" if is_special else self._tokenizer.token_bytes(id)
+
+
+class StopMatcher:
+    """Passes text on up to the first stop string, and holds back what may be the beginning of one.
+
+    First is the one that is complete first, as if the text came one character at a time (of two that end together the
+    longer): so the result does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """More text -> what may be shown now. After a stop string nothing more is let through."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The end: what was held back was no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
