@@ -5,6 +5,7 @@ The last row of a stage is its account. Amendments (`mark`) hold for the stages 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import uuid
@@ -106,6 +107,14 @@ class Account:
                 continue
             out[cost.category] = out.get(cost.category, 0.0) + cost.usd * share
         return out
+
+
+def default_lab() -> Path:
+    """$BALEEN_LAB, or the folder `runs` here. Raises UserError if there is neither."""
+    lab = os.environ.get("BALEEN_LAB")
+    if not lab and not Path("runs").is_dir():
+        raise UserError("no lab is named and there is no folder 'runs' here: give the lab's folder, or set BALEEN_LAB")
+    return Path(lab or "runs")
 
 
 def read_ledger(lab: Path | str, now: float | None = None) -> Account:
