@@ -259,6 +259,11 @@ def test_a_loss_that_is_no_number_is_a_gap(tmp_path, card):
     assert page_of(tmp_path / "run").lines("Loss")["next token"]["y"] == [8, None, None]
 
 
+def test_half_a_surrogate_pair_in_a_sample_becomes_a_question_mark(tmp_path, card):
+    write_metrics(tmp_path / "run", [row(1, sample="a whale \ud83d")])
+    assert "a whale ?" in page_of(tmp_path / "run").text
+
+
 def test_long_curves_are_thinned_by_means_and_smoothed_without_lag(tmp_path, card):
     steps = 2 * report.MAX_POINTS
     write_metrics(tmp_path / "run", [{"step": i, "loss": float(i)} for i in range(steps)])
