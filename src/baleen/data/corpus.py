@@ -120,13 +120,45 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         elif path.suffix.lower() == ".zst":
             zstandard = _extra("zstandard", path)
             broken = (*broken, zstandard.ZstdError)
-            file = zstandard.open(path, "rb")
+            file = io.BufferedReader(_ZstdFile(path, zstandard))
         else:
             file = path.open("rb")
         with file:
             yield file
     except broken as error:
         raise UserError(f"{path} cannot be decompressed ({error}): copy it again") from None
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes; unlike zstandard's own reader it does not take a file cut short for a whole one."""
+
+    def __init__(self, path: Path, zstandard: Any) -> None:
+        self._zstandard = zstandard
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(1 << 17)
+            if not self._packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("it ends in the middle")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:

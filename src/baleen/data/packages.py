@@ -18,11 +18,14 @@ from baleen.data.document import Document, Message, NotText, decode_text
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 EMAIL = re.compile(r"[\w.+-]@[\w-]+\.\w")
 WORD = re.compile(r"[a-z]+")
-PROFANE = frozenset(
-    "fuck fucks fucked fucker fuckers fucking motherfucker motherfuckers motherfucking shit shits shitty bullshit "
-    "bitch bitches bitchy cunt cunts nigger niggers faggot faggots whore whores slut sluts asshole assholes "
-    "porn pornography pornographic retard retards retarded".split()
-)
+# fmt: off
+PROFANE = frozenset({
+    "fuck", "fucks", "fucked", "fucker", "fuckers", "fucking", "motherfucker", "motherfuckers", "motherfucking", "shit",
+    "shits", "shitty", "bullshit", "bitch", "bitches", "bitchy", "cunt", "cunts", "nigger", "niggers", "faggot",
+    "faggots", "whore", "whores", "slut", "sluts", "asshole", "assholes", "porn", "pornography", "pornographic",
+    "retard", "retards", "retarded",
+})
+# fmt: on
 
 
 def read_package(name: str, counts: Counter[str]) -> Iterator[Document]:

@@ -1,0 +1,70 @@
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baleen.data.clean import clean, heldout_threshold, split, text_hash
+from baleen.data.document import Document
+
+HELLO = 0x878633AA32A3B150  # blake2b of b'hello world', 8 bytes
+
+
+def documents(*texts):
+    return [Document(text, "here") for text in texts]
+
+
+def test_short_repetitive_and_repeated_documents_go(docs_texts):
+    long = docs_texts[0]
+    assert len(long) > 1000
+    counts = Counter()
+    kept = clean(
+        documents(
+            "Hello there", "hi", "   ", "again and " * 500, "hello \n THERE", long, long.upper(), long + " the end"
+        ),
+        min_chars=3,
+        counts=counts,
+    )
+    assert [d.text for d in kept] == ["Hello there", long]
+    assert counts == {"documents_read": 8, "documents_filtered": 3, "documents_duplicate": 3}
+
+
+def test_near_duplicates_are_those_above_the_threshold(docs_texts):
+    words = next(t for t in docs_texts if len(set(t.split())) > 400).split()
+    # 30 single words changed in 1000 spoil 150 of the shingles of five: Jaccard 850 / 1150 = 0.74 and less
+    few = [f"x{i}" if i in (100, 300) else w for i, w in enumerate(words)]
+    many = [f"x{i}" if i % 10 == 0 else w for i, w in enumerate(words)]
+    assert len(list(clean(documents(" ".join(words), " ".join(few))))) == 1
+    assert len(list(clean(documents(" ".join(words), " ".join(many))))) == 2
+
+
+def test_different_documents_all_stay(docs_texts):
+    assert len(list(clean(documents(*docs_texts)))) == len(set(docs_texts)) == len(docs_texts) - 1
+
+
+def test_text_hash_is_stable():
+    assert text_hash("Hello  World\n") == text_hash("hello world") == HELLO
+    assert text_hash("hello worlds") != HELLO
+
+
+@given(st.lists(st.text(max_size=8)), st.floats(0, 1))
+def test_split_is_disjoint_and_complete(texts, fraction):
+    docs = documents(*texts)
+    train, heldout = split(docs, fraction)
+    assert Counter(train) + Counter(heldout) == Counter(docs)
+    assert not {text_hash(d.text) for d in train} & {text_hash(d.text) for d in heldout}
+    if docs and fraction > 1e-9:
+        assert heldout
+    if fraction == 0:
+        assert not heldout
+
+
+def test_split_does_not_depend_on_the_other_documents():
+    docs = documents(*(f"text number {i}" for i in range(2000)))
+    heldout = split(docs, 0.1)[1]
+    assert 150 < len(heldout) < 250
+    assert split(docs[:1000], 0.1)[1] == [d for d in heldout if d in docs[:1000]]
+
+
+def test_at_least_one_is_held_out():
+    assert heldout_threshold([500, 400, 2**63], 1e-6) > 400
+    assert heldout_threshold([500], 0.0) == 0

@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+
+from baleen.config import UserError
+from baleen.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+
+TEXT = st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a", "1", ".\n\n", "é", "𝄞", "<", "|>"])).map(
+    "".join
+)
+
+
+@given(text=TEXT)
+@example(text="".join(map(chr, range(256))))
+def test_round_trip_of_any_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(tokenizer.token_bytes(id) for id in ids).decode() == text
+    assert not set(ids) & set(range(len(SPECIAL_TOKENS)))  # whatever is typed, no control token
+    assert tokenizer.decode(tokenizer.encode(text, allow_special=True), skip_special=False) == text
+
+
+def test_special_tokens_stand_where_the_model_expects_them(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert (tokenizer.user_id, tokenizer.assistant_id) == (3, 4)
+    assert tokenizer.vocab_size == 600
+    assert [tokenizer.encode(t, allow_special=True) for t in SPECIAL_TOKENS] == [
+        [i] for i in range(len(SPECIAL_TOKENS))
+    ]
+    ids = tokenizer.encode("<|user|>a<think>b", allow_special=True)
+    assert tokenizer.decode(ids) == "a<think>b"
+    assert tokenizer.decode(ids, skip_special=False) == "<|user|>a<think>b"
+    assert tokenizer.token_bytes(3) == b"<|user|>" and tokenizer.token_bytes(10_000) == b""
+
+
+def test_half_a_surrogate_pair_is_encoded_as_a_question_mark(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_pretokens_digits_single_and_punctuation_joined_with_line_breaks():
+    words = ["the", "a", "dog's", "end.\n\n", "2024", "1999", "(yes)", '"quoted"', "    indented", "x = 1;\n"]
+    tokenizer = train_tokenizer([f"{a} {b}" for a in words for b in words] * 4, 300)
+
+    def pieces(text):
+        return [tokenizer.token_bytes(id).decode() for id in tokenizer.encode(text)]
+
+    assert pieces("2024") == ["2", "0", "2", "4"]
+    assert pieces("end.\n\nthe") == ["end", ".\n\n", "the"]
+    assert all(len([c for c in tokenizer.token_bytes(i) if chr(c).isdigit()]) <= 1 for i in range(20, 300))
+
+
+def test_splitting_joined_tokens_loses_no_byte(docs_texts, tokenizer):
+    ids = tokenizer.encode(docs_texts[0])
+    none = tokenizer.split_joined(ids, 0.0, np.random.default_rng(0))
+    some = tokenizer.split_joined(ids, 0.5, np.random.default_rng(0))
+    every = tokenizer.split_joined(ids, 1.0, np.random.default_rng(0))
+    assert none == ids and len(ids) < len(some) < len(every)
+    for split in (some, every):
+        assert tokenizer.decode(split) == docs_texts[0]
+    joined = [i for i in ids if tokenizer.token_bytes(i) in (b".\n", b".\n\n", b":\n\n")]
+    assert joined and not set(joined) & set(every)
+    assert some == tokenizer.split_joined(ids, 0.5, np.random.default_rng(0))
+
+
+def test_training_is_deterministic_and_exact_in_size(docs_texts, tokenizer):
+    again = train_tokenizer(docs_texts, 600)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert train_tokenizer(docs_texts, 601).vocab_size == 601
+
+
+def test_a_vocabulary_that_does_not_fit_says_which_would():
+    with pytest.raises(UserError, match="the text fills only (\\d+)") as error:
+        train_tokenizer(["some words, some words, some words"], 4096)
+    largest = int(str(error.value).split("fills only ")[1].split(":")[0])
+    assert train_tokenizer(["some words, some words, some words"], largest).vocab_size == largest
+    with pytest.raises(UserError, match="alone need"):
+        train_tokenizer(["some words"], 256)
+
+
+def test_save_and_load_give_the_same_tokenizer(tmp_path, tokenizer):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def foreign(tmp_path, settings):
+    """A SentencePiece-like tokenizer with byte fallback and ChatML markers, as others save theirs."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
+    vocab |= {"▁": 259, "h": 260, "i": 261, "▁h": 262, "▁hi": 263}
+    merges = [("▁", "h"), ("▁h", "i")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_a_foreign_tokenizer_loads(tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content | trim }}<|im_end|>{% endfor %}"
+    settings = {
+        "bos_token": {"content": "<s>", "lstrip": False},
+        "chat_template": [{"name": "default", "template": template}],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 265]}))
+    tokenizer = Tokenizer.load(foreign(tmp_path, settings))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (266, 1, 2, 2)
+    assert (tokenizer.user_id, tokenizer.assistant_id) == (None, None)
+    ids = tokenizer.encode("hi hi é")
+    assert tokenizer.decode(ids) == "hi hi é"
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " hi hi é"
+    chat = [{"role": "user", "content": " hi <|im_end|> "}]
+    assert tokenizer.render(chat) == "<|im_start|>user hi <|im_end|><|im_end|>"
+    ids = tokenizer.encode_chat(chat)
+    assert [i for i in ids if i >= 264] == [264, 265] and ids[-1] == 265
+    with pytest.raises(UserError, match="no assistant token"):
+        tokenizer.assistant_mask(ids)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    tokenizer = Tokenizer.load(foreign(tmp_path, {}))
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizer.encode_chat([])
+    with pytest.raises(UserError, match="names no eos_token"):
+        _ = tokenizer.eos_id
