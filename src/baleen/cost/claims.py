@@ -10,8 +10,9 @@ from importlib import resources
 from typing import Any
 
 from baleen.config import UserError
+from baleen.cost.factors import Factor, Factors, override_factors
 from baleen.cost.formula import evaluate
-from baleen.cost.money import Factor, Factors, load_factors, override_factors
+from baleen.cost.money import load_factors
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,17 @@
-"""Dollars: factors with their sources, the rate card of a device-hour, renting against owning, people, research.
+"""Dollars: the rate card of a device-hour, renting against owning, people, research.
 
 Renting and owning are two answers to one question (what did this hour cost?) and are never added up.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
-from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from baleen.config import UserError
+from baleen.cost.factors import Factors, factor_table, override_factors
 
 if TYPE_CHECKING:
     from baleen.cost.hardware import Hardware
@@ -30,79 +26,12 @@ OWNING_LEAVES_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class Factor:
-    """One number of the account: a value, the interval it may lie in, and who says so."""
-
-    value: float
-    unit: str
-    source: str
-    date: str
-    low: float | None = None
-    high: float | None = None
-    recalled: bool = False
-    assumed: bool = False
-
-    def __post_init__(self) -> None:
-        assert math.isfinite(self.value) and self.source and self.date, self
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
-
-
-Factors = Mapping[str, Factor]
-
-
-@cache
-def _shipped() -> Factors:
-    raw = tomllib.loads(resources.files("baleen.cost").joinpath("data/money.toml").read_text(encoding="utf-8"))
-    return {name: Factor(**fields) for name, fields in raw.items()}
-
-
 def load_factors(overrides: Iterable[str] = ()) -> Factors:
     """The factors of data/money.toml; each override is `name=number`.
 
     Raises UserError on an unknown factor (naming the nearest) or a value that is no number, or negative.
     """
-    return override_factors(_shipped(), overrides)
-
-
-def override_factors(factors: Factors, overrides: Iterable[str]) -> Factors:
-    """`factors` with each `name=number` put in as an exact figure. Raises UserError as `load_factors`."""
-    changed = dict(factors)
-    for override in overrides:
-        name, separator, text = (part.strip() for part in override.partition("="))
-        if separator and name not in changed:
-            near = get_close_matches(name, changed, n=1, cutoff=0.0)[0]
-            raise UserError(f"--set {override}: no factor {name!r}; did you mean {near!r}?")
-        try:
-            value = float(text.replace(",", "").replace("_", ""))
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"--set {override}: write name=number, with a number that is not negative")
-        changed[name] = replace(changed[name], value=value, low=None, high=None, source="set by hand", recalled=False)
-    return changed
-
-
-def spread(
-    compute: Callable[[Factors], float], factors: Factors
-) -> tuple[float, float, dict[str, tuple[float, float]]]:
-    """How far a result may lie from its middle: (low, high, the swing of each factor alone).
-
-    Each factor goes to its two bounds with the others at their values; the swings down and up are then combined as
-    independent errors (root of the sum of squares).
-    """
-    middle = compute(factors)
-    swings: dict[str, tuple[float, float]] = {}
-    for name, factor in factors.items():
-        ends = [compute({**factors, name: replace(factor, value=end)}) for end in factor.interval]
-        if ends != [middle, middle]:
-            swings[name] = (min(*ends, middle), max(*ends, middle))
-    down = math.sqrt(sum((middle - low) ** 2 for low, _ in swings.values()))
-    up = math.sqrt(sum((high - middle) ** 2 for _, high in swings.values()))
-    return middle - down, middle + up, swings
+    return override_factors(factor_table("money"), overrides)
 
 
 @dataclass(frozen=True)
