@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from baleen.config import UserError
-from baleen.cost.factors import factor_table
-from baleen.cost.money import override_factors
+from baleen.cost.factors import factor_table, override_factors
 
 
 @dataclass(frozen=True)
