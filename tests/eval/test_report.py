@@ -2,7 +2,6 @@ import json
 import math
 import sys
 from html.parser import HTMLParser
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baleen.config import UserError, load_recipe
+from baleen.cost.ledger import Ledger
+from baleen.cost.money import RateCard
 from baleen.eval import report
 from baleen.eval.report import read_metrics, shown, write_report
 
@@ -72,29 +73,22 @@ def page_of(run_dir) -> Page:
     return Page(write_report(run_dir).read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def card(monkeypatch):
-    """The account that `cost_card` gives; empty it for a run without a ledger."""
-    account = {
-        "headline_usd": 0.5,
-        "full_usd": 2.0,
-        "device_hours": 12.5,
-        "full": {"failed": {"usd": 1.5}, "people": None},
-    }
+@pytest.fixture(autouse=True)
+def lab_is_the_parent(monkeypatch):
+    monkeypatch.delenv("BALEEN_LAB", raising=False)
 
-    def cost_card(run_dir):
-        if not account:
-            raise UserError("no ledger here: train first")
-        return account
 
-    module = ModuleType("baleen.cost.card")
-    module.cost_card = cost_card
-    monkeypatch.setitem(sys.modules, "baleen.cost.card", module)
-    return account
+def account(run_dir, stage: str, hours: float, **more) -> None:
+    """Two devices at a dollar an hour each."""
+    now = [0.0]
+    rate = RateCard(1.0, "rental of one", "a test")
+    ledger = Ledger.open(run_dir, project="p")
+    with ledger.stage(stage, devices=2, device_name="toy", rate=rate, clock=lambda: now[0], **more):
+        now[0] = 3600 * hours
 
 
 @pytest.fixture
-def run_dir(tmp_path, card):
+def run_dir(tmp_path):
     path = tmp_path / "tiny"
     load = [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]
     write_metrics(
@@ -114,6 +108,10 @@ def run_dir(tmp_path, card):
             {"heldout_bpb": 1.75, "xz_bpb": 2.6, "ngram_bpb": 1.8, "tokens_trained": 1_234_567, "train_seconds": 475.2}
         )
     )
+    account(path, "pretrain", 0.25, purpose="final")
+    account(path, "eval", 0.25)
+    (tmp_path / "failed").mkdir()
+    account(tmp_path / "failed", "pretrain", 0.5, purpose="failed")
     return path
 
 
@@ -128,7 +126,7 @@ def test_curves_hold_the_rows_of_the_run(run_dir):
         "steps": [1, 2, 3, 4],
         "minutes": [0.5, 1, 1.5, 2],
     }
-    assert page.lines("Held-out text")["model"] == {
+    assert page.lines("Held-out evaluation")["model"] == {
         "name": "model",
         "x": {"tokens": [128, 256], "steps": [2, 4], "minutes": [1, 2]},
         "y": [4, 2.5],
@@ -143,15 +141,18 @@ def test_head_card_samples_and_recipe_are_there(run_dir):
     text = " ".join(page.text.split())
     for words in (
         "tiny Recipe cpu-s, 4 steps.",
-        "Tokens 1.23 M",
-        "Time 7 min 55 s",
+        "Tokens 1.235M",
+        "Time 7.9 min",
         "Bits per byte 1.750 held out; xz 2.600, byte 6-gram 1.800",
-        "Cost, headline $0.50 the final run alone",
+        "Cost, headline $0.5 the final run alone",
         "Cost, full $2.00 all of its project, 4.0 × the headline",
         "step 1 e t a step 3 hello there",
-        "device hours 12.5",
-        "failed usd $1.50",
+        "dollars $0.5 $2.00 device-hours (toy) 0.5 2",
+        "failed or killed $1.00",
         "people not recorded",
+        "of the full price, pretrain $1.50 of the full price, eval $0.5",
+        "Rate: $1.00 a device-hour, rental of one; a test.",
+        "tokens trained 1.235M",
         "n_routed_experts = 4",
     ):
         assert words in text
@@ -163,7 +164,7 @@ def test_parameters_are_those_of_the_counter(run_dir):
 
     shape = from_model_config(load_recipe(run_dir / "recipe.toml").model)
     total, active = parameters(shape)["total"] / 1e6, active_parameters(shape) / 1e6
-    assert f"Parameters {total:.3g} M {active:.3g} M active per token" in " ".join(page_of(run_dir).text.split())
+    assert f"Parameters {total:.4g}M {active:.4g}M active per token" in " ".join(page_of(run_dir).text.split())
 
 
 def test_expert_load_is_shown_over_the_fair_share(run_dir):
@@ -181,13 +182,14 @@ def test_a_load_of_another_shape_is_told_and_left_out(run_dir):
     assert "5 records were left out of the map of expert load" in page.text
 
 
-def test_untrusted_text_stays_text_wherever_it_stands(tmp_path, card):
+def test_untrusted_text_stays_text_wherever_it_stands(tmp_path, monkeypatch):
     run_dir = tmp_path / "<b>run<b>"
     write_metrics(run_dir, [row(1, sample=EVIL)])
     clean = len(page_of(run_dir).tags)
     (run_dir / "recipe.toml").write_text(f'name = "{EVIL}"')
     (run_dir / "summary.json").write_text(json.dumps({EVIL: EVIL, "list": [EVIL, {EVIL: 1}]}))
-    card["note"] = EVIL
+    account(run_dir, "pretrain", 1.0)
+    monkeypatch.setattr(report, "card_notes", lambda card: EVIL)
     page = page_of(run_dir)
     assert len(page.tags) > clean
     assert [attrs for tag, attrs in page.tags if tag == "script"] == [
@@ -210,8 +212,7 @@ def test_the_page_needs_nothing_from_anywhere(run_dir):
     assert [script.count("plotly.js v") for script in page.scripts] == [1, 0, 0]
 
 
-def test_what_was_not_recorded_is_said(tmp_path, card):
-    card.clear()
+def test_what_was_not_recorded_is_said(tmp_path):
     write_metrics(tmp_path / "bare", [{"step": 3}])
     page = page_of(tmp_path / "bare")
     assert page.data["axes"] == ["steps"] and page.data["load"] is None
@@ -220,7 +221,7 @@ def test_what_was_not_recorded_is_said(tmp_path, card):
     for sentence in (
         "recorded no expert load",
         "recorded no samples",
-        "There is no cost card: no ledger here: train first",
+        "There is no cost card: ",
         "This run has no summary.json",
         "This run has no recipe.toml",
     ):
@@ -254,25 +255,27 @@ def test_torn_lines_are_counted_and_a_step_written_twice_counts_once(tmp_path):
     ]
 
 
-def test_a_loss_that_is_no_number_is_a_gap(tmp_path, card):
+def test_a_loss_that_is_no_number_is_a_gap(tmp_path):
     write_metrics(tmp_path / "run", [row(1), row(2, loss=math.nan), row(3, loss=math.inf)])
     assert page_of(tmp_path / "run").lines("Loss")["next token"]["y"] == [8, None, None]
 
 
-def test_half_a_surrogate_pair_in_a_sample_becomes_a_question_mark(tmp_path, card):
+def test_half_a_surrogate_pair_in_a_sample_becomes_a_question_mark(tmp_path):
     write_metrics(tmp_path / "run", [row(1, sample="a whale \ud83d")])
     assert "a whale ?" in page_of(tmp_path / "run").text
 
 
-def test_long_curves_are_thinned_by_means_and_smoothed_without_lag(tmp_path, card):
+def test_long_curves_are_thinned_by_means_and_smoothed_without_lag(tmp_path):
     steps = 2 * report.MAX_POINTS
     write_metrics(tmp_path / "run", [{"step": i, "loss": float(i)} for i in range(steps)])
     line = page_of(tmp_path / "run").lines("Loss")["next token"]
     assert line["y"] == line["x"]["steps"] == [2 * i + 0.5 for i in range(report.MAX_POINTS)]
-    np.testing.assert_allclose(line["smooth"], line["y"])
+    reach = report.MAX_POINTS // 60
+    np.testing.assert_allclose(line["smooth"][:-reach], line["y"][:-reach])
+    assert line["smooth"][-1] == pytest.approx(np.mean(line["y"][-reach - 1 :]))
 
 
-def test_many_samples_are_spread_from_the_first_to_the_last(tmp_path, card):
+def test_many_samples_are_spread_from_the_first_to_the_last(tmp_path):
     write_metrics(tmp_path / "run", [row(i, sample=f"sample {i}.") for i in range(1, 101)])
     text = page_of(tmp_path / "run").text
     assert sum(f"sample {i}." in text for i in range(1, 101)) == report.MAX_SAMPLES
@@ -290,7 +293,7 @@ any_row = st.builds(lambda step, rest: {**rest, "step": step}, st.integers(), st
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(any_row, max_size=5), tail=st.binary(max_size=20))
-def test_any_rows_at_all_make_a_page(rows, tail, tmp_path, card, monkeypatch):
+def test_any_rows_at_all_make_a_page(rows, tail, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_plotly_js", lambda: "")
     write_metrics(tmp_path / "run", rows)
     with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
@@ -308,25 +311,22 @@ def test_without_plotly_the_extra_is_named_and_the_old_report_stays(run_dir, mon
     assert (run_dir / "report.html").read_bytes() == before
 
 
-def test_a_folder_that_is_no_run_is_named_and_stays_empty(tmp_path, card):
+def test_a_folder_that_is_no_run_is_named_and_stays_empty(tmp_path):
     with pytest.raises(UserError, match=r"metrics.jsonl is missing"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("value", "key", "expected"),
+    ("value", "expected"),
     [
-        (1234567, "tokens", "1,234,567"),
-        (0.123456, "next_turn_accuracy", "0.1235"),
-        (91234.4, "joules", "91,234"),
-        (5576000.0, "full_usd", "$5,576,000.00"),
-        (0.00931, "usd_per_device_hour", "$0.0093"),
-        (0, "usd", "$0.00"),
-        (True, "", "yes"),
-        (None, "people", "not recorded"),
-        (math.nan, "", "nan"),
+        (1234567, "1.235M"),
+        (0.123456, "0.1235"),
+        (True, "yes"),
+        (None, "not recorded"),
+        (math.nan, "nan"),
+        ("1e9", "1e9"),
     ],
 )
-def test_values_are_shown_as_a_reader_wants_them(value, key, expected):
-    assert shown(value, key) == expected
+def test_values_are_shown_as_a_reader_wants_them(value, expected):
+    assert shown(value) == expected

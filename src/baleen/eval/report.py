@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from baleen.config import ModelConfig, Recipe, UserError, load_recipe, read_json
 from baleen.cost import flops
 from baleen.cost.architecture import from_model_config
+from baleen.cost.card import card_notes, card_rows, cost_card
+from baleen.cost.figures import duration, quantity, usd
 
 Row = dict[str, Any]
 AXES = {"tokens": ("tokens", 1), "steps": ("step", 1), "minutes": ("seconds", 1 / 60)}  # shown: key, times
@@ -37,11 +39,12 @@ class Panel(NamedTuple):
     unit: str
     lines: tuple[tuple[str, str], ...]
     smooth: bool = False
+    from_zero: bool = True
 
 
 PANELS = (
-    Panel("Loss", "nats per token", (("loss", "next token"), ("mtp_loss", "token after it (MTP)")), smooth=True),
-    Panel("Held-out text", "bits per byte", (("heldout_bpb", "model"),)),
+    Panel("Loss", "nats per token", (("loss", "next token"), ("mtp_loss", "token after it (MTP)")), True, False),
+    Panel("Held-out evaluation", "bits per byte", (("heldout_bpb", "model"),), from_zero=False),
     Panel("Learning rate", "", (("lr", "learning rate"),)),
     Panel("Throughput", "tokens per second", (("tokens_per_second", "tokens per second"),), smooth=True),
     Panel("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), smooth=True),
@@ -81,6 +84,9 @@ def write_report(run_dir: Path) -> Path:
         sample_count=len(samples),
         summary=summary,
         card=card,
+        card_rows=card_rows(card) if card else [],
+        card_stages=[(name, usd(spent)) for name, spent in card["stages"].items() if _is_number(spent)] if card else [],
+        card_notes=card_notes(card) if card else "",
         card_missing=card_missing,
         recipe_text=recipe_text,
         plotly_js=Markup(plotly_js),
@@ -120,21 +126,6 @@ def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
     return [by_step[step] for step in sorted(by_step)], notices
 
 
-def shown(value: Any, key: str = "") -> str:
-    """A value of summary.json or of the cost card as a reader wants it: money by its key, four digits, thousands."""
-    if value is None:
-        return "not recorded"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if not isinstance(value, int | float):
-        return str(value)
-    if "usd" in key.lower().split("_"):
-        return _usd(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def _plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
@@ -169,12 +160,17 @@ def _summary(path: Path, notices: list[str]) -> dict[str, Any]:
 
 
 def _card(run_dir: Path) -> tuple[dict[str, Any], str]:
-    from baleen.cost.card import cost_card
-
     try:
         return cost_card(run_dir), ""
     except UserError as error:
         return {}, str(error)
+
+
+def shown(value: Any) -> str:
+    """A value of summary.json for people."""
+    if value is None or isinstance(value, bool):
+        return {None: "not recorded", True: "yes", False: "no"}[value]
+    return quantity(value) if _is_number(value) else str(value)
 
 
 class Tile(NamedTuple):
@@ -188,21 +184,21 @@ def _tiles(rows: list[Row], recipe: Recipe | None, summary: Mapping[str, Any], c
     if recipe:
         shape = from_model_config(recipe.model)
         total, mtp = flops.parameters(shape)["total"], flops.mtp_parameters(shape)
-        beside = f"{_short(flops.active_parameters(shape))} active per token"
-        tiles.append(Tile("Parameters", _short(total), beside + (f", {_short(mtp)} more for MTP" if mtp else "")))
+        beside = f"{quantity(flops.active_parameters(shape))} active per token"
+        tiles.append(Tile("Parameters", quantity(total), beside + (f", {quantity(mtp)} more for MTP" if mtp else "")))
     tokens = _first_number(summary.get("tokens_trained"), *_newest(rows, "tokens"))
-    tiles.append(Tile("Tokens", "–" if tokens is None else _short(tokens), "trained on"))
+    tiles.append(Tile("Tokens", "–" if tokens is None else quantity(tokens), "trained on"))
     seconds = _first_number(summary.get("train_seconds"), *_newest(rows, "seconds"))
-    tiles.append(Tile("Time", "–" if seconds is None else _duration(seconds), "of training"))
+    tiles.append(Tile("Time", "–" if seconds is None else duration(seconds), "of training"))
     bpb = _first_number(summary.get("heldout_bpb"), *_newest(rows, "heldout_bpb"))
     beaten = [f"{name} {value:.3f}" for name, value in _baselines(summary)]
     beside = "held out; " + (", ".join(beaten) or "lower is better")
     tiles.append(Tile("Bits per byte", "–" if bpb is None else f"{bpb:.3f}", beside))
     headline = _first_number(card.get("headline_usd"), summary.get("cost_headline_usd"))
     full = _first_number(card.get("full_usd"), summary.get("cost_full_usd"))
-    tiles.append(Tile("Cost, headline", "–" if headline is None else _usd(headline), "the final run alone"))
+    tiles.append(Tile("Cost, headline", "–" if headline is None else usd(headline), "the final run alone"))
     ratio = f", {full / headline:.1f} × the headline" if full and headline else ""
-    tiles.append(Tile("Cost, full", "–" if full is None else _usd(full), "all of its project" + ratio))
+    tiles.append(Tile("Cost, full", "–" if full is None else usd(full), "all of its project" + ratio))
     return tiles
 
 
@@ -227,7 +223,7 @@ def _panel(panel: Panel, rows: list[Row], axes: list[str], summary: Mapping[str,
             line["smooth"] = _json(_moving_average(y_N, reach=len(y_N) // 60))
         lines.append(line)
     baselines = _baselines(summary) if panel.unit == "bits per byte" else []
-    return {"title": panel.title, "unit": panel.unit, "lines": lines, "baselines": baselines}
+    return {**panel._asdict(), "lines": lines, "baselines": baselines}
 
 
 def _expert_load(
@@ -290,9 +286,11 @@ def _thin(values: ArrayLike, limit: int) -> NDArray[np.float64]:
 
 
 def _moving_average(y_N: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Mean of the points at most `reach` to either side; near the ends fewer, as many left as right: it never lags."""
-    reach_N = [min(i, len(y_N) - 1 - i, reach) for i in range(len(y_N))]
-    return np.array([_mean(y_N[i - r : i + r + 1]) for i, r in enumerate(reach_N)])
+    """Mean of the points at most `reach` to either side; near the start fewer, as many left as right.
+
+    So it does not lag behind the steep beginning of a loss, and does not end in the noise of the last point.
+    """
+    return np.array([_mean(y_N[i - min(i, reach) : i + min(i, reach) + 1]) for i in range(len(y_N))])
 
 
 def _mean(part: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -320,25 +318,6 @@ def _is_number(value: Any) -> bool:
 
 def _first_number(*values: Any) -> float | None:
     return next((value for value in values if _is_number(value) and math.isfinite(value)), None)
-
-
-def _short(count: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _usd(dollars: float) -> str:
-    cents = dollars == 0 or abs(dollars) >= 0.1
-    decimals = 2 if cents else 1 - math.floor(math.log10(abs(dollars)))  # two digits of a sum below ten cents
-    return f"${dollars:,.{decimals}f}"
 
 
 def _times(count: int, noun: str) -> str:
