@@ -350,6 +350,14 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...]
     return _validated(Recipe, raw, where)
 
 
+def with_sources(recipe: Recipe, sources: list[str]) -> Recipe:
+    """The recipe on other documents, read as plain text unless they are packages that the recipe knows as chats."""
+    if not sources:
+        return recipe
+    data = recipe.data.model_copy(update={"sources": tuple(sources), "format": "text"})
+    return recipe.model_copy(update={"data": data})
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

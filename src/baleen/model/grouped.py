@@ -16,6 +16,9 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor)
 
     counts: rows per expert, summing to M: a list on CPUs; on GPUs an int tensor [E], so that nothing waits for it.
     """
+    if torch.is_autocast_enabled(x_MI.device.type):
+        dtype = torch.get_autocast_dtype(x_MI.device.type)
+        x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
     if isinstance(counts, Tensor):
         offsets = counts.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=offsets)

@@ -70,6 +70,9 @@ def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor) -> Tensor:
     held; twin: F.cross_entropy of F.linear.
     """
     rows_Nd, targets_N = hidden.flatten(0, -2), targets.flatten()
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        rows_Nd, weight_Zd = rows_Nd.to(dtype), weight_Zd.to(dtype)
     loss: Tensor = _LinearCrossEntropy.apply(rows_Nd, weight_Zd, targets_N)  # type: ignore[assignment]
     return loss
 

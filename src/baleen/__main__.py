@@ -1,0 +1,3 @@
+from baleen.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""Resumable state that survives: checkpoints/step-N/ is written aside, checksummed, then renamed.
+
+step-N/model.safetensors       weights and buffers, our names
+       ema.safetensors         their moving average, if kept
+       optimizer.safetensors   optimizer state by parameter name
+       state.json              counters, loader position, RNG, thread count, library versions
+       manifest.json           sha256 of each file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from baleen.config import UserError, read_json
+
+MANIFEST = "manifest.json"
+
+
+class TornCheckpoint(Exception):
+    """A checkpoint whose files are missing, cut off or altered."""
+
+
+class NotSaved(UserError):
+    """A checkpoint that the disk refused; those before it stay."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one step leaves behind: named groups of tensors and a JSON-able state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `folder`/step-N and drop all but the `keep` newest.
+
+    Raises NotSaved if the disk refuses it: what was written is removed, and the checkpoints before it stay.
+    """
+    final = folder / f"step-{checkpoint.step}"
+    aside = folder / f".aside-step-{checkpoint.step}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, tensors in checkpoint.tensors.items():
+            contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            safetensors.torch.save_file(contiguous, aside / f"{name}.safetensors")
+        (aside / "state.json").write_text(json.dumps(checkpoint.state))
+        sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(sums, indent=1))
+        for file in aside.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise NotSaved(f"checkpoint {final.name} could not be saved ({error}); the one before it stays") from error
+    for old in saved_steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old}")
+    return final
+
+
+def load(folder: Path, step: int) -> Checkpoint:
+    """Raises TornCheckpoint unless every file is there and has the checksum it was written with."""
+    directory = folder / f"step-{step}"
+    try:
+        manifest = read_json(directory / MANIFEST)
+        for name, expected in manifest.items():
+            if not (directory / name).is_file():
+                raise TornCheckpoint(f"{directory / name} is missing")
+            if sha256(directory / name) != expected:
+                raise TornCheckpoint(f"{directory / name} is torn or altered: its checksum differs")
+        names = [name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")]
+        tensors = {name: safetensors.torch.load_file(directory / f"{name}.safetensors") for name in names}
+        return Checkpoint(step, tensors, read_json(directory / "state.json"))
+    except (UserError, safetensors.SafetensorError, AttributeError) as error:
+        raise TornCheckpoint(str(error)) from error
+
+
+def load_newest(folder: Path, warn) -> Checkpoint | None:
+    """The newest whole checkpoint; `warn(message)` names each torn one that is passed over. None if there is none."""
+    for step in reversed(saved_steps(folder)):
+        try:
+            return load(folder, step)
+        except TornCheckpoint as error:
+            warn(f"checkpoint step-{step} is passed over: {error}")
+    return None
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint, oldest first; what was left aside by a kill does not count."""
+    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,262 @@
+"""Pretraining from a recipe to a run directory: data, steps, checkpoints, samples, the model in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baleen.config import Recipe
+from baleen.cost.card import card_paragraph, cost_card
+from baleen.cost.ledger import Ledger, Stage, StageName
+from baleen.cost.money import rate_card
+from baleen.data.loader import Loader
+from baleen.data.prepare import Prepared, prepare
+from baleen.eval.bits_per_byte import bits_per_byte
+from baleen.infer.engine import Engine, Request
+from baleen.infer.sampler import SamplingParams
+from baleen.interop.huggingface import save_model
+from baleen.model.transformer import Transformer
+from baleen.train import checkpoint
+from baleen.train.display import Display, duration
+from baleen.train.precision import keep_freed_memory
+from baleen.train.rundir import Metrics, open_run
+from baleen.train.track import TrackerKind, open_tracker
+from baleen.train.trainer import StepResult, Trainer
+
+FIRST_SAMPLE_SECONDS = 15.0
+STEPS_BETWEEN_LOADS = 50  # rows of metrics.jsonl with the load of every expert
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    max_steps: int | None = None,
+    track: TrackerKind = "none",
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train a model from scratch, or go on where the newest whole checkpoint stands.
+
+    Ctrl-C and SIGTERM end the step under way, save and return. Returns {run, status ("done" | "stopped"), step, tokens,
+    train_seconds, loss, heldout_bpb, weights_sha256}. Raises UserError for bad input, having overwritten nothing.
+    """
+    display = display or Display()
+    tracker = open_tracker(track, run_dir, recipe.model_dump())
+    open_run(run_dir, recipe, resume=resume)
+    keep_freed_memory()
+    with _stage(recipe, run_dir, "data"):
+        prepared = _prepare(recipe, run_dir, display)
+    with _stage(recipe, run_dir, "pretrain") as stage, display, _Interruption() as interruption:
+        run = _Run(recipe, run_dir, prepared, stage, display)
+        metrics = Metrics(run_dir, run.trainer.counters.step)
+        last_step = math.inf if max_steps is None else max_steps
+        try:
+            while not run.trainer.done and run.trainer.counters.step < last_step and not interruption.wanted:
+                row = run.step()
+                metrics.write(row)
+                tracker.log(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
+        finally:
+            metrics.close()
+            tracker.close()
+        stopped = interruption.wanted
+        if stopped:
+            stage.interrupted()
+        run.save()
+    if stopped:
+        display.say(f"stopped at step {run.trainer.counters.step} and saved; go on with --resume")
+        return run.summary("stopped", None)
+    with _stage(recipe, run_dir, "eval"):
+        heldout = run.heldout_bpb()
+    run.export(heldout)
+    return run.summary("done", heldout)
+
+
+class _Run:
+    """One process's work on a run: the trainer, and what is told and saved on its way."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, prepared: Prepared, stage: Stage, display: Display):
+        self.recipe, self.run_dir, self.prepared, self.stage, self.display = recipe, run_dir, prepared, stage, display
+        model = Transformer(recipe.model).to(device())
+        model.init_weights(recipe.train.seed)
+        self.trainer = Trainer(recipe, model, Loader(prepared.train, seed=recipe.train.seed))
+        self.checkpoints = run_dir / "checkpoints"
+        newest = checkpoint.load_newest(self.checkpoints, display.warn)
+        if newest is not None:
+            for difference in self.trainer.restore(newest):
+                display.warn(f"this run will not repeat bit for bit: {difference}")
+        self.saved_step = self.trainer.counters.step
+        self._before = self.trainer.counters.wall_seconds, self.trainer.counters.seconds, self.trainer.counters.tokens
+        self._started = time.monotonic()
+        self._next_sample = self._before[0] + FIRST_SAMPLE_SECONDS
+        self._recent: deque[StepResult] = deque(maxlen=100)
+        parameters = sum(p.numel() for p in model.parameters())
+        display.say(f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {self.trainer.precision}, on {device()}")
+
+    def step(self) -> dict[str, Any]:
+        """One training step and what falls due after it; returns its row of metrics.jsonl."""
+        trainer, train = self.trainer, self.recipe.train
+        result = trainer.step()
+        self._recent.append(result)
+        counters = trainer.counters
+        _, seconds_before, tokens_before = self._before
+        tokens, seconds = counters.tokens - tokens_before, counters.seconds - seconds_before
+        self.stage.progress(tokens=tokens, productive_seconds=seconds)
+        row: dict[str, Any] = {
+            "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3),
+            "loss": result.loss, "mtp_loss": result.mtp_loss, "balance_loss": result.balance_loss, "lr": result.lr,
+            "grad_norm": result.grad_norm, "tokens_per_second": round(tokens / seconds, 1),
+            "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd,
+        }  # fmt: skip
+        if not math.isfinite(result.grad_norm):
+            row["grad_norm"] = row["loss"] = None
+            self.display.warn(f"step {counters.step}: the gradient is not finite; the update is left out")
+        if counters.step % STEPS_BETWEEN_LOADS == 0:
+            row["expert_load"] = [(load / load.sum()).tolist() for load in result.loads]
+        if train.eval_every and counters.step % train.eval_every == 0:
+            row["heldout_bpb"] = self.heldout_bpb()["bits_per_byte"]
+        self._tick()
+        if train.sample_every_seconds and counters.wall_seconds >= self._next_sample:
+            self._next_sample = counters.wall_seconds + train.sample_every_seconds
+            row["sample"] = self._sample()
+        if train.checkpoint_every and counters.step % train.checkpoint_every == 0:
+            self.save()
+        self._tick()
+        self._show(row)
+        return row
+
+    def _tick(self) -> None:
+        self.trainer.counters.wall_seconds = self._before[0] + time.monotonic() - self._started
+
+    def _show(self, row: dict[str, Any]) -> None:
+        share = min(1.0, self.trainer.position / self.recipe.train.tokens)
+        wall = self.trainer.counters.wall_seconds
+        parts = {
+            "": f"step {row['step']}",
+            "loss": f"{sum(r.loss for r in self._recent) / len(self._recent):.3f}",
+            "tok/s": f"{row['tokens_per_second']:,.0f}",
+            "balance": f"+{row['max_violation']:.0%}",
+            "left": duration(wall / share - wall),
+            "$": f"{self.stage.usd:.4f}",
+        }
+        self.display.update(share, parts)
+
+    def _sample(self) -> str:
+        """A short answer of the model as it is now, on its own random stream."""
+        tokenizer = self.prepared.tokenizer
+        opening = next((d.messages[0] for d in self.prepared.heldout if d.messages), None)
+        if opening is not None:
+            prompt, ids = opening.content, tokenizer.encode_chat([opening], add_generation_prompt=True)
+        else:
+            prompt, ids = "", [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+        params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=48, seed=self.recipe.train.seed)
+        text = Engine(self.trainer.model, tokenizer).complete([Request(ids, params)])[0].text.strip()
+        self.display.sample(self.trainer.counters.step, prompt, text)
+        return f"{prompt} {text}".strip()
+
+    def heldout_bpb(self) -> dict[str, float]:
+        window = self.recipe.train.seq_len
+        return bits_per_byte(self.trainer.model, self.prepared.tokenizer, self.prepared.heldout, window=window)
+
+    def save(self) -> None:
+        """A checkpoint of now, unless this step has one. A disk that refuses it costs only this checkpoint."""
+        step = self.trainer.counters.step
+        if step == self.saved_step:
+            return
+        self._tick()
+        try:
+            checkpoint.save(self.checkpoints, self.trainer.checkpoint(), keep=self.recipe.train.keep_checkpoints)
+            self.saved_step = step
+        except checkpoint.NotSaved as error:
+            self.display.warn(str(error))
+
+    def export(self, heldout: dict[str, float]) -> None:
+        """model/ (and model-ema/) in Hugging Face layout."""
+        recipe, counters, model = self.recipe, self.trainer.counters, self.trainer.model
+        card = card_paragraph(cost_card(self.run_dir))
+        save_model(model, self.run_dir / "model", tokenizer=self.prepared.tokenizer, card=card)
+        if self.trainer.ema:
+            averaged = Transformer(recipe.model).to(model.device)
+            averaged.load_state_dict(self.trainer.ema, strict=not recipe.model.tie_word_embeddings)
+            averaged.model.rotary.reset_parameters()
+            save_model(averaged, self.run_dir / "model-ema", tokenizer=self.prepared.tokenizer, card=card)
+
+    def summary(self, status: str, heldout: dict[str, float] | None) -> dict[str, Any]:
+        counters = self.trainer.counters
+        recent = [r.loss for r in self._recent]
+        return {
+            "run": str(self.run_dir),
+            "status": status,
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "train_seconds": round(counters.wall_seconds, 1),
+            "loss": sum(recent) / len(recent) if recent else None,
+            "heldout_bpb": None if heldout is None else heldout["bits_per_byte"],
+            "weights_sha256": weights_sha256(self.trainer.model.state_dict()),
+        }
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """One checksum over names and bytes of all weights: equal if and only if two runs ended alike."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
+    return prepare(
+        recipe.data,
+        vocab_size=recipe.model.vocab_size,
+        seq_len=recipe.train.seq_len,
+        seed=recipe.train.seed,
+        cache_dir=run_dir / "data",
+        progress=display.say,
+    )
+
+
+def _stage(recipe: Recipe, run_dir: Path, name: StageName) -> Stage:
+    """The ledger's stage: a device is a GPU, or a thread of the CPU."""
+    gpu = device().type == "cuda"
+    device_name = torch.cuda.get_device_name() if gpu else "cpu"
+    return Ledger.open(run_dir, project=recipe.cost.project).stage(
+        name,
+        purpose=recipe.cost.purpose,
+        devices=1 if gpu else torch.get_num_threads(),
+        device_name=device_name,
+        rate=rate_card(device_name, recipe.cost.usd_per_device_hour),
+    )
+
+
+class _Interruption:
+    """Turns the first Ctrl-C or SIGTERM into a wish that is read between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._wish)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _wish(self, number: int, frame: object) -> None:
+        self.wanted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

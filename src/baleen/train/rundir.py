@@ -1,0 +1,72 @@
+"""The run directory: who may write there, the resolved recipe, and the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from baleen.config import Recipe, UserError, load_recipe
+
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+
+
+def open_run(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Claim `run_dir` for this recipe, or find it claimed by the same one and resumed.
+
+    Raises UserError, having changed nothing, if the directory holds another run, other files, or is not writable.
+    """
+    file = run_dir / RECIPE
+    if file.is_file():
+        if load_recipe(file) != recipe:
+            raise UserError(f"{run_dir} belongs to another recipe (see {file}): choose another --run directory")
+        if not resume:
+            raise UserError(f"{run_dir} already holds this run: add --resume to continue it, or choose another --run")
+        return
+    if run_dir.exists() and (not run_dir.is_dir() or any(p.name != "run_id" for p in run_dir.iterdir())):
+        raise UserError(f"{run_dir} holds something that is not a run: choose another --run directory")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_aside(file, recipe.to_toml())
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that a kill leaves the old one or the new one."""
+    aside = file.with_name(f".{file.name}.aside")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a step. Opened at step N, it first drops the rows past N."""
+
+    def __init__(self, run_dir: Path, step: int):
+        file = run_dir / METRICS
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= step]
+        write_aside(file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._stream: IO[str] = file.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl; a line torn by a kill is left out. No file: no rows."""
+    file = run_dir / METRICS
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
