@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from baleen.config import UserError
+from baleen.data.tokenizer import Tokenizer
 from baleen.infer.decoder import Decoder
 from baleen.infer.sampler import SamplingParams
-from baleen.infer.text import Detokenizer, StopMatcher, TextTokenizer
+from baleen.infer.text import Detokenizer, StopMatcher
 from baleen.model.transformer import Transformer
 
 FinishReason = Literal["stop", "length"]
@@ -79,7 +80,7 @@ class Stats:
 class Engine:
     """A model and its tokenizer, ready to answer."""
 
-    def __init__(self, model: Transformer, tokenizer: TextTokenizer):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
     @property

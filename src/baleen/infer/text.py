@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
-
-class TextTokenizer(Protocol):
-    """What inference needs of a tokenizer (baleen.data.tokenizer.Tokenizer has it)."""
-
-    @property
-    def eos_id(self) -> int: ...
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
-    def token_bytes(self, id: int) -> bytes: ...
+from baleen.data.tokenizer import Tokenizer
 
 
 class Detokenizer:
@@ -22,7 +14,7 @@ class Detokenizer:
     Bytes that can no longer become a character turn into U+FFFD, exactly as when all bytes are decoded at once.
     """
 
-    def __init__(self, tokenizer: TextTokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
