@@ -35,7 +35,7 @@ Order = list[list[Action]]  # [rank][position]
 
 def gpipe(ranks: int, microbatches: int) -> Order:
     """All forwards, then all backwards (arXiv 1811.06965)."""
-    _at_least(ranks, microbatches, ranks=1, microbatches=1)
+    check_counts("gpipe", ranks, microbatches)
     return [
         [(Op(kind, rank, m),) for kind in ("F", "B") for m in range(microbatches)] for rank in range(ranks)
     ]  # fmt: skip
@@ -43,7 +43,7 @@ def gpipe(ranks: int, microbatches: int) -> Order:
 
 def one_f_one_b(ranks: int, microbatches: int) -> Order:
     """1F1B (arXiv 2006.09503): a rank runs ahead by its distance from the end, then alternates."""
-    _at_least(ranks, microbatches, ranks=1, microbatches=1)
+    check_counts("1f1b", ranks, microbatches)
     order: Order = []
     for rank in range(ranks):
         ahead = min(ranks - 1 - rank, microbatches)
@@ -58,13 +58,7 @@ def one_f_one_b(ranks: int, microbatches: int) -> Order:
 
 def interleaved_1f1b(ranks: int, microbatches: int, stages_per_rank: int = 2) -> Order:
     """Interleaved 1F1B (arXiv 2104.04473): a rank holds stages rank, rank + R, ...; micro-batches go in rounds of R."""
-    _at_least(ranks, microbatches, ranks=1, microbatches=ranks)
-    if microbatches % ranks:
-        low = microbatches - microbatches % ranks
-        raise UserError(
-            f"interleaved 1F1B moves micro-batches in rounds of {ranks} ranks: take {low} or {low + ranks} "
-            f"micro-batches instead of {microbatches}"
-        )
+    check_counts("interleaved", ranks, microbatches)
     if stages_per_rank < 1:
         raise UserError(f"a rank cannot hold {stages_per_rank} stages: take at least 1")
 
@@ -97,7 +91,7 @@ def zb1p(ranks: int, microbatches: int) -> Order:
 
     They fill the end of the pipeline, and no rank ever keeps more than 1F1B's first rank does.
     """
-    _at_least(ranks, microbatches, ranks=1, microbatches=1)
+    check_counts("zb1p", ranks, microbatches)
     order: Order = []
     for rank in range(ranks):
         ahead = min(ranks - 1 - rank, microbatches)
@@ -115,14 +109,7 @@ def zb1p(ranks: int, microbatches: int) -> Order:
 
 def dualpipe(ranks: int, microbatches: int) -> Order:
     """DualPipe (arXiv 2412.19437 §3.2.1): micro-batches enter at both ends; a rank holds a stage of each direction."""
-    if ranks % 2 or ranks < 2:
-        raise UserError(f"DualPipe folds its ranks in two: take {max(2, ranks - 1)} or {ranks + 1} instead of {ranks}")
-    if microbatches % 2 or microbatches < 2 * ranks:
-        nearest = max(2 * ranks, microbatches + 1)
-        raise UserError(
-            f"DualPipe on {ranks} ranks needs an even number of micro-batches, at least {2 * ranks}: "
-            f"take {nearest} instead of {microbatches}"
-        )
+    check_counts("dualpipe", ranks, microbatches)
     half = microbatches // 2
     order: Order = []
     for rank in range(ranks):
@@ -146,7 +133,7 @@ def dualpipe_v(ranks: int, microbatches: int) -> Order:
 
     Rank r holds stages r and 2R - 1 - r; R ranks are a pipeline of 2R stages.
     """
-    _at_least(ranks, microbatches, ranks=1, microbatches=2 * ranks)
+    check_counts("dualpipev", ranks, microbatches)
     return [
         _bidirectional(
             depth=ranks,
@@ -221,10 +208,27 @@ def schedule(name: str, ranks: int, microbatches: int) -> Order:
     return SCHEDULES[name.lower()](ranks, microbatches)
 
 
-def _at_least(have_ranks: int, have_microbatches: int, *, ranks: int, microbatches: int) -> None:
-    if have_ranks < ranks:
-        raise UserError(f"a pipeline of {have_ranks} ranks does not exist: take at least {ranks}")
-    if have_microbatches < microbatches:
+def check_counts(name: str, ranks: int, microbatches: int) -> None:
+    """Raises UserError, naming the nearest numbers that work, if a schedule cannot run these ranks and micro-batches."""
+    if ranks < 1 or microbatches < 1:
         raise UserError(
-            f"{have_microbatches} micro-batches do not fill {have_ranks} pipeline ranks: take at least {microbatches}"
+            f"{ranks} pipeline ranks with {microbatches} micro-batches do not exist: take at least 1 of each"
+        )
+    if name == "interleaved" and microbatches % ranks:
+        low = microbatches - microbatches % ranks
+        near = f"{low} or {low + ranks}" if low else str(ranks)
+        raise UserError(
+            f"interleaved 1F1B moves micro-batches in rounds of {ranks} ranks: take {near} micro-batches instead of "
+            f"{microbatches}"
+        )
+    if name == "dualpipe" and ranks % 2:
+        raise UserError(f"DualPipe folds its ranks in two: take {max(2, ranks - 1)} or {ranks + 1} instead of {ranks}")
+    if name in ("dualpipe", "dualpipev") and microbatches < 2 * ranks:
+        raise UserError(
+            f"{microbatches} micro-batches do not fill {ranks} ranks of {name}: take at least {2 * ranks}, or fewer ranks"
+        )
+    if name == "dualpipe" and microbatches % 2:
+        raise UserError(
+            f"DualPipe sends half of its micro-batches each way: take {microbatches - 1} or {microbatches + 1} "
+            f"instead of {microbatches}"
         )
