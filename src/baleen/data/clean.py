@@ -6,6 +6,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -66,6 +67,7 @@ class NearDuplicates:
         self._add_P = rng.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64)
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
         self._signatures: list[np.ndarray] = []
+        self._hash_word = lru_cache(maxsize=2**16)(lambda word: zlib.crc32(word.encode(errors="surrogatepass")))
 
     def add(self, text: str) -> bool:
         signature = self._signature(text)
@@ -79,7 +81,7 @@ class NearDuplicates:
         return False
 
     def _signature(self, text: str) -> np.ndarray:
-        words = [zlib.crc32(word.encode(errors="surrogatepass")) for word in WORD.findall(text.casefold())]
+        words = [self._hash_word(word) for word in WORD.findall(text.casefold())]
         if not words:  # no word in it, such as a line of dots: only its exact twin is its near twin
             words = [text_hash(text) & 0xFFFFFFFF]
         words = np.asarray(words, dtype=np.uint64)

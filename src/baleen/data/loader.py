@@ -59,17 +59,18 @@ class Loader:
             None if mask is None else _tensor(mask[rows]),
         )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._position, "seed": self._seed, "rows": len(self._packed)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position, "seed": self._seed, "data": self._packed.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError if the state is of another corpus or seed: the order would not be the same."""
-        for key, ours in (("seed", self._seed), ("rows", len(self._packed))):
-            if state[key] != ours:
-                raise UserError(
-                    f"the checkpoint's loader has {key} {state[key]}, this run {ours}: "
-                    "resume with the data and the seed it began with"
-                )
+        if state["seed"] != self._seed:
+            raise UserError(f"the checkpoint's data were shuffled with seed {state['seed']}: set train.seed to that")
+        if state["data"] != self._packed.fingerprint:
+            raise UserError(
+                "the checkpoint was made on other text than data.sources now gives: bring the text back as it was, or "
+                "begin a new run"
+            )
         self._position = int(state["position"])
 
     def _row(self, position: int) -> int:

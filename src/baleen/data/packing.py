@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,12 @@ class PackedTokens:
 
     def __len__(self) -> int:
         return (len(self.flat_tokens) - 1) // self.seq_len
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the length and of 65,536 tokens spread evenly: an edit to the text moves all tokens behind it."""
+        sample = self.flat_tokens[:: 1 + len(self.flat_tokens) // 2**16]
+        return blake2b(sample.tobytes() + str(len(self.flat_tokens)).encode(), digest_size=12).hexdigest()
 
     @property
     def tokens(self) -> np.ndarray:
