@@ -209,7 +209,7 @@ def schedule(name: str, ranks: int, microbatches: int) -> Order:
 
 
 def check_counts(name: str, ranks: int, microbatches: int) -> None:
-    """Raises UserError, naming the nearest numbers that work, if a schedule cannot run these ranks and micro-batches."""
+    """Raises UserError, naming the nearest numbers that work, if a schedule cannot run these counts."""
     if ranks < 1 or microbatches < 1:
         raise UserError(
             f"{ranks} pipeline ranks with {microbatches} micro-batches do not exist: take at least 1 of each"
@@ -225,7 +225,7 @@ def check_counts(name: str, ranks: int, microbatches: int) -> None:
         raise UserError(f"DualPipe folds its ranks in two: take {max(2, ranks - 1)} or {ranks + 1} instead of {ranks}")
     if name in ("dualpipe", "dualpipev") and microbatches < 2 * ranks:
         raise UserError(
-            f"{microbatches} micro-batches do not fill {ranks} ranks of {name}: take at least {2 * ranks}, or fewer ranks"
+            f"{microbatches} micro-batches do not fill {ranks} ranks of {name}: take at least {2 * ranks}"
         )
     if name == "dualpipe" and microbatches % 2:
         raise UserError(
