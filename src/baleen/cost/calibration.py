@@ -29,12 +29,14 @@ CONSTANTS = {
         1.10, 0.10, "products inside training against isolated ones, A100", "FF table II: 220 of 253 TFLOPS on PCIe"
     ),
     "matmul_hopper": Constant(
-        1.20, 0.10, "the same on H100 (at full power its clock drops)", "arXiv 2407.21783 §3.3; stas00/ml-engineering"
+        1.15, 0.10, "the same on H100 (at full power its clock drops)", "arXiv 2407.21783 §3.3; stas00/ml-engineering"
     ),
-    "matmul_blackwell": Constant(1.25, 0.15, "the same on B200 and GB200", "as Hopper, newer libraries"),
-    "matmul_fp8": Constant(1.15, 0.15, "FP8 products besides: scaling, promotion", "arXiv 2412.19437 §3.3.2"),
-    "grouped": Constant(1.25, 0.20, "experts' grouped products against one product of the rows", "DeepGEMM's tables"),
-    "elementwise": Constant(1.50, 0.30, "kernels that stream memory: launches, unfused passes", "arXiv 2007.00072"),
+    "matmul_blackwell": Constant(1.15, 0.15, "the same on B200 and GB200", "as Hopper, newer libraries"),
+    "matmul_fp8": Constant(1.10, 0.15, "FP8 products besides: scaling, promotion", "arXiv 2412.19437 §3.3.2"),
+    "grouped": Constant(1.15, 0.20, "experts' grouped products against one product of the rows", "DeepGEMM's tables"),
+    "attention": Constant(1.10, 0.20, "attention's core in training against its papers' figures", "arXiv 2407.08608"),
+    "elementwise": Constant(1.50, 0.30, "streaming kernels against the memory's rate", "arXiv 2007.00072"),
+    "eager": Constant(1.60, 0.30, "streaming kernels besides, without compiler or fused kernels", "arXiv 2410.06511"),
     "tensor_exposed": Constant(0.85, 0.25, "share of TP traffic that compute does not hide", "arXiv 2205.05198"),
     "expert_exposed": Constant(0.60, 0.40, "share of experts' all-to-all not hidden", "arXiv 2412.19437 §3.2.1: 1:1"),
     "data_exposed": Constant(0.15, 0.50, "share of gradient and FSDP traffic not hidden", "arXiv 2304.11277"),
@@ -42,7 +44,9 @@ CONSTANTS = {
         1.10, 0.05, "busiest expert rank over the mean, where nobody forces balance", "V3 §4"
     ),
     "jitter": Constant(0.010, 0.50, "slower per doubling of devices beyond a node", "arXiv 2402.15627 (stragglers)"),
-    "goodput": Constant(0.92, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
+    "untuned": Constant(1.10, 0.15, "a layout nobody published against the best that fits", "arXiv 2205.05198: tuning"),
+    "goodput": Constant(0.90, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
+    "goodput_hopper": Constant(0.85, 0.20, "the same besides on the first years of H100 clusters", "2605.01158: 0.77"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A roofline for each operator of a training step on one rank: seconds = max(FLOPs / reachable rate, bytes / bandwidth).
+"""A roofline for each operator of a step on one rank: seconds = max(FLOPs / reachable rate, bytes / bandwidth).
 
 The reachable rate of a matrix product is the device's achieved one, less what a product of this shape leaves idle.
 Nothing here is fitted; `baleen.cost.calibration` holds the few factors by which real steps are slower.
@@ -67,7 +67,7 @@ NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0)
 def matmul_seconds(hardware: Hardware, precision: str, m: float, n: float, k: float, operand_bytes: float = 2) -> float:
     """One product [m, k] x [k, n] by the roofline."""
     peak = hardware.peak_flops(precision)
-    half = HALF_SIZE * peak / HALF_SIZE_AT_FLOPS
+    half = HALF_SIZE * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
     fill = m / (m + half) * n / (n + half) * k / (k + half)
     compute = 2 * m * n * k / (peak * hardware.achieved_share(precision) * fill)
     return max(compute, operand_bytes * (m * k + k * n + m * n) / _bandwidth(hardware))

@@ -108,6 +108,7 @@ class StatedLayout(Strict):
     tensor: Positive | None = None
     pipeline: Positive | None = None
     context: Positive | None = None
+    data: Positive | None = None
     expert: Positive | None = None
     virtual_stages: Positive | None = None
     schedule: Schedule | None = None
@@ -119,10 +120,17 @@ class StatedLayout(Strict):
 
     @property
     def states_degrees(self) -> bool:
-        return any(v is not None for v in (self.tensor, self.pipeline, self.expert, self.zero))
+        return any(v is not None for v in (self.tensor, self.pipeline, self.data, self.expert, self.zero))
 
 
-_DEGREES = {"tensor": r"TP|T", "pipeline": r"PP", "context": r"CP", "expert": r"EP", "virtual_stages": r"VP"}
+_DEGREES = {
+    "tensor": r"TP|T",
+    "pipeline": r"PP",
+    "context": r"CP",
+    "data": r"DP",
+    "expert": r"EP",
+    "virtual_stages": r"VP",
+}
 _RECOMPUTE = {
     "full": r"full (?:recompute|recomputation|ckpt|AC|activation checkpointing)|(?<!no )\bckpt\b",
     "none": r"no (?:recompute|recomputation|ckpt|AC|activation checkpointing)",

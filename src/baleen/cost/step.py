@@ -43,6 +43,7 @@ class Workload(Strict):
     global_batch: Positive
     mtp: bool = False  # whether the MTP modules train along
     fused_attention: bool = True  # False: before FlashAttention
+    eager: bool = False  # operator by operator: neither compiled nor with a framework's fused kernels
     balanced_routing: bool = False  # experts forced to equal load, as in benchmarks
     node_limit: int | None = Field(None, ge=1)  # most nodes a token is sent to (V3: 4)
 
@@ -131,7 +132,7 @@ def rooflines(work: Workload) -> Rooflines:
 
 
 def ideal_seconds(work: Workload) -> float:
-    """Every counted FLOP at the dense peak of the format it runs in: linear layers in theirs, scores and head in BF16."""
+    """Every counted FLOP at the dense peak of its format: linear layers in theirs, scores, router and head in BF16."""
     parts = forward_flops(work.arch, work.seq_len, mtp=work.mtp)
     core = "fp32" if work.precision == "fp32" else "bf16"
     in_core = parts["scores"] + parts["head"] + parts.get("router", 0.0)
@@ -146,12 +147,12 @@ def kernel_seconds(roof: Rooflines, work: Workload, calibration: Calibration) ->
     slower = calibration.get(generation, 1.0)
     if work.precision == "fp8":
         slower *= calibration["matmul_fp8"]
-    elementwise = calibration["elementwise"] if not work.hardware.is_cpu else 1.0
+    elementwise = calibration["elementwise"] * (calibration["eager"] if work.eager else 1.0)
     k = roof.kernels
     scaled = Kernels(
         matmul=k.matmul.times(slower),
         grouped=k.grouped.times(slower * calibration["grouped"]),
-        attention=k.attention,
+        attention=k.attention.times(calibration["attention"]),
         elementwise=k.elementwise.times(elementwise),
         weight_gradient=k.weight_gradient * slower,
     )
@@ -177,7 +178,7 @@ def bubble_seconds(layout: Layout, micro_batches: float, forward: float, backwar
     """Seconds of a step in which the average rank waits, from the executed schedule.
 
     forward, backward (whole) and weight: one micro-batch on one rank. Once the pipe is full, more micro-batches do not
-    change the bubble, so no more than four rounds are executed.
+    change the bubble, so no more than two rounds are executed; times are rounded to a tenth of a forward.
     """
     if layout.pipeline == 1:
         return 0.0
@@ -186,8 +187,8 @@ def bubble_seconds(layout: Layout, micro_batches: float, forward: float, backwar
         layout.pipeline,
         layout.virtual_stages,
         max(1, math.ceil(micro_batches)),
-        round(backward / forward, 2),
-        round(weight / forward, 2),
+        round(backward / forward, 1),
+        round(weight / forward, 1),
     )
     return unit * forward
 
@@ -195,7 +196,7 @@ def bubble_seconds(layout: Layout, micro_batches: float, forward: float, backwar
 @cache
 def bubble_of(name: str, ranks: int, virtual: int, micro_batches: int, backward: float, weight: float) -> float:
     """Mean bubble of a rank in units of its forward of one micro-batch. Raises UserError as the schedule does."""
-    rounds = min(micro_batches, 4 * ranks)
+    rounds = min(micro_batches, 2 * ranks)
     if virtual > 1 and name in ("1f1b", "interleaved"):
         rounds = math.ceil(rounds / ranks) * ranks
         order = interleaved_1f1b(ranks, rounds, virtual)

@@ -1,0 +1,232 @@
+"""Published training runs in the format of cost_cases.csv, and the workload each of them was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from baleen.config import UserError
+from baleen.cost.architecture import Architecture, from_dims
+from baleen.cost.calibration import Calibration
+from baleen.cost.candidates import best_layout
+from baleen.cost.flops import training_flops
+from baleen.cost.hardware import Hardware, find_hardware
+from baleen.cost.layout import StatedLayout, parse_layout
+from baleen.cost.memory import RankMemory
+from baleen.cost.step import Workload
+
+COLUMNS = (
+    "id", "type", "arch", "metric", "tier", "split", "tokens", "seq", "gpu", "n_gpus", "precision", "parallelism",
+    "global_batch_seqs", "gpu_hours", "tok_s_gpu", "step_s", "tflops_gpu_pub", "mfu_pub", "mem_gib", "dims", "source",
+    "note",
+)  # fmt: skip
+NUMBERS = (
+    "tokens",
+    "seq",
+    "n_gpus",
+    "global_batch_seqs",
+    "gpu_hours",
+    "tok_s_gpu",
+    "step_s",
+    "tflops_gpu_pub",
+    "mfu_pub",
+    "mem_gib",
+)
+PRECISIONS = {
+    "fp16": "bf16",
+    "bf16": "bf16",
+    "fp32": "fp32",
+    "fp8": "fp8",
+    "mxfp8": "fp8",
+    "fp8+bf16": "fp8",
+    "fp8?": "fp8",
+}
+USUAL_BATCH_TOKENS = 4_000_000
+USUAL_DAYS, USUAL_MFU = 30, 0.35  # for how many devices a run has where that is not published
+LEAST_TOKENS_PER_DEVICE = 2048  # in a step
+# FlashAttention appeared in May 2022; trainings reported before 2023 did without it.
+FUSED_ATTENTION_SINCE = 2301
+# Runs whose published TFLOPS count recomputation, a second forward: 4 passes of the forward instead of 3.
+COUNTS_RECOMPUTATION = re.compile(r"recompute", re.I)
+# Hours that were computed from the speed of a step: they hold no restarts, evaluations or waiting.
+RATE_DERIVED = re.compile(r"iteration time|rate-derived|tok/s/GPU", re.I)
+NODE_LIMITS = {"dsv3": 4, "dsv2": 3}  # most nodes a token is sent to (2412.19437 §2.1.2; V2: 3 devices)
+
+
+class Case(NamedTuple):
+    """A row: its text by column, and its numbers (None where the cell is empty)."""
+
+    text: dict[str, str]
+    numbers: dict[str, float | None]
+
+    @property
+    def id(self) -> str:
+        return self.text["id"]
+
+    @property
+    def source(self) -> str:
+        """What counts as one source: an arXiv paper, or a publisher's page whatever its table or version."""
+        arxiv = re.search(r"\d{4}\.\d{5}", self.text["source"])
+        if arxiv:
+            return arxiv[0]
+        words = self.text["source"].split()
+        return words[0] if words and "/" in words[0] else " ".join(words[:2])
+
+    @property
+    def kind(self) -> str | None:
+        """step, run or energy; None for rows that state nothing which is predicted."""
+        return {"step": "step", "bench": "step", "run": "run", "energy": "energy"}.get(self.text["metric"])
+
+
+class Prepared(NamedTuple):
+    """A case as a workload, with its targets: tokens/s/GPU, GPU-hours and GiB where the row states them."""
+
+    case: Case
+    work: Workload
+    memory: RankMemory
+    tokens: float | None
+    rate: float | None
+    hours: float | None
+    gib: float | None
+    untuned: bool  # nothing of the layout is published
+
+    @property
+    def goodput_counts(self) -> bool:
+        """Whether the row's hours are a log of a run, rather than a rate times its tokens."""
+        note = self.case.text["note"]
+        return self.case.kind == "run" and (not RATE_DERIVED.search(note) or "restarts" in note)
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Rows of a file in the format of cost_cases.csv. Raises UserError for a missing column or an impossible number."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            columns = reader.fieldnames or []
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a CSV file in the format of cost_cases.csv") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from None
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}: it needs those of cost_cases.csv")
+    return [_case(row, f"{path}, row {number}") for number, row in enumerate(rows, start=2)]
+
+
+def shipped_cases() -> list[Case]:
+    """The published runs that ship with the package."""
+    with resources.as_file(resources.files("baleen.cost").joinpath("data/cost_cases.csv")) as path:
+        return read_cases(path)
+
+
+def _case(row: dict[str, str | None], where: str) -> Case:
+    text = {name: (value or "").strip() for name, value in row.items() if name}
+    where = f"{where} ({text['id']})"
+    numbers: dict[str, float | None] = {}
+    for name in NUMBERS:
+        try:
+            numbers[name] = float(text[name]) if text[name] else None
+        except ValueError:
+            raise UserError(f"{where}: {name} is {text[name]!r}, not a number") from None
+        value = numbers[name]
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{where}: {name} is {value:g}; it must be positive")
+    return Case(text, numbers)
+
+
+def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
+    """The workload of a case. Raises UserError where the row does not say enough, or its hardware is not known."""
+    n = case.numbers
+    arch = case_architecture(case)
+    hardware = find_hardware(case.text["gpu"], *files)
+    precision = PRECISIONS.get(case.text["precision"].lower())
+    if precision is None:
+        raise UserError(f"precision {case.text['precision']!r} is not modelled: known are {', '.join(PRECISIONS)}")
+    seq_len = int(n["seq"] or 4096)
+    batch = max(1, round(n["global_batch_seqs"] or USUAL_BATCH_TOKENS / seq_len))
+    stated = stated_layout(case)
+    devices = int(n["n_gpus"] or _usual_devices(arch, hardware, seq_len, n["tokens"], batch))
+    mtp = arch.num_nextn_predict_layers > 0
+    conditions = {
+        "mtp": mtp,
+        "fused_attention": _fused(case),
+        "eager": stated.zero == 3 and not stated.compiled,
+        "balanced_routing": "balanced" in case.text["note"],
+        "node_limit": NODE_LIMITS.get(case.text["arch"].split("+")[0]),
+    }
+    choice = best_layout(
+        arch, hardware, devices, batch=batch, seq_len=seq_len, precision=precision, stated=stated,
+        calibration=calibration, must_fit=False, **conditions,
+    )  # fmt: skip
+    work = Workload(
+        arch=arch, hardware=hardware, layout=choice.layout, precision=precision, seq_len=seq_len, global_batch=batch,
+        **conditions,
+    )  # fmt: skip
+    return Prepared(
+        case=case,
+        work=work,
+        memory=choice.memory,
+        tokens=n["tokens"],
+        rate=published_rate(case, work) if case.kind == "step" else None,
+        hours=n["gpu_hours"] if case.kind == "run" and n["tokens"] else None,
+        gib=n["mem_gib"],
+        untuned=not stated.states_degrees,
+    )
+
+
+def stated_layout(case: Case) -> StatedLayout:
+    """The published layout; whoever counts recomputation in the TFLOPS did recompute."""
+    stated = parse_layout(case.text["parallelism"])
+    if stated.recompute is None and COUNTS_RECOMPUTATION.search(case.text["note"]):
+        return stated.model_copy(update={"recompute": "full"})
+    return stated
+
+
+def case_architecture(case: Case) -> Architecture:
+    if not case.text["dims"]:
+        raise UserError(f"{case.id} gives no dims, so nothing can be counted")
+    try:
+        return from_dims(json.loads(case.text["dims"]))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{case.id}: dims is not valid JSON: {error}") from None
+
+
+def published_rate(case: Case, work: Workload) -> float | None:
+    """Tokens per second and GPU that a row states: directly, by its step time, or by TFLOPS or MFU.
+
+    TFLOPS and MFU count causal attention, and a second forward where the row says that recomputation is in them.
+    """
+    n, devices = case.numbers, work.layout.devices
+    if n["tok_s_gpu"]:
+        return n["tok_s_gpu"]
+    if n["step_s"]:
+        return work.tokens / n["step_s"] / devices if n["global_batch_seqs"] else None
+    peak = work.hardware.peak_flops("bf16")
+    flops = n["tflops_gpu_pub"] * 1e12 if n["tflops_gpu_pub"] else n["mfu_pub"] * peak if n["mfu_pub"] else None
+    if flops is None:
+        return None
+    passes = 4 / 3 if COUNTS_RECOMPUTATION.search(case.text["note"]) else 1
+    return flops / passes / training_flops(work.arch, work.seq_len, mtp=work.mtp)
+
+
+def implied_mfu(rate: float, work: Workload) -> float:
+    """MFU of a rate: causal attention, no MTP, no recomputation, of the dense BF16 peak."""
+    return rate * training_flops(work.arch, work.seq_len) / work.hardware.peak_flops("bf16")
+
+
+def _usual_devices(arch: Architecture, hardware: Hardware, seq_len: int, tokens: float | None, batch: int) -> int:
+    """A power of two that trains in about a month, if no number is published, and has enough to do in each step."""
+    seconds = training_flops(arch, seq_len) * (tokens or 1e12) / (hardware.peak_flops("bf16") * USUAL_MFU)
+    most = batch * seq_len / LEAST_TOKENS_PER_DEVICE
+    return 2 ** round(math.log2(min(most, max(8, seconds / 86400 / USUAL_DAYS))))
+
+
+def _fused(case: Case) -> bool:
+    arxiv = re.search(r"(\d{4})\.\d{5}", case.text["source"])
+    return not arxiv or int(arxiv[1]) >= FUSED_ATTENTION_SINCE
