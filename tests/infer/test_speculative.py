@@ -180,6 +180,37 @@ def test_greedy_is_plain_greedy(tiny_model, depth):
     assert sum(drafted.stats.accepted) > 0 and drafted.stats.steps < plain.stats.steps
 
 
+def test_in_float32_only_ties_may_differ(tiny_model):
+    """DESIGN's rule of twins: another token only where the two best logits, or a routing margin, lie within 1e-4."""
+    model = tiny_model(num_nextn_predict_layers=2)
+    engine = Engine(model, ByteTokenizer())
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    generator = torch.Generator().manual_seed(0)
+    requests = [Request(torch.randint(0, 97, (n,), generator=generator).tolist(), params) for n in range(1, 33)]
+    plain = tokens_of(engine.generate(requests))
+    together = tokens_of(engine.generate(requests, speculate=2))
+    differing = [row for row in range(32) if plain[row] != together[row]]
+    for row in differing:
+        at = next(i for i in range(60) if plain[row][i] != together[row][i])
+        assert margin(model, [*requests[row].prompt_ids, *plain[row][:at]]) < 1e-4
+    assert len(differing) < 0.001 * 32 * 60
+
+
+@torch.no_grad()
+def margin(model, ids):
+    """The least of the last logits' margin and, at every token, the margin of the chosen experts over the next."""
+    hidden, routings = model(torch.tensor([ids]))
+    best = model.logits(hidden[0, -1]).topk(2).values
+    margins = [float(best[0] - best[1])]
+    for gate, routing in zip(model.gates, routings, strict=False):
+        choice = routing.scores_NE + gate.e_score_correction_bias
+        groups = choice.unflatten(-1, (gate.config.n_group, -1)).topk(2).values.sum(-1).sort(descending=True).values
+        margins.append(float((groups[:, gate.config.topk_group - 1] - groups[:, gate.config.topk_group]).min()))
+        chosen = choice.gather(1, routing.indices_NK).amin(1, keepdim=True)
+        margins.append(float((chosen - choice.where(choice < chosen, -torch.inf)).min()))
+    return min(margins)
+
+
 def tokens_of(generation):
     """Token ids per request."""
     out = {}

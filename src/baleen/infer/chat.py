@@ -1,0 +1,205 @@
+"""Talking with a model in the terminal: the REPL of `baleen chat RUN`, and one answer for `--prompt`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from baleen.config import UserError
+from baleen.data.corpus import Message
+from baleen.infer.engine import Engine, Generation, Request, Stats
+from baleen.infer.sampler import SamplingParams
+
+CHAT_PARAMS = SamplingParams(temperature=0.7, top_p=0.95)
+ROOM_SHARE = 4  # a quarter of the context is kept free for the answer while there are older turns to drop
+
+
+def respond(engine: Engine, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Generation:
+    """Begin the next turn of a conversation that fits the context (see `recent`)."""
+    prompt_ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    # A small model may begin the user's next turn instead of ending its own.
+    user_id = engine.tokenizer.user_id
+    stop_ids = params.stop_ids if user_id is None else (*params.stop_ids, user_id)
+    return engine.generate([Request(prompt_ids, replace(params, stop_ids=stop_ids))], speculate=speculate)
+
+
+def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Message]:
+    """The newest turns that leave `room` tokens for the answer; the system message stays, and so does the last turn.
+
+    Turns are dropped from the oldest, each with its answer. The last turn alone may take more, as long as the answer
+    has a token left; else the engine raises UserError.
+    """
+    head = [message for message in messages[:1] if message.role == "system"]
+    turns = list(messages[len(head) :])
+    while True:
+        length = len(engine.tokenizer.encode_chat(head + turns, add_generation_prompt=True))
+        following = next((i for i, message in enumerate(turns) if i and message.role == "user"), None)
+        if length + room <= engine.context or following is None:
+            return head + turns
+        turns = turns[following:]
+
+
+def answer_once(engine: Engine, prompt: str, out: TextIO, params: SamplingParams = CHAT_PARAMS) -> Stats:
+    """One answer to one prompt, as it comes, then a line break: `baleen chat RUN --prompt TEXT`."""
+    generation = respond(engine, [Message("user", prompt)], params, default_depth(engine))
+    for event in generation:
+        out.write(printable(event.text))
+        out.flush()
+    out.write("\n")
+    return generation.stats
+
+
+def default_depth(engine: Engine) -> int:
+    """Drafts ahead if nobody says otherwise: as deep as the model was trained for."""
+    return engine.model.config.num_nextn_predict_layers
+
+
+def printable(text: str) -> str:
+    """Without control characters, by which a model's words could steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c < "\xa0"))
+
+
+class Chat:
+    """One conversation on one console. `messages` keeps every turn, those too that the context no longer holds."""
+
+    def __init__(self, engine: Engine, console: Console, params: SamplingParams = CHAT_PARAMS):
+        self.engine, self.console, self.params = engine, console, params
+        self.depth = default_depth(engine)
+        self.messages: list[Message] = []
+        self.stats: Stats | None = None
+        self._dropped = 0
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "/help": ("", "these commands", self._help),
+            "/reset": ("", "forget the conversation; the system message stays", self._reset),
+            "/system": ("TEXT", "begin anew under this system message; without TEXT under none", self._system),
+            "/temperature": ("X", "0 always takes the likeliest token, 1 draws as the model was trained", self._heat),
+            "/speculate": ("on|off", "let the MTP layers draft ahead: faster, the same answers", self._speculate),
+            "/stats": ("", "speed and accepted drafts of the last answer", self._show_stats),
+            "/save": ("FILE", "write the conversation as a line of jsonl, which a recipe can train on", self._save),
+            "/quit": ("", "end; so does Ctrl-D", self._quit),
+        }
+        self._running = True
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Read lines until /quit or the end of input. Ctrl-C stops an answer, and at the prompt says how to quit."""
+        while self._running:
+            try:
+                line = read().strip()
+                if line:
+                    self.take(line)
+            except EOFError:
+                self._running = False
+            except KeyboardInterrupt:
+                self._say("\n/quit or Ctrl-D ends the conversation.")
+
+    def take(self, line: str) -> None:
+        """One line of the user: a command, or a turn to answer. A mistake is told and changes nothing."""
+        try:
+            if not line.startswith("/"):
+                self._answer(line)
+                return
+            name, _, argument = line.partition(" ")
+            if name not in self._commands:
+                raise UserError(f"there is no command {name}: /help lists them")
+            self._commands[name][2](argument.strip())
+        except UserError as error:
+            self.console.print(str(error), style="red", markup=False, highlight=False)
+
+    def _answer(self, text: str) -> None:
+        messages = [*self.messages, Message("user", text)]
+        kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
+        generation = respond(self.engine, kept, self.params, self.depth)
+        dropped = len(messages) - len(kept)
+        if dropped > self._dropped:
+            self._say(f"(the context is full: the oldest {dropped} messages are no longer seen)")
+        self._dropped = dropped
+        answer = ""
+        try:
+            for event in generation:
+                text = printable(event.text)
+                answer += text
+                self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            self.console.print(" …", end="", style="dim")
+        self.console.print()
+        self.stats = generation.stats
+        if answer:
+            self.messages = [*messages, Message("assistant", answer)]
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False)
+
+    # --- commands
+
+    def _help(self, argument: str) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, (parameter, meaning, _) in self._commands.items():
+            table.add_row(escape(f"{name} {parameter}"), meaning)
+        self.console.print(table)
+
+    def _reset(self, argument: str) -> None:
+        self.messages = [message for message in self.messages[:1] if message.role == "system"]
+        self._dropped = 0
+
+    def _system(self, argument: str) -> None:
+        self.messages = [Message("system", argument)] if argument else []
+        self._dropped = 0
+
+    def _heat(self, argument: str) -> None:
+        try:
+            temperature = float(argument)
+        except ValueError:
+            raise UserError(f"/temperature takes a number such as 0.7, not {argument!r}") from None
+        self.params = replace(self.params, temperature=temperature)
+
+    def _speculate(self, argument: str) -> None:
+        if argument not in ("on", "off"):
+            raise UserError(f"/speculate takes on or off, not {argument!r}")
+        if argument == "on" and not default_depth(self.engine):
+            raise UserError("this model has no MTP layer to draft with: it was trained without")
+        self.depth = default_depth(self.engine) if argument == "on" else 0
+
+    def _show_stats(self, argument: str) -> None:
+        if self.stats is None:
+            raise UserError("nothing has been answered yet")
+        stats = self.stats
+        self._say(
+            f"{stats.prompt_tokens} tokens read, {stats.tokens} written at {stats.tokens_per_second:.1f} a second, "
+            f"{stats.tokens_per_step:.2f} a step"
+        )
+        for depth, share in enumerate(stats.acceptance, 1):
+            kept, drafted = stats.accepted[depth - 1], stats.drafted[depth - 1]
+            self._say(f"drafts {depth} ahead: {kept} of {drafted} accepted ({share:.0%})")
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise UserError("/save takes the name of a file")
+        turns = [{"role": message.role, "content": message.content} for message in self.messages]
+        try:
+            with Path(argument).expanduser().open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            raise UserError(f"{argument} is there already: take another name") from None
+        except OSError as error:
+            raise UserError(f"{argument} can't be written: {error.strerror}") from None
+        self._say(f"saved to {argument}")
+
+    def _quit(self, argument: str) -> None:
+        self._running = False
+
+
+def chat(engine: Engine, console: Console, params: SamplingParams = CHAT_PARAMS) -> None:
+    """The REPL, with the terminal's own line editing where there is one."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        importlib.import_module("readline")  # input() uses it once it is loaded
+    console.print("Type a message, or /help. Ctrl-C stops an answer.", style="dim")
+    Chat(engine, console, params).run(lambda: console.input("[bold cyan]>[/] "))

@@ -1,0 +1,236 @@
+"""The REPL: turns, commands, interrupts, and a conversation that outgrows the context."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from baleen.config import UserError
+from baleen.data.corpus import Message
+from baleen.data.tokenizer import train_tokenizer
+from baleen.infer.chat import Chat, answer_once, printable, recent
+from baleen.infer.engine import Engine, Request
+from baleen.infer.sampler import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture
+def engine(tiny_model):
+    """Makes an engine with a true tokenizer of 290 tokens, over a small random model."""
+    tokenizer = train_tokenizer(["hello there, how are you? well, and you?"] * 9, 290)
+    return lambda **changes: Engine(tiny_model(vocab_size=290, num_hidden_layers=2, **changes), tokenizer)
+
+
+@pytest.fixture
+def chat(engine):
+    """Makes a chat and the function that returns what it has printed since the last call."""
+
+    def make(**changes):
+        screen = io.StringIO()
+        chat = Chat(engine(**changes), Console(file=screen, width=200), GREEDY)
+
+        def printed():
+            text = screen.getvalue()
+            screen.seek(0)
+            screen.truncate()
+            return text
+
+        return chat, printed
+
+    return make
+
+
+def expected(engine, messages, params=GREEDY):
+    stop_ids = (engine.tokenizer.user_id,)
+    params = SamplingParams(temperature=params.temperature, max_tokens=params.max_tokens, stop_ids=stop_ids)
+    ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    return printable(engine.complete([Request(ids, params)])[0].text)
+
+
+def test_the_conversation_goes_on(chat):
+    chat, printed = chat()
+    chat.take("hello")
+    first = expected(chat.engine, [Message("user", "hello")])
+    assert first and printed() == first + "\n"
+    assert chat.messages == [Message("user", "hello"), Message("assistant", first)]
+    chat.take("and you?")
+    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:3])
+    chat.take("/reset")
+    chat.take("hello")
+    assert chat.messages == [Message("user", "hello"), Message("assistant", first)]
+
+
+def test_system_message_stays(chat):
+    chat, printed = chat()
+    chat.take("/system you are well")
+    chat.take("hello")
+    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:2])
+    chat.take("/reset")
+    assert chat.messages == [Message("system", "you are well")]
+    chat.take("/system")
+    assert chat.messages == []
+
+
+def test_speculation_changes_no_word(chat):
+    chat, printed = chat()
+    chat.take("/speculate off")
+    chat.take("hello")
+    plain = printed()
+    assert chat.stats.accepted == []
+    chat.take("/reset")
+    chat.take("/speculate on")
+    chat.take("hello")
+    assert printed() == plain and len(chat.stats.accepted) == 1
+    chat.take("/stats")
+    assert "drafts 1 ahead" in printed()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/temperature warm", "a number such as 0.7"),
+        ("/temperature -1", "temperature is -1.0"),
+        ("/speculate perhaps", "on or off"),
+        ("/speculate on", "no MTP layer"),
+        ("/stats", "nothing has been answered"),
+        ("/save", "the name of a file"),
+        ("/dance", "/help lists"),
+        ("hello " * 300, "the model's context holds 256"),
+    ],
+)
+def test_mistakes_change_nothing(chat, line, says):
+    chat, printed = chat(num_nextn_predict_layers=0)
+    before = (chat.params, chat.depth, chat.messages)
+    chat.take(line)
+    assert says in printed()
+    assert before == (chat.params, chat.depth, chat.messages)
+
+
+def test_temperature_and_help(chat):
+    chat, printed = chat()
+    chat.take("/temperature 0.3")
+    assert chat.params.temperature == 0.3 and chat.params.max_tokens == 12
+    chat.take("/help")
+    listed = printed()
+    assert all(name in listed for name in ("/help", "/reset", "/system TEXT", "/speculate on|off", "/save FILE"))
+
+
+def test_save_overwrites_nothing(chat, tmp_path):
+    chat, printed = chat()
+    chat.take("hello")
+    file = tmp_path / "talk.jsonl"
+    chat.take(f"/save {file}")
+    saved = file.read_text(encoding="utf-8")
+    assert [m["role"] for m in json.loads(saved)["messages"]] == ["user", "assistant"]
+    printed()
+    chat.take("again")
+    chat.take(f"/save {file}")
+    assert "is there already" in printed().replace("\n", "") and file.read_text(encoding="utf-8") == saved
+    chat.take(f"/save {tmp_path / 'no' / 'folder.jsonl'}")
+    assert "can't be written" in printed().replace("\n", "")
+
+
+def test_interrupt_stops_the_answer_only(chat):
+    chat, printed = chat(num_nextn_predict_layers=0)
+    whole = expected(chat.engine, [Message("user", "hello")])
+    forwards = []
+
+    def interrupt(*_):
+        forwards.append(1)
+        if len(forwards) == 6:
+            raise KeyboardInterrupt
+
+    handle = chat.engine.model.register_forward_hook(interrupt)
+    chat.take("hello")
+    handle.remove()
+    assert len(forwards) == 6
+    partial = chat.messages[-1].content
+    assert whole.startswith(partial) and 0 < len(partial) < len(whole)
+    assert printed() == partial + " …\n"
+    chat.take("go on")
+    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:3])
+
+
+def test_run_ends_at_quit(chat):
+    chat, printed = chat()
+    lines = iter(["/temperature 0", KeyboardInterrupt(), "", "/quit", "never read"])
+
+    def read():
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    chat.run(read)
+    assert "/quit or Ctrl-D" in printed() and next(lines) == "never read"
+
+
+def test_run_ends_with_its_input(chat):
+    chat, printed = chat()
+    chat.run(_at_end)
+    assert printed() == ""
+
+
+def _at_end():
+    raise EOFError
+
+
+def test_oldest_turns_are_dropped_with_a_notice(chat):
+    chat, printed = chat(max_position_embeddings=128)
+    chat.take("/system be brief")
+    notices = 0
+    for number in range(8):
+        chat.take(f"hello there number {number}")
+        notices += "the context is full" in printed()
+    assert notices >= 2
+    assert len(chat.messages) == 17  # the system message and every turn are kept for /save
+    kept = recent(chat.engine, chat.messages, 32)
+    assert kept[0] == Message("system", "be brief") and kept[1].role == "user"
+    assert kept[1:] == chat.messages[-len(kept) + 1 :] and len(kept) < 17
+    assert len(chat.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)) <= 96
+
+
+def test_the_last_turn_may_fill_the_context(engine):
+    engine = engine(max_position_embeddings=64)
+    turns = [Message("user", "hi"), Message("assistant", "hello"), Message("user", "?" * 50)]
+    assert recent(engine, turns, 32) == turns[2:]
+    with pytest.raises(UserError, match="context holds 64"):
+        answer_once(engine, "?" * 80, io.StringIO())
+
+
+def test_one_answer(engine):
+    engine = engine()
+    out = io.StringIO()
+    stats = answer_once(engine, "hello", out, GREEDY)
+    assert out.getvalue() == expected(engine, [Message("user", "hello")]) + "\n"
+    assert 0 < stats.tokens <= 12
+
+
+def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
+    engine = engine()
+    with torch.no_grad():  # the model says nothing but the user's marker
+        engine.model.lm_head.weight.zero_()
+        engine.model.model.norm.weight.zero_()
+    engine.tokenizer = MarkerFirst(engine.tokenizer)
+    out = io.StringIO()
+    stats = answer_once(engine, "hello", out, GREEDY)
+    assert out.getvalue() == "\n" and stats.tokens == 1
+
+
+class MarkerFirst:
+    """A tokenizer whose user marker is token 0, the one a model of zeros chooses."""
+
+    user_id = 0
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+def test_control_characters_never_reach_the_terminal():
+    assert printable("a\x1b[2J\x07b\r\n\tc\x9b\x7f é🐋") == "a[2Jb\n\tc é🐋"
