@@ -16,26 +16,45 @@ from baleen.config import UserError
 
 # DeepSeek's manner: a turn of the user ends where the assistant's marker stands, a turn of the assistant in
 # end-of-sentence, at which generation stops. Earlier reasoning is not shown again, as R1's own template has it.
+# Tools, their calls and their outputs are the OpenAI protocol's.
 BALEEN_TEMPLATE = """\
 {{- bos_token -}}
 {%- set last_user = namespace(index=-1) -%}
 {%- for message in messages -%}
   {%- if message['role'] == 'user' -%}{%- set last_user.index = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
+{%- if tools is defined and tools -%}
+  {{- '<|system|>Tools:' -}}
+  {%- for tool in tools -%}{{- '\\n' + (tool['function'] | tojson) -}}{%- endfor -%}
+{%- endif -%}
 {%- for message in messages -%}
   {%- if message['role'] == 'system' -%}
     {{- '<|system|>' + message['content'] -}}
   {%- elif message['role'] == 'user' -%}
     {{- '<|user|>' + message['content'] -}}
   {%- elif message['role'] == 'assistant' -%}
-    {%- set content = message['content'] -%}
+    {%- set content = message['content'] or '' -%}
     {%- if loop.index0 < last_user.index and '</think>' in content -%}
       {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
     {%- endif -%}
     {{- '<|assistant|>' -}}
-    {%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
+    {%- generation -%}
+      {{- content -}}
+      {%- if message['tool_calls'] -%}
+        {{- '<|tool_calls_begin|>' -}}
+        {%- for call in message['tool_calls'] -%}
+          {%- set arguments = call['function']['arguments'] -%}
+          {{- '<|tool_call_begin|>' + call['function']['name'] + '<|tool_sep|>' -}}
+          {{- (arguments if arguments is string else arguments | tojson) + '<|tool_call_end|>' -}}
+        {%- endfor -%}
+        {{- '<|tool_calls_end|>' -}}
+      {%- endif -%}
+      {{- eos_token -}}
+    {%- endgeneration -%}
+  {%- elif message['role'] == 'tool' -%}
+    {{- '<|tool_output_begin|>' + message['content'] + '<|tool_output_end|>' -}}
   {%- else -%}
-    {{- raise_exception('a message has role ' + message['role'] + ': it must be system, user or assistant') -}}
+    {{- raise_exception('a message has role ' + message['role'] + ': it must be system, user, assistant or tool') -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

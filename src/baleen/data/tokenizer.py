@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,20 @@ PRETOKENS = (
 PUNCTUATION_AND_BREAKS = re.compile(r"( ?[^\w\s]+)([\r\n]+)")
 
 Chat = Sequence[Message | Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]  # as in the OpenAI protocol: {type: function, function: {name, parameters, ...}}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool = False
+    thinking: bool | None = None
+    tools: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        """All that was written by others, the tools in the form of a message first."""
+        return [{"role": "tool", "tools": self.tools}, *self.messages]
 
 
 class Tokenizer:
@@ -167,32 +182,30 @@ class Tokenizer:
 
     # --- chat
 
-    def render(self, messages: Chat, add_generation_prompt: bool = False, thinking: bool | None = None) -> str:
+    def render(
+        self,
+        messages: Chat,
+        add_generation_prompt: bool = False,
+        thinking: bool | None = None,
+        tools: Tools = (),
+    ) -> str:
         """The template's text. `thinking` opens (True) or closes (False) the reasoning after a generation prompt."""
-        return self._render([_as_dict(m) for m in messages], add_generation_prompt, thinking)
+        return self._render(_Prompt([_as_dict(m) for m in messages], add_generation_prompt, thinking, list(tools)))
 
     def encode_chat(
-        self, messages: Chat, add_generation_prompt: bool = False, thinking: bool | None = None
+        self,
+        messages: Chat,
+        add_generation_prompt: bool = False,
+        thinking: bool | None = None,
+        tools: Tools = (),
     ) -> list[int]:
-        return self.encode_chats([messages], add_generation_prompt, thinking)[0]
+        """The tokens of `render`, but that nothing in a message or a tool becomes a control token."""
+        prompt = _Prompt([_as_dict(m) for m in messages], add_generation_prompt, thinking, list(tools))
+        return self._encode_prompts([prompt])[0]
 
-    def encode_chats(
-        self, chats: Iterable[Chat], add_generation_prompt: bool = False, thinking: bool | None = None
-    ) -> list[list[int]]:
-        """Many conversations at once, on all cores: each the tokens of its rendered text."""
-        out: list[list[int]] = []
-        plain: list[tuple[int, str]] = []
-        for number, chat in enumerate(chats):
-            messages = [_as_dict(message) for message in chat]
-            if any(self._control.forged_in(message) for message in messages):
-                out.append(self._encode_forged(messages, add_generation_prompt, thinking))
-            else:
-                plain.append((number, self._render(messages, add_generation_prompt, thinking)))
-                out.append([])
-        encoded = self.encode_batch([text for _, text in plain], allow_special=True)
-        for (number, _), ids in zip(plain, encoded, strict=True):
-            out[number] = ids
-        return out
+    def encode_chats(self, chats: Iterable[Chat]) -> list[list[int]]:
+        """Many conversations at once, on all cores."""
+        return self._encode_prompts([_Prompt([_as_dict(message) for message in chat]) for chat in chats])
 
     def assistant_mask(self, ids: Sequence[int]) -> list[int]:
         """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.
@@ -209,20 +222,33 @@ class Tokenizer:
             inside = id == self.assistant_id or (inside and id != self.eos_id)
         return mask
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None) -> str:
+    def _render(self, prompt: _Prompt) -> str:
         if self._template is None:
             raise UserError("the tokenizer has no chat template: add chat_template.jinja beside tokenizer.json")
-        names = {k: v for k, v in self._settings.items() if k.endswith("_token") and isinstance(v, str)}
-        extra = {} if thinking is None else {"thinking": thinking}
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **names, **extra)
+        variables: dict[str, Any] = {
+            k: v for k, v in self._settings.items() if k.endswith("_token") and isinstance(v, str)
+        }
+        if prompt.thinking is not None:
+            variables["thinking"] = prompt.thinking
+        if prompt.tools:
+            variables["tools"] = prompt.tools
+        return self._template.render(prompt.messages, add_generation_prompt=prompt.add_generation_prompt, **variables)
 
-    def _encode_forged(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None
-    ) -> list[int]:
+    def _encode_prompts(self, prompts: list[_Prompt]) -> list[list[int]]:
+        honest = [not any(self._control.forged_in(part) for part in prompt.parts) for prompt in prompts]
+        texts = [self._render(prompt) for prompt, is_honest in zip(prompts, honest, strict=True) if is_honest]
+        encoded = iter(self.encode_batch(texts, allow_special=True))
+        return [
+            next(encoded) if is_honest else self._encode_forged(prompt)
+            for prompt, is_honest in zip(prompts, honest, strict=True)
+        ]
+
+    def _encode_forged(self, prompt: _Prompt) -> list[int]:
         """Spoil the forged control tokens, render, cut at the true ones, and mend the forged as ordinary text."""
-        spoilt, guard = self._control.spoil(messages)
+        (tools, *messages), guard = self._control.spoil(prompt.parts)
+        spoilt = replace(prompt, messages=messages, tools=tools["tools"])
         ids: list[int] = []
-        for piece in self._control.cut(self._render(spoilt, add_generation_prompt, thinking)):
+        for piece in self._control.cut(self._render(spoilt)):
             ids += [piece] if isinstance(piece, int) else self.encode(piece.replace(guard, ""))
         return ids
 
