@@ -49,6 +49,27 @@ class RopeScaling(Strict):
     mscale_all_dim: float | None = None
 
 
+class LongRope(Strict):
+    """A divisor of its own for each rotary pair (transformers' `longrope`): inv_freq_j = 1 / (factor_j * theta^(2j/P)).
+
+    Baleen builds it with one list for all lengths; upcycled models hold their source's frequencies in it, with
+    rope_theta = 1.
+    """
+
+    rope_type: Literal["longrope"] = "longrope"
+    factor: float = Field(1.0, ge=1.0, le=1.0)
+    attention_factor: float = Field(1.0, ge=1.0, le=1.0)
+    original_max_position_embeddings: Positive
+    short_factor: tuple[Annotated[float, Field(gt=0.0)], ...]
+    long_factor: tuple[Annotated[float, Field(gt=0.0)], ...]
+
+    @model_validator(mode="after")
+    def _one_list(self) -> LongRope:
+        if self.short_factor != self.long_factor:
+            raise ValueError("short_factor and long_factor differ: Baleen builds only one list for all lengths")
+        return self
+
+
 class ModelConfig(Strict):
     """Shape of a DeepSeek-V3 network. Symbols of arXiv 2412.19437 stand beside each key."""
 
@@ -74,7 +95,7 @@ class ModelConfig(Strict):
     num_nextn_predict_layers: Count = 1  # D
     max_position_embeddings: Positive = 4096
     rope_theta: float = Field(10000.0, gt=0.0)
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Annotated[RopeScaling | LongRope, Field(discriminator="rope_type")] | None = None
     rope_interleave: bool = True
     rms_norm_eps: float = Field(1e-6, gt=0.0)
     initializer_range: float = Field(0.006, gt=0.0)
@@ -88,10 +109,20 @@ class ModelConfig(Strict):
     def _zero_is_null(cls, value: Any) -> Any:
         return None if value == 0 else value  # TOML has no null
 
+    @field_validator("rope_scaling", mode="before")
+    @classmethod
+    def _yarn_by_default(cls, value: Any) -> Any:
+        return {"rope_type": "yarn", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: rotary pairs need an even number")
+        if isinstance(self.rope_scaling, LongRope) and len(self.rope_scaling.short_factor) * 2 != self.qk_rope_head_dim:
+            raise ValueError(
+                f"longrope has {len(self.rope_scaling.short_factor)} factors; "
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} needs {self.qk_rope_head_dim // 2}"
+            )
         if self.n_routed_experts % self.n_group:
             raise ValueError(
                 f"n_routed_experts ({self.n_routed_experts}) is not a multiple of n_group ({self.n_group}): "
@@ -154,6 +185,7 @@ HF_CONSTANTS: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "use_cache": True,
 }
+HF_MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # Kimi K2 is the same architecture under a name of its own
 # Keys of a released config.json that do not change the function a model computes.
 HF_IGNORED = {
     "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
@@ -173,17 +205,20 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
-    """The dict of a `deepseek_v3` config.json, old or new spelling of the rope settings -> ModelConfig.
+    """The dict of a `deepseek_v3` or `kimi_k2` config.json, old or new spelling of the rope settings -> ModelConfig.
 
     Raises UserError for another architecture, or for a key that changes the function in a way Baleen has not built.
     """
-    if raw.get("model_type") != "deepseek_v3":
+    if raw.get("model_type") not in HF_MODEL_TYPES:
         raise UserError(f"config.json says model_type {raw.get('model_type')!r}; Baleen loads 'deepseek_v3'")
     raw = dict(raw)
     for key, value in HF_CONSTANTS.items():
-        if key not in ("architectures", "use_cache") and raw.get(key, value) != value:
+        if key not in ("architectures", "model_type", "use_cache") and raw.get(key, value) != value:
             raise UserError(f"config.json has {key} = {raw[key]!r}; Baleen builds only {value!r}")
-    rope = dict(raw.pop("rope_parameters", None) or raw.get("rope_scaling") or {})
+    rope = raw.pop("rope_parameters", None) or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json has rope_scaling = {rope!r}; Baleen needs an object, or null")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)

@@ -29,7 +29,7 @@ from baleen.train.display import Display, duration
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run
 from baleen.train.track import TrackerKind, open_tracker
-from baleen.train.trainer import StepResult, Trainer
+from baleen.train.trainer import StepResult, Trainer, max_violation
 
 FIRST_SAMPLE_SECONDS = 15.0
 STEPS_BETWEEN_LOADS = 50  # rows of metrics.jsonl with the load of every expert
@@ -53,9 +53,9 @@ def train(
     tracker = open_tracker(track, run_dir, recipe.model_dump())
     open_run(run_dir, recipe, resume=resume)
     keep_freed_memory()
-    with _stage(recipe, run_dir, "data"):
+    with run_stage(recipe, run_dir, "data"):
         prepared = _prepare(recipe, run_dir, display)
-    with _stage(recipe, run_dir, "pretrain") as stage, display, _Interruption() as interruption:
+    with run_stage(recipe, run_dir, "pretrain") as stage, display, _Interruption() as interruption:
         run = _Run(recipe, run_dir, prepared, stage, display)
         metrics = Metrics(run_dir, run.trainer.counters.step)
         last_step = math.inf if max_steps is None else max_steps
@@ -74,7 +74,7 @@ def train(
     if stopped:
         display.say(f"stopped at step {run.trainer.counters.step} and saved; go on with --resume")
         return run.summary("stopped", None)
-    with _stage(recipe, run_dir, "eval"):
+    with run_stage(recipe, run_dir, "eval"):
         heldout = run.heldout_bpb()
     run.export(heldout)
     return run.summary("done", heldout)
@@ -180,7 +180,7 @@ class _Run:
 
     def export(self, heldout: dict[str, float]) -> None:
         """model/ (and model-ema/) in Hugging Face layout."""
-        recipe, counters, model = self.recipe, self.trainer.counters, self.trainer.model
+        recipe, model = self.recipe, self.trainer.model
         card = card_paragraph(cost_card(self.run_dir))
         save_model(model, self.run_dir / "model", tokenizer=self.prepared.tokenizer, card=card)
         if self.trainer.ema:
@@ -200,8 +200,14 @@ class _Run:
             "train_seconds": round(counters.wall_seconds, 1),
             "loss": sum(recent) / len(recent) if recent else None,
             "heldout_bpb": None if heldout is None else heldout["bits_per_byte"],
+            "max_violation_pooled": self._pooled_violation(),
             "weights_sha256": weights_sha256(self.trainer.model.state_dict()),
         }
+
+    def _pooled_violation(self) -> float:
+        """max_violation of the last 100 steps' loads added up: what is left of imbalance when chance averages out."""
+        loads = [result.loads for result in self._recent]
+        return max_violation([torch.stack(layer).sum(0) for layer in zip(*loads, strict=True)])
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
@@ -209,7 +215,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -228,7 +234,7 @@ def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
     )
 
 
-def _stage(recipe: Recipe, run_dir: Path, name: StageName) -> Stage:
+def run_stage(recipe: Recipe, run_dir: Path, name: StageName) -> Stage:
     """The ledger's stage: a device is a GPU, or a thread of the CPU."""
     gpu = device().type == "cuda"
     device_name = torch.cuda.get_device_name() if gpu else "cpu"

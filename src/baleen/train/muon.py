@@ -52,6 +52,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
+        assert parameter.grad is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"]

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["fp32", "bf16"]
+
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
@@ -18,7 +20,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
     """`auto` is bf16 where the hardware multiplies it fast, fp32 elsewhere. Weights and optimizer stay fp32."""
     if precision == "auto":
         return "bf16" if multiplies_bf16(device) else "fp32"
@@ -26,7 +28,7 @@ def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.
 
 
 @contextlib.contextmanager
-def computing_in(precision: Literal["fp32", "bf16"], device: torch.device) -> Iterator[None]:
+def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matmuls in bf16 over fp32 weights (autocast), or everything in fp32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield

@@ -16,7 +16,7 @@ from baleen.model.transformer import Transformer
 from baleen.train.checkpoint import Checkpoint
 from baleen.train.loss import training_loss
 from baleen.train.optimizer import Optimizer
-from baleen.train.precision import computing_in, resolve_precision
+from baleen.train.precision import Precision, computing_in, resolve_precision
 from baleen.train.schedule import Schedules
 
 
@@ -59,7 +59,7 @@ class Trainer:
         self.recipe, self.model, self.loader = recipe, model, loader
         self.optimizer = Optimizer(model, recipe.train)
         self.schedules = Schedules(recipe)
-        self.precision = resolve_precision(recipe.train.precision, model.device)
+        self.precision: Precision = resolve_precision(recipe.train.precision, model.device)
         self.counters = Counters()
         self.ema = {n: t.detach().clone() for n, t in _weights(model).items()} if recipe.train.ema_decay else {}
 
@@ -89,7 +89,8 @@ class Trainer:
                 gate.update_bias(load, self.schedules.bias_update_speed(position))
             if self.ema:
                 weights = _weights(self.model)
-                torch._foreach_lerp_(list(self.ema.values()), [weights[n] for n in self.ema], 1 - train.ema_decay)
+                for name, average in self.ema.items():
+                    average.lerp_(weights[name], 1 - train.ema_decay)
         else:
             self.counters.skipped += 1
         self.counters.step += 1
@@ -153,7 +154,7 @@ class Trainer:
         return [f"{key} was {then.get(key)}, is {now[key]}" for key in now if now[key] != then.get(key)]
 
 
-def environment(precision: str) -> dict[str, Any]:
+def environment(precision: Precision) -> dict[str, Any]:
     """What must be equal for a resumed run to equal the straight one bit for bit."""
     return {
         "threads": torch.get_num_threads(),

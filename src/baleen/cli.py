@@ -1,0 +1,143 @@
+"""The command line. Each command imports what it needs when it is called, so that --help is instant.
+
+Results go to stdout, progress and words to stderr. Exit code 0, 2 for a user's mistake, 1 for a failure of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from baleen import cli_cost
+
+app = typer.Typer(
+    name="baleen",
+    help="The DeepSeek-V3 system, whole and at any size: train, chat, and know what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_cost.app, name="cost", help="What a training run will cost, and what it did cost.")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's .toml file, or the name of one that ships.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory or a Hugging Face model directory.")]
+RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Override a key of the recipe: section.key=value.")]
+DataOption = Annotated[list[str], typer.Option("--data", help="Train on these files, folders or package:NAME instead.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this many steps in all.")]
+TrackOption = Annotated[str, typer.Option("--track", help="none, tensorboard, trackio or wandb.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command()
+def demo(
+    run: RunOption = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time at most.")] = 8.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small V3 on human conversations, talk to it, and see what it cost: all in some ten minutes."""
+    from rich.console import Console
+
+    from baleen.demo import run_demo
+
+    summary = run_demo(run, minutes, Console(stderr=as_json))
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    run: RunOption,
+    data: DataOption = [],  # noqa: B006 - typer wants a list
+    overrides: SetOption = [],  # noqa: B006
+    max_steps: MaxStepsOption = None,
+    resume: ResumeOption = False,
+    track: TrackOption = "none",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model from a recipe, or continue with --resume."""
+    from baleen.config import load_recipe, with_sources
+    from baleen.train.loop import train as run_training
+
+    resolved = with_sources(load_recipe(recipe, overrides), data)
+    summary = run_training(resolved, run, resume=resume, max_steps=max_steps, track=track)  # type: ignore[arg-type]
+    _report(summary, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    text: Annotated[
+        list[Path], typer.Option("--text", help="Files or folders; default: the run's held-out text.")
+    ] = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Bits per byte of a model on text."""
+    from baleen.eval.run import evaluate_run
+
+    _report(evaluate_run(run, text), as_json)
+
+
+@app.command("chat")
+def chat_(
+    run: RunArgument,
+    prompt: Annotated[str | None, typer.Option(help="One question: prints the answer and ends.")] = None,
+) -> None:
+    """Talk to a model."""
+    from rich.console import Console
+
+    from baleen.infer.chat import answer_once, chat
+    from baleen.infer.engine import Engine
+    from baleen.interop.load import load
+
+    loaded = load(run)
+    engine = Engine(loaded.model, loaded.tokenizer)
+    if prompt is None:
+        chat(engine, Console())
+    else:
+        answer_once(engine, prompt, sys.stdout)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html: curves, expert load, samples and cost of a run on one page."""
+    from baleen.eval.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def recipes() -> None:
+    """Names of the recipes that ship with Baleen."""
+    from baleen.config import recipe_names
+
+    print("\n".join(recipe_names()))
+
+
+def _report(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    for key, value in result.items():
+        print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Runs the command line; a UserError becomes one sentence on stderr and exit code 2."""
+    from baleen.config import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,85 @@
+"""Which of ten turns came next? A conversation's true next turn among nine from elsewhere, chosen by likelihood.
+
+Shapes: K candidates, T tokens of a candidate.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from baleen.config import UserError
+from baleen.data.document import Document, Message
+from baleen.data.tokenizer import Tokenizer
+from baleen.model.cache import LatentCache
+from baleen.model.transformer import Transformer
+
+CANDIDATES = 10
+MAX_CANDIDATE_TOKENS = 48
+
+
+def next_turn_accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    *,
+    contexts: int,
+    window: int,
+    seed: int = 0,
+) -> float:
+    """Share of `contexts` held-out places at which the true next turn has the highest mean log-likelihood a token.
+
+    The other nine are turns of other documents, spoken in the same role. Context and candidate together have at most
+    `window` tokens; chance is 1/10. Raises UserError if the documents hold too few conversations.
+    """
+    right = [
+        _scores(model, tokenizer, history, turns, window).argmax().item() == 0
+        for history, turns in _places(documents, contexts, random.Random(seed))
+    ]
+    return sum(right) / len(right)
+
+
+def _places(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[tuple[list[Message], list[str]]]:
+    """(history, candidates with the true one first)."""
+    chats = [document.messages for document in documents if document.messages and len(document.messages) > 1]
+    if len(chats) < 2:
+        raise UserError("next-turn accuracy needs two held-out conversations or more: raise data.heldout_fraction")
+    for _ in range(count):
+        chat = rng.choice(chats)
+        turn = rng.randrange(1, len(chat))
+        candidates = [chat[turn].content]
+        while len(candidates) < CANDIDATES:
+            other = rng.choice(rng.choice(chats))
+            if other not in chat and other.role == chat[turn].role and other.content not in candidates:
+                candidates.append(other.content)
+        yield list(chat[:turn]), candidates
+
+
+@torch.inference_mode()
+def _scores(
+    model: Transformer, tokenizer: Tokenizer, history: list[Message], turns: list[str], window: int
+) -> torch.Tensor:
+    """Mean log-likelihood a token of each turn, [K]. The history is read once, into a cache that all turns share."""
+    role = "user" if history[-1].role == "assistant" else "assistant"
+    before = tokenizer.encode_chat(history)
+    rows = []
+    for turn in turns:
+        whole = tokenizer.encode_chat([*history, Message(role, turn)])
+        rows.append(whole[len(before) :][:MAX_CANDIDATE_TOKENS])
+    longest = max(len(row) for row in rows)
+    before = before[-(window - longest) :]
+    ids_KT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    valid_KT = torch.tensor([[t < len(row) for t in range(longest)] for row in rows], device=model.device)
+
+    cache = LatentCache(model.config, 1, window, dtype=next(model.parameters()).dtype, device=model.device)
+    positions = torch.arange(len(before) + longest, device=model.device)
+    past = torch.tensor([before], device=model.device)
+    last = model(past, positions_BT=positions[None, : len(before)], cache=cache).hidden_BTd[:, -1:]
+    cache.select(torch.zeros(len(rows), dtype=torch.long, device=model.device))
+    hidden = model(ids_KT, positions_BT=positions[len(before) :].expand_as(ids_KT), cache=cache).hidden_BTd
+    hidden = torch.cat((last.expand(len(rows), -1, -1), hidden[:, :-1]), 1)
+    loss_KT = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), ids_KT.flatten(), reduction="none")
+    return -(loss_KT.view_as(ids_KT) * valid_KT).sum(1) / valid_KT.sum(1)
