@@ -32,7 +32,7 @@ CONSTANTS = {
         1.15, 0.10, "the same on H100 (at full power its clock drops)", "arXiv 2407.21783 §3.3; stas00/ml-engineering"
     ),
     "matmul_blackwell": Constant(1.15, 0.15, "the same on B200 and GB200", "as Hopper, newer libraries"),
-    "matmul_fp8": Constant(1.10, 0.15, "FP8 products besides: scaling, promotion", "arXiv 2412.19437 §3.3.2"),
+    "matmul_fp8": Constant(1.00, 0.15, "FP8 products besides: scaling, promotion", "arXiv 2412.19437 §3.3.2"),
     "grouped": Constant(1.15, 0.20, "experts' grouped products against one product of the rows", "DeepGEMM's tables"),
     "attention": Constant(1.10, 0.20, "attention's core in training against its papers' figures", "arXiv 2407.08608"),
     "elementwise": Constant(1.50, 0.30, "streaming kernels against the memory's rate", "arXiv 2007.00072"),

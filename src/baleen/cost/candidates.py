@@ -19,7 +19,7 @@ from baleen.cost.step import Workload, step_time
 MEMORY_SHARE = 0.95  # of the device that a run may plan to fill: the rest is for the context and the allocator
 PIPELINES = (1, 2, 4, 8, 16, 32, 64)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-RECOMPUTE: tuple[Recompute, ...] = ("none", "operators", "full")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "deepseek", "operators", "full")
 # More model parallelism than fits already only adds traffic and bubbles; this much more is still tried.
 WORTH_TRYING = 16
 
@@ -64,7 +64,7 @@ def candidate_layouts(
                 )  # fmt: skip
             except ValidationError:
                 continue
-            if layout.data * micro <= batch or micro == 1:
+            if layout.data * micro <= batch:
                 yield layout
 
 

@@ -16,6 +16,7 @@ from baleen.cost.calibration import Calibration
 from baleen.cost.candidates import best_layout
 from baleen.cost.flops import training_flops
 from baleen.cost.hardware import Hardware, find_hardware
+from baleen.cost.kernels import Attention
 from baleen.cost.layout import StatedLayout, parse_layout
 from baleen.cost.memory import RankMemory
 from baleen.cost.step import Workload
@@ -49,8 +50,11 @@ PRECISIONS = {
 USUAL_BATCH_TOKENS = 4_000_000
 USUAL_DAYS, USUAL_MFU = 30, 0.35  # for how many devices a run has where that is not published
 LEAST_TOKENS_PER_DEVICE = 2048  # in a step
-# FlashAttention appeared in May 2022; trainings reported before 2023 did without it.
-FUSED_ATTENTION_SINCE = 2301
+LEAST_TOKENS_PER_DEVICE_AND_BATCH = 1024  # large runs take larger batches: 405B on 16,384 devices 16M tokens
+# GPT-style networks (two FFN matrices or FP16) reported before mid-2023 come from Megatron-LM and GPT-NeoX, whose
+# shipped configurations recompute every layer (Pythia's do), and which got FlashAttention in early 2023.
+FULL_RECOMPUTATION_UNTIL, UNFUSED_ATTENTION_UNTIL = 2305, 2303
+NATIVE_ATTENTION_SINCE = 2408  # FlashAttention-3 (arXiv 2407.08608) and cuDNN 9 replaced FA-2 on Hopper after that
 # Runs whose published TFLOPS count recomputation, a second forward: 4 passes of the forward instead of 3.
 COUNTS_RECOMPUTATION = re.compile(r"recompute", re.I)
 # Hours that were computed from the speed of a step: they hold no restarts, evaluations or waiting.
@@ -149,13 +153,16 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
     if precision is None:
         raise UserError(f"precision {case.text['precision']!r} is not modelled: known are {', '.join(PRECISIONS)}")
     seq_len = int(n["seq"] or 4096)
-    batch = max(1, round(n["global_batch_seqs"] or USUAL_BATCH_TOKENS / seq_len))
     stated = stated_layout(case)
+    batch = n["global_batch_seqs"] or USUAL_BATCH_TOKENS / seq_len
     devices = int(n["n_gpus"] or _usual_devices(arch, hardware, seq_len, n["tokens"], batch))
-    mtp = arch.num_nextn_predict_layers > 0
+    if not n["global_batch_seqs"]:
+        only_data = stated.zero == 3 and not stated.tensor
+        batch = max(batch, devices * LEAST_TOKENS_PER_DEVICE_AND_BATCH / seq_len, devices if only_data else 1)
+    batch = max(1, round(batch))
     conditions = {
-        "mtp": mtp,
-        "fused_attention": _fused(case),
+        "mtp": arch.num_nextn_predict_layers > 0,
+        "attention": _attention(case, stated),
         "eager": stated.zero == 3 and not stated.compiled,
         "balanced_routing": "balanced" in case.text["note"],
         "node_limit": NODE_LIMITS.get(case.text["arch"].split("+")[0]),
@@ -176,16 +183,15 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
         rate=published_rate(case, work) if case.kind == "step" else None,
         hours=n["gpu_hours"] if case.kind == "run" and n["tokens"] else None,
         gib=n["mem_gib"],
-        untuned=not stated.states_degrees,
+        untuned=case.kind == "run" and not stated.states_degrees,
     )
 
 
 def stated_layout(case: Case) -> StatedLayout:
-    """The published layout; whoever counts recomputation in the TFLOPS did recompute."""
+    """The published layout; whoever counts recomputation in the TFLOPS did recompute, and GPT's generation did."""
     stated = parse_layout(case.text["parallelism"])
-    if stated.recompute is None and COUNTS_RECOMPUTATION.search(case.text["note"]):
-        return stated.model_copy(update={"recompute": "full"})
-    return stated
+    recomputes = COUNTS_RECOMPUTATION.search(case.text["note"]) or _gpt_era(case, FULL_RECOMPUTATION_UNTIL)
+    return stated.model_copy(update={"recompute": "full"}) if recomputes and stated.recompute is None else stated
 
 
 def case_architecture(case: Case) -> Architecture:
@@ -220,13 +226,28 @@ def implied_mfu(rate: float, work: Workload) -> float:
     return rate * training_flops(work.arch, work.seq_len) / work.hardware.peak_flops("bf16")
 
 
-def _usual_devices(arch: Architecture, hardware: Hardware, seq_len: int, tokens: float | None, batch: int) -> int:
+def _usual_devices(arch: Architecture, hardware: Hardware, seq_len: int, tokens: float | None, batch: float) -> int:
     """A power of two that trains in about a month, if no number is published, and has enough to do in each step."""
     seconds = training_flops(arch, seq_len) * (tokens or 1e12) / (hardware.peak_flops("bf16") * USUAL_MFU)
     most = batch * seq_len / LEAST_TOKENS_PER_DEVICE
     return 2 ** round(math.log2(min(most, max(8, seconds / 86400 / USUAL_DAYS))))
 
 
-def _fused(case: Case) -> bool:
+def _attention(case: Case, stated: StatedLayout) -> Attention:
+    """Kernels of attention's core by date and framework: FSDP means PyTorch, whose SDPA runs FlashAttention-2."""
+    if _gpt_era(case, UNFUSED_ATTENTION_UNTIL):
+        return "unfused"
+    before = (_published(case) or NATIVE_ATTENTION_SINCE) < NATIVE_ATTENTION_SINCE
+    return "flash2" if before or stated.zero == 3 else "native"
+
+
+def _gpt_era(case: Case, until: int) -> bool:
+    date = _published(case)
+    style = case.text["precision"] == "fp16" or '"nm":2' in case.text["dims"].replace(" ", "")
+    return date is not None and date <= until and style
+
+
+def _published(case: Case) -> int | None:
+    """Year and month, as arXiv numbers them."""
     arxiv = re.search(r"(\d{4})\.\d{5}", case.text["source"])
-    return not arxiv or int(arxiv[1]) >= FUSED_ATTENTION_SINCE
+    return int(arxiv[1]) if arxiv else None

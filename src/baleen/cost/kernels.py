@@ -6,7 +6,7 @@ Nothing here is fitted; `baleen.cost.calibration` holds the few factors by which
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from baleen.cost.architecture import Architecture
 from baleen.cost.flops import Matmul, attention_flops, head_matmul, layer_matmuls, mtp_projection
@@ -19,9 +19,19 @@ from baleen.cost.memory import STATE_BYTES, StageParameters
 # best; the idle time is fixed, so the size grows with the rate (H100 BF16 about 75 % at 4096^3; as published curves).
 HALF_SIZE = 110
 HALF_SIZE_AT_FLOPS = 312e12
-# Share of the dense BF16 peak of fused attention, forward and backward, at head size 128: FlashAttention-2 on A100
-# (arXiv 2307.08691), -3 on H100 (2407.08608), cuDNN 9 / FA-4 on B200; causal masks and training lengths included.
-ATTENTION_SHARE = {"ampere": (0.55, 0.50), "hopper": (0.55, 0.45), "blackwell": (0.50, 0.45)}
+# Kernels of attention's core: before FlashAttention; FlashAttention-2, which was written for A100 and is what PyTorch's
+# SDPA runs; and those written for each generation (FA-3, cuDNN 9).
+Attention = Literal["unfused", "flash2", "native"]
+# Share of the dense BF16 peak that fused attention reaches, forward and backward, at head size 128 under a causal
+# mask: FA-2's paper (arXiv 2307.08691) on A100 and H100, FA-3's (2407.08608) on H100, cuDNN's release notes on B200.
+ATTENTION_SHARE = {
+    ("flash2", "ampere"): (0.60, 0.55),
+    ("flash2", "hopper"): (0.36, 0.32),
+    ("flash2", "blackwell"): (0.20, 0.17),
+    ("native", "ampere"): (0.60, 0.55),
+    ("native", "hopper"): (0.60, 0.50),
+    ("native", "blackwell"): (0.55, 0.45),
+}
 USUAL_ATTENTION_SHARE = (0.50, 0.40)
 ATTENTION_BACKWARD_FLOPS = 2.5  # of the forward: five products against two, the scores are computed again
 BANDWIDTH_SHARE = 0.85  # of the memory peak that streaming kernels reach (BabelStream on A100, H100: 0.85-0.93)
@@ -93,7 +103,7 @@ def layer_kernels(
     *,
     seq_len: int,
     moe: bool,
-    fused_attention: bool = True,
+    attention: Attention = "native",
 ) -> Kernels:
     """One layer and one micro-batch on one rank, without recomputation."""
     tokens = layout.micro_batch * seq_len / layout.context
@@ -106,26 +116,31 @@ def layer_kernels(
             total += product(hardware, _router_precision(hardware), matmul, tokens / layout.tensor)
         else:
             total += product(hardware, precision, _split(matmul, layout.tensor), tokens)
-    attention = attention_seconds(arch, hardware, tokens, seq_len, precision, fused=fused_attention)
+    core = attention_seconds(arch, hardware, tokens, seq_len, precision, attention)
     elementwise = elementwise_bytes(arch, layout, precision, moe) * tokens / _bandwidth(hardware)
     return total._replace(
-        attention=attention.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise)
+        attention=core.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise)
     )
 
 
 def attention_seconds(
-    arch: Architecture, hardware: Hardware, tokens: float, seq_len: int, precision: str, *, fused: bool = True
+    arch: Architecture,
+    hardware: Hardware,
+    tokens: float,
+    seq_len: int,
+    precision: str,
+    attention: Attention = "native",
 ) -> Seconds:
     """The core of one attention layer, all heads: scores, softmax, values; always in BF16 on a GPU."""
     flops = tokens * attention_flops(arch, seq_len)
     core = "fp32" if precision == "fp32" else "bf16"
     peak = hardware.peak_flops(core)
-    if not fused:  # no skipping of masked scores; products at the usual rate, everything else through memory
+    if attention == "unfused":  # no skipping of masked scores; products at the usual rate, everything else through memory
         scores = tokens * seq_len * arch.num_attention_heads / _bandwidth(hardware)
         dense = 2 * flops / (peak * hardware.achieved_share(core))
         reads, writes = UNFUSED_SCORE_BYTES
         return Seconds(dense + reads * scores, 2 * dense + writes * scores)
-    forward, backward = ATTENTION_SHARE.get(hardware.generation, USUAL_ATTENTION_SHARE)
+    forward, backward = ATTENTION_SHARE.get((attention, hardware.generation), USUAL_ATTENTION_SHARE)
     width = (
         min(1.0, (arch.qk_head_dim + arch.v_head_dim) / 256) ** 0.5
     )  # narrow heads leave the exponentials to wait for

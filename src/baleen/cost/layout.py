@@ -169,6 +169,8 @@ def parse_layout(text: str) -> StatedLayout:
         if schedule in text.lower():
             found["schedule"] = schedule
             break
+    if found.get("schedule") in ("dualpipe", "dualpipev"):
+        found.setdefault("recompute", "deepseek")  # the schedule is published with it (2412.19437 §3.2)
     if re.search(r"\bSP\b", text):
         found["sequence_parallel"] = True
     if "compile" in text:

@@ -19,7 +19,7 @@ from baleen.cost.architecture import Architecture
 from baleen.cost.calibration import Calibration
 from baleen.cost.flops import forward_flops, model_flops_utilization, training_flops
 from baleen.cost.hardware import Hardware
-from baleen.cost.kernels import Kernels, Seconds
+from baleen.cost.kernels import Attention, Kernels, Seconds
 from baleen.cost.layout import Layout
 from baleen.cost.memory import stage_parameters
 from baleen.cost.schedule import interleaved_1f1b, schedule
@@ -42,7 +42,7 @@ class Workload(Strict):
     seq_len: Positive
     global_batch: Positive
     mtp: bool = False  # whether the MTP modules train along
-    fused_attention: bool = True  # False: before FlashAttention
+    attention: Attention = "native"
     eager: bool = False  # operator by operator: neither compiled nor with a framework's fused kernels
     balanced_routing: bool = False  # experts forced to equal load, as in benchmarks
     node_limit: int | None = Field(None, ge=1)  # most nodes a token is sent to (V3: 4)
@@ -107,15 +107,9 @@ def rooflines(work: Workload) -> Rooflines:
     for moe, layers in ((False, arch.dense_layers + modules - mtp_moe), (True, arch.moe_layers + mtp_moe)):
         if layers:
             layer = kernels.layer_kernels(
-                arch,
-                layout,
-                hardware,
-                work.precision,
-                seq_len=work.seq_len,
-                moe=moe,
-                fused_attention=work.fused_attention,
+                arch, layout, hardware, work.precision, seq_len=work.seq_len, moe=moe, attention=work.attention
             )
-            total += _with_recomputation(layer, layout, fused=work.fused_attention).times(layers)
+            total += _with_recomputation(layer, work).times(layers)
     ends = kernels.ends_kernels(arch, layout, hardware, work.precision, work.seq_len, work.mtp)
     layer_time = sum(busy(total)) / (arch.num_hidden_layers + modules)
     imbalance = stage_imbalance(layout, arch.num_hidden_layers + modules, sum(busy(ends)) / layer_time)
@@ -314,14 +308,17 @@ _RECOMPUTED = {
     "selective": (0.0, 0.0, 1.0, 0.0),
     "operators": (0.4, 0.5, 0.0, 1.0),
     "full": (1.0, 1.0, 1.0, 1.0),
-    "deepseek": (0.25, 0.0, 0.0, 0.8),  # MLA up-projections are a quarter of the dense products; norms, SwiGLU
+    "deepseek": (0.0, 0.0, 0.0, 0.8),  # norms and SwiGLU; MLA's up-projections besides
 }
+MLA_UP_PROJECTIONS = 0.25  # of the dense products of a V3 layer
 
 
-def _with_recomputation(k: Kernels, layout: Layout, fused: bool) -> Kernels:
-    matmul, grouped, attention, elementwise = _RECOMPUTED[layout.recompute]
-    if layout.recompute == "selective" and fused:
+def _with_recomputation(k: Kernels, work: Workload) -> Kernels:
+    matmul, grouped, attention, elementwise = _RECOMPUTED[work.layout.recompute]
+    if work.layout.recompute == "selective" and work.attention != "unfused":
         attention = 0.0  # the fused kernel's backward does it already
+    if work.layout.recompute == "deepseek" and work.arch.is_latent:
+        matmul = MLA_UP_PROJECTIONS
     again = [
         Seconds(0.0, share * part.forward)
         for share, part in zip(
