@@ -33,6 +33,11 @@ class Factor:
         assert math.isfinite(self.value) and self.source and self.date, self
 
     @property
+    def citation(self) -> str:
+        marks = [mark for mark in ("recalled", "assumed") if getattr(self, mark)]
+        return f"{self.source} ({', '.join([self.date, *marks])})"
+
+    @property
     def interval(self) -> tuple[float, float]:
         return (self.value if self.low is None else self.low, self.value if self.high is None else self.high)
 
