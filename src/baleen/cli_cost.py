@@ -38,10 +38,10 @@ def card(
     json: Json = False,
 ) -> None:
     """What a run cost: the headline (the final run alone) beside the full price of its project."""
-    from baleen.cost.card import card_table, cost_card
+    from baleen.cost.card import card_view, cost_card
 
     result = cost_card(run)
-    show(result, card_table(result), json)
+    show(result, card_view(result), json)
 
 
 @app.command()

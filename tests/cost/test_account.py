@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from baleen.config import UserError
 from baleen.cost.account import add, find_run, mark, parse_period, read_ledger
-from baleen.cost.card import card_paragraph, card_table, cost_card
+from baleen.cost.card import card_paragraph, card_rows, card_table, cost_card
 from baleen.cost.ledger import Ledger
 from baleen.cost.money import RateCard
 
@@ -199,7 +199,7 @@ def test_the_paragraph_says_both_prices_and_what_is_missing(lab):
     text = card_paragraph(cost_card(lab / "final"))
     assert "$240.00" in text and "$1,356" in text and "5.7 times" in text
     assert "data, hardware, other" in text and "people" not in text
-    assert card_table(cost_card(lab / "final")).row_count == 9
+    assert card_table(cost_card(lab / "final")).row_count == len(card_rows(cost_card(lab / "final"))) == 9
 
 
 def test_a_run_without_training_has_no_headline(tmp_path):

@@ -36,8 +36,8 @@ def lab(tmp_path):
     run_stage(tmp_path / "first", 100)
     run_stage(tmp_path / "best", 200, plan={"usd": 160.0, "device_hours": 0.05})
     run_stage(tmp_path / "best", 30, "eval")
-    run_stage(tmp_path / "other", 50, project="<q>")
-    run_stage(tmp_path / "ablation", 20, project="<q>", purpose="ablation")
+    run_stage(tmp_path / "other", 50, project="[b]<q>")
+    run_stage(tmp_path / "ablation", 20, project="[b]<q>", purpose="ablation")
     add(tmp_path, "people", 400, "2026", project="p")
     return tmp_path
 
@@ -55,7 +55,7 @@ def test_the_report_adds_up(lab):
         {"research": 380, "ablation": 20}
     )
     by_name = {p["project"]: p for p in report["projects"]}
-    assert by_name["p"]["full_usd"] == pytest.approx(730) and by_name["<q>"]["full_usd"] == pytest.approx(70)
+    assert by_name["p"]["full_usd"] == pytest.approx(730) and by_name["[b]<q>"]["full_usd"] == pytest.approx(70)
     assert sum(p["full_usd"] for p in report["projects"]) == pytest.approx(report["full_usd"])
     assert report["productive_share"] == pytest.approx(0.8)
     assert json.loads(json.dumps(report, allow_nan=False))["torn_lines"] == {}
@@ -100,7 +100,7 @@ def test_the_tables_name_projects_and_plans(lab):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report_tables(lab_report(lab)))
     text = console.export_text()
-    assert "<q>" in text and "Plan against measured" in text and "+25 %" in text and "3.2 times" in text
+    assert "[b]<q>" in text and "Plan against measured" in text and "+25 %" in text and "3.2 times" in text
 
 
 def test_the_page_is_self_contained_and_escaped(lab, tmp_path):

@@ -13,6 +13,7 @@ from baleen.cost.figures import quantity, share, usd
 from baleen.cost.ledger import PURPOSES, STAGES, lab_of
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 TRAINING = ("pretrain", "extend", "sft", "rl", "distill")
@@ -135,17 +136,25 @@ def card_rows(card: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def card_view(card: dict[str, Any]) -> Group:
+    """Table and notes for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(card_table(card), Text(card_notes(card)))
+
+
 def card_table(card: dict[str, Any]) -> Table:
-    """The card for a terminal."""
+    """The figures alone, for a terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"What {card['run']} cost (project {card['project']})", caption=card_notes(card))
+    table = Table(title=escape(f"What {card['run']} cost (project {card['project']})"))
     table.add_column()
     table.add_column("headline: final run alone", justify="right")
     table.add_column("full: whole project", justify="right")
     for row in card_rows(card):
-        table.add_row(*row)
-    table.caption_justify = "left"
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -146,14 +146,16 @@ def _by(stages: Sequence[StageRecord], key: str, names: Sequence[str]) -> dict[s
 def report_tables(report: dict[str, Any]) -> Group:
     """The report for a terminal."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    projects = Table(title=f"What the lab {report['lab']} spent")
+    projects = Table(title=escape(f"What the lab {report['lab']} spent"))
     for column in ("project", "runs", "headline", "full", "full / headline", "device-hours", "kWh"):
         projects.add_column(column, justify="left" if column == "project" else "right")
     for p in report["projects"]:
         projects.add_row(
-            p["project"],
+            escape(p["project"]),
             str(p["runs"]),
             usd(p["headline_usd"]),
             usd(p["full_usd"]),
@@ -178,7 +180,7 @@ def report_tables(report: dict[str, Any]) -> Group:
             figures = (quantity(row["planned"]), quantity(row["measured"]), signed_share(row["relative_error"]))
             planned.add_row(row["run_id"], row["figure"], *figures)
         tables.append(planned)
-    return Group(*tables, *report_sentences(report))
+    return Group(*tables, *map(Text, report_sentences(report)))
 
 
 def report_sentences(report: dict[str, Any]) -> list[str]:
