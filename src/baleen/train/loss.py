@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = log_probs.exp_()
             valid = targets_N[rows] != IGNORED
             grad[torch.arange(grad.shape[0], device=grad.device), targets_N[rows].clamp(min=0)] -= 1.0
-            grad = (grad * (valid[:, None] / count)).to(weight_Zd.dtype)
+            grad = (grad * (valid[:, None].to(grad.dtype) / count)).to(weight_Zd.dtype)
             torch.mm(grad, weight_Zd, out=grad_hidden[rows])
             grad_weight.addmm_(grad.t(), hidden_Nd[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)

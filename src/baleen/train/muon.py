@@ -59,6 +59,6 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(parameter.grad, 1 - group["momentum"])
         update = parameter.grad.lerp(buffer, group["momentum"])
         rows, columns = parameter.shape[-2] // group["matrices"], parameter.shape[-1]
-        update = orthogonalize(update.reshape(-1, rows, columns), self.dtype).view_as(parameter)
+        update = orthogonalize(update.reshape(-1, rows, columns), self.dtype).reshape(parameter.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))

@@ -52,14 +52,17 @@ class Optimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse. Raises UserError if a tensor belongs to no parameter or has another shape."""
+        """The inverse. Raises UserError if a tensor is of no parameter, of another shape or of another optimizer."""
         for key, value in tensors.items():
             name, _, state = key.rpartition(".")
             parameter = self._named.get(name)
-            if parameter is None or (value.ndim and value.shape != parameter.shape):
-                raise UserError(f"the optimizer state {key!r} fits no parameter: the checkpoint is of another model")
-            owner = next(p for p in self.parts if any(parameter is q for g in p.param_groups for q in g["params"]))
-            owner.state[parameter][state] = value.clone()
+            if parameter is not None:
+                owner = next(p for p in self.parts if any(parameter is q for g in p.param_groups for q in g["params"]))
+                kinds = ("momentum_buffer",) if isinstance(owner, Muon) else ("step", "exp_avg", "exp_avg_sq")
+                if state in kinds and value.shape == (() if state == "step" else parameter.shape):
+                    owner.state[parameter][state] = value.clone()
+                    continue
+            raise UserError(f"the optimizer state {key!r} fits no parameter: the checkpoint is of another model")
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
