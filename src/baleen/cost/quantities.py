@@ -32,14 +32,6 @@ def parse_megawatt_hours(text: str, what: str) -> float:
     return _parse(text, what, MEGAWATT_HOURS, "with its unit, such as 500MWh or 1.2GWh")
 
 
-def format_count(value: float) -> str:
-    """14.8e12 -> "14.8T", three digits and no unit that would hide a zero."""
-    for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= scale * 0.9995:
-            return f"{value / scale:.3g}{suffix}" if value < 999.5 * scale else f"{value / scale:,.0f}{suffix}"
-    return f"{value:.3g}"
-
-
 def _parse(text: str, what: str, units: dict[str, float], example: str) -> float:
     match = re.fullmatch(r"([-+]?[\d_,]*\.?\d+(?:e[-+]?\d+)?)\s*([a-z]*)", text.strip().lower())
     unit = match[2] if match else None
