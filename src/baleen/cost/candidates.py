@@ -14,7 +14,7 @@ from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import Hardware
 from baleen.cost.layout import Layout, Recompute, StatedLayout
 from baleen.cost.memory import RankMemory, rank_memory
-from baleen.cost.step import Workload, step_time
+from baleen.cost.step import Rooflines, Workload, rooflines, seconds_without_bubble, step_time
 
 MEMORY_SHARE = 0.95  # of the device that a run may plan to fill: the rest is for the context and the allocator
 PIPELINES = (1, 2, 4, 8, 16, 32, 64)
@@ -88,8 +88,8 @@ def best_layout(
     """
     calibration = calibration or Calibration()
     capacity = hardware.memory_gb * 1e9 * MEMORY_SHARE
-    best: Choice | None = None
-    leanest: tuple[float, Layout, RankMemory] | None = None
+    leanest: tuple[Workload, RankMemory] | None = None
+    fitting: list[tuple[float, int, Workload, RankMemory, Rooflines]] = []
     smallest, settled = 0, set()
     for layout in candidate_layouts(arch, hardware, devices, batch, stated or StatedLayout()):
         model_parallel = layout.tensor * layout.pipeline
@@ -100,36 +100,37 @@ def best_layout(
             arch=arch, hardware=hardware, layout=layout, precision=precision, seq_len=seq_len, global_batch=batch,
             **conditions,  # type: ignore[arg-type]
         )  # fmt: skip
-        mtp = bool(conditions.get("mtp", False))
         try:
             memory = rank_memory(
-                arch, layout, seq_len=seq_len, micro_batches=int(work.micro_batches), precision=precision, mtp=mtp
+                arch, layout, seq_len=seq_len, micro_batches=int(work.micro_batches), precision=precision, mtp=work.mtp
             )
         except UserError:
             continue  # more stages than layers
-        if leanest is None or memory.total < leanest[0]:
-            leanest = (memory.total, layout, memory)
-        if memory.total > capacity:
-            continue
-        smallest = smallest or model_parallel
-        settled.add(without_recompute)
-        seconds = step_time(work, calibration).seconds
-        if best is None or seconds < best.seconds:
-            best = Choice(layout, memory, seconds)
-    if best is not None:
-        return best
+        if leanest is None or memory.total < leanest[1].total:
+            leanest = (work, memory)
+        if memory.total <= capacity:
+            smallest = smallest or model_parallel
+            settled.add(without_recompute)
+            roof = rooflines(work)
+            fitting.append((seconds_without_bubble(work, calibration, roof), len(fitting), work, memory, roof))
     if leanest is None:
         raise UserError(f"no layout divides {devices} devices and a batch of {batch} sequences: change one of them")
-    if must_fit:
-        raise UserError(
-            f"no layout of {devices} {hardware.title} fits: the leanest, {leanest[1]}, needs {leanest[0] / 1e9:.0f} GB "
-            f"of {capacity / 1e9:.0f} GB a device; take more devices or larger ones"
-        )
-    work = Workload(
-        arch=arch, hardware=hardware, layout=leanest[1], precision=precision, seq_len=seq_len, global_batch=batch,
-        **conditions,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Choice(leanest[1], leanest[2], step_time(work, calibration).seconds)
+    if not fitting:
+        if must_fit:
+            raise UserError(
+                f"no layout of {devices} {hardware.title} fits: the leanest, {leanest[0].layout}, needs "
+                f"{leanest[1].total / 1e9:.0f} GB of {capacity / 1e9:.0f} GB a device; take more devices or larger ones"
+            )
+        return Choice(leanest[0].layout, leanest[1], step_time(leanest[0], calibration).seconds)
+    best: Choice | None = None
+    for bound, _, work, memory, roof in sorted(fitting, key=lambda entry: entry[:2]):
+        if best is not None and bound >= best.seconds:  # the bubble is executed only where it can decide
+            break
+        seconds = step_time(work, calibration, roof).seconds
+        if best is None or seconds < best.seconds:
+            best = Choice(work.layout, memory, seconds)
+    assert best is not None
+    return best
 
 
 def _virtual_stages(arch: Architecture, pipeline: int, stated: StatedLayout) -> tuple[int, ...]:

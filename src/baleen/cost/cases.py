@@ -103,7 +103,7 @@ class Prepared(NamedTuple):
     def goodput_counts(self) -> bool:
         """Whether the row's hours are a log of a run, rather than a rate times its tokens."""
         note = self.case.text["note"]
-        return self.case.kind == "run" and (not RATE_DERIVED.search(note) or "restarts" in note)
+        return self.case.kind == "run" and (not RATE_DERIVED.search(note) or "incl restarts" in note)
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -163,7 +163,7 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
     conditions = {
         "mtp": arch.num_nextn_predict_layers > 0,
         "attention": _attention(case, stated),
-        "eager": stated.zero == 3 and not stated.compiled,
+        "eager": (_is_pytorch(case, stated) and not stated.compiled) or _gpt_era(case, FULL_RECOMPUTATION_UNTIL),
         "balanced_routing": "balanced" in case.text["note"],
         "node_limit": NODE_LIMITS.get(case.text["arch"].split("+")[0]),
     }
@@ -234,11 +234,16 @@ def _usual_devices(arch: Architecture, hardware: Hardware, seq_len: int, tokens:
 
 
 def _attention(case: Case, stated: StatedLayout) -> Attention:
-    """Kernels of attention's core by date and framework: FSDP means PyTorch, whose SDPA runs FlashAttention-2."""
+    """Kernels of attention's core by date and framework: PyTorch's SDPA runs FlashAttention-2."""
     if _gpt_era(case, UNFUSED_ATTENTION_UNTIL):
         return "unfused"
     before = (_published(case) or NATIVE_ATTENTION_SINCE) < NATIVE_ATTENTION_SINCE
-    return "flash2" if before or stated.zero == 3 else "native"
+    return "flash2" if before or _is_pytorch(case, stated) else "native"
+
+
+def _is_pytorch(case: Case, stated: StatedLayout) -> bool:
+    """Whether plain PyTorch trains: FSDP says so, unless it is Megatron's."""
+    return stated.zero == 3 and "megatron" not in case.text["source"].lower()
 
 
 def _gpt_era(case: Case, until: int) -> bool:

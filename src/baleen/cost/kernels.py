@@ -19,6 +19,7 @@ from baleen.cost.memory import STATE_BYTES, StageParameters
 # best; the idle time is fixed, so the size grows with the rate (H100 BF16 about 75 % at 4096^3; as published curves).
 HALF_SIZE = 110
 HALF_SIZE_AT_FLOPS = 312e12
+GROUPED_HALF_SIZE = 2.0  # times that for experts' grouped products: every group leaves its own tiles and waves unfilled
 # Kernels of attention's core: before FlashAttention; FlashAttention-2, which was written for A100 and is what PyTorch's
 # SDPA runs; and those written for each generation (FA-3, cuDNN 9).
 Attention = Literal["unfused", "flash2", "native"]
@@ -74,10 +75,18 @@ class Kernels(NamedTuple):
 NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0)
 
 
-def matmul_seconds(hardware: Hardware, precision: str, m: float, n: float, k: float, operand_bytes: float = 2) -> float:
+def matmul_seconds(
+    hardware: Hardware,
+    precision: str,
+    m: float,
+    n: float,
+    k: float,
+    operand_bytes: float = 2,
+    half_size: float = HALF_SIZE,
+) -> float:
     """One product [m, k] x [k, n] by the roofline."""
     peak = hardware.peak_flops(precision)
-    half = HALF_SIZE * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
+    half = half_size * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
     fill = m / (m + half) * n / (n + half) * k / (k + half)
     compute = 2 * m * n * k / (peak * hardware.achieved_share(precision) * fill)
     return max(compute, operand_bytes * (m * k + k * n + m * n) / _bandwidth(hardware))
@@ -85,14 +94,17 @@ def matmul_seconds(hardware: Hardware, precision: str, m: float, n: float, k: fl
 
 def product(hardware: Hardware, precision: str, matmul: Matmul, tokens: float, experts: int = 1) -> Kernels:
     """A linear layer for `tokens` rows, forward, input and weight gradients; `experts` share the rows evenly."""
-    rows = max(1.0, tokens / experts)
+    rows, grouped = max(1.0, tokens / experts), matmul.part == "routed_experts"
     width = STATE_BYTES[precision].kept_linear_input
-    forward = experts * matmul_seconds(hardware, precision, rows, matmul.outer, matmul.inner, width)
-    dgrad = experts * matmul_seconds(hardware, precision, rows, matmul.inner, matmul.outer, width)
-    wgrad = experts * matmul_seconds(hardware, precision, matmul.outer, matmul.inner, rows, width)
-    seconds = Seconds(forward, dgrad + wgrad)
-    grouped = matmul.part == "routed_experts"
-    return NOTHING._replace(weight_gradient=wgrad, **{"grouped" if grouped else "matmul": seconds})
+    half = HALF_SIZE * (GROUPED_HALF_SIZE if grouped else 1.0)
+
+    def seconds(m: float, n: float, k: float) -> float:
+        return experts * matmul_seconds(hardware, precision, m, n, k, width, half)
+
+    weight_gradient = seconds(matmul.outer, matmul.inner, rows)
+    backward = seconds(rows, matmul.inner, matmul.outer) + weight_gradient
+    time = Seconds(seconds(rows, matmul.outer, matmul.inner), backward)
+    return NOTHING._replace(weight_gradient=weight_gradient, **{"grouped" if grouped else "matmul": time})
 
 
 def layer_kernels(

@@ -260,6 +260,12 @@ def step_time(work: Workload, calibration: Calibration, roof: Rooflines | None =
     return StepTime(tuple(links), phases)
 
 
+def seconds_without_bubble(work: Workload, calibration: Calibration, roof: Rooflines) -> float:
+    """Kernels and exposed communication: a lower bound of the step that needs no executed schedule."""
+    compute = work.micro_batches * sum(busy(kernel_seconds(roof, work, calibration))) + roof.optimizer
+    return compute + sum(exposed_seconds(roof, work, calibration, compute).values())
+
+
 def predict(
     work: Workload, calibration: Calibration, tokens: float | None = None, roof: Rooflines | None = None
 ) -> dict[str, Any]:
