@@ -56,7 +56,7 @@ def page_charts(report: dict[str, Any], account: Account) -> list[dict[str, Any]
         for name, colour in RECORDED_COLOURS.items()
         if report["recorded"][name] != NOT_RECORDED
     ]
-    times, total, totals = [], 0.0, []
+    times, total, totals = [stage.began.isoformat() for stage in account.stages[:1]], 0.0, [0.0]
     for stage in sorted(account.stages, key=lambda s: s.last):
         total += stage.usd
         times.append(stage.last.isoformat())
@@ -66,17 +66,17 @@ def page_charts(report: dict[str, Any], account: Account) -> list[dict[str, Any]
         {
             "title": "Dollars by project",
             "data": bars,
-            "layout": {"barmode": "stack", "xaxis": {"title": "USD"}, "height": 160 + 46 * len(names)},
+            "layout": {"barmode": "stack", "xaxis": {"title": {"text": "USD"}}, "height": 160 + 46 * len(names)},
         },
         {
             "title": "Compute dollars over time",
             "data": [{"type": "scatter", "mode": "lines+markers", "x": times, "y": totals, "line": {"shape": "hv"}}],
-            "layout": {"yaxis": {"title": "USD"}},
+            "layout": {"yaxis": {"title": {"text": "USD"}}},
         },
         {
             "title": "Compute dollars by stage",
             "data": [{"type": "bar", "x": list(stages), "y": [entry["usd"] for entry in stages.values()]}],
-            "layout": {"yaxis": {"title": "USD"}},
+            "layout": {"yaxis": {"title": {"text": "USD"}}},
         },
     ]
 

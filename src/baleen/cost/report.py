@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from baleen.cost.account import CATEGORIES, Account, StageRecord, read_ledger
 from baleen.cost.card import NOT_RECORDED, TRAINING, energy, failed, full_leaves_out, productive_share
-from baleen.cost.factors import Factors, spread
+from baleen.cost.factors import Factors
 from baleen.cost.figures import quantity, share, signed_share, usd
 from baleen.cost.ledger import PURPOSES, STAGES
 from baleen.cost.money import load_factors
@@ -91,7 +91,7 @@ def final_runs(stages: Sequence[StageRecord]) -> set[str]:
 
 
 def footprint(stages: Sequence[StageRecord], factors: Factors) -> dict[str, Any]:
-    """Energy of the devices, of the building they stand in, and the CO2 of the grid, with its interval."""
+    """Energy of the devices, of the building they stand in, and CO2; its interval is both factors at their bounds."""
     joules, how = energy(stages)
     grid = factors["grid_kg_co2_per_kwh"]
     out: dict[str, Any] = dict.fromkeys(("facility_kwh", "co2_kg", "co2_kg_low", "co2_kg_high"))
@@ -99,13 +99,12 @@ def footprint(stages: Sequence[StageRecord], factors: Factors) -> dict[str, Any]
     out |= {"grid_kg_co2_per_kwh": grid.value, "grid_source": f"{grid.source} ({grid.date})"}
     if joules is not None:
         kwh = joules / JOULES_PER_KWH
-
-        def co2(f: Factors) -> float:
-            return kwh * f["facility_overhead"].value * f["grid_kg_co2_per_kwh"].value
-
-        low, high, _ = spread(co2, {name: factors[name] for name in ("facility_overhead", "grid_kg_co2_per_kwh")})
-        out["facility_kwh"] = kwh * factors["facility_overhead"].value
-        out |= {"co2_kg": co2(factors), "co2_kg_low": max(0.0, low), "co2_kg_high": high}
+        building = factors["facility_overhead"]
+        out["facility_kwh"] = kwh * building.value
+        out["co2_kg"] = kwh * building.value * grid.value
+        out["co2_kg_low"], out["co2_kg_high"] = (
+            kwh * a * b for a, b in zip(building.interval, grid.interval, strict=True)
+        )
     return out
 
 
