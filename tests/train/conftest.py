@@ -28,7 +28,7 @@ MODEL = {
     "initializer_range": 0.05,
 }
 TRAIN = {"tokens": 640, "batch_tokens": 64, "seq_len": 16, "lr": 3e-3, "sample_every_seconds": 0, "precision": "fp32"}
-WORDS = "whale krill baleen ocean sieve current plankton drift song deep blue cold feeds travels sings filters".split()
+WORDS = ["whale", "krill", "baleen", "ocean", "sieve", "drift", "song", "deep", "blue", "cold", "feeds", "sings"]
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise NotSaved(f"checkpoint {final.name} could not be saved ({error}); the one before it stays") from error
-    for old in saved_steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}")
+    steps = saved_steps(folder)
+    kept = [step for step in steps if step <= checkpoint.step][-keep:]  # a later one was passed over as torn
+    for step in set(steps) - set(kept):
+        shutil.rmtree(folder / f"step-{step}")
     return final
 
 
@@ -83,6 +85,8 @@ def load(folder: Path, step: int) -> Checkpoint:
                 raise TornCheckpoint(f"{directory / name} is missing")
             if sha256(directory / name) != expected:
                 raise TornCheckpoint(f"{directory / name} is torn or altered: its checksum differs")
+        if "state.json" not in manifest:
+            raise TornCheckpoint(f"{directory / MANIFEST} does not list state.json")
         names = [name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")]
         tensors = {name: safetensors.torch.load_file(directory / f"{name}.safetensors") for name in names}
         return Checkpoint(step, tensors, read_json(directory / "state.json"))
