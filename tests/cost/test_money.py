@@ -1,6 +1,7 @@
 """Rates and factors: what an hour costs, where that is known from, and how far it may lie off."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +148,17 @@ def test_absurd_prices_are_mistakes():
         device_rates("gb300")
     with pytest.raises(UserError, match="absurd"):
         RateCard(1.0, "", "", watts_per_device=-1)
+
+
+def test_the_docs_list_every_factor_as_it_is():
+    text = (Path(__file__).parents[2] / "docs" / "cost-method.md").read_text(encoding="utf-8")
+    for name, factor in load_factors().items():
+        low, high = factor.interval
+        row = f"| `{name}` | {factor.value:g} | {low:g} to {high:g} | {factor.unit} | {factor.citation} |"
+        assert row in text, f"docs/cost-method.md lacks: {row}"
+
+
+def test_the_docs_quote_the_cost_of_owning_an_h800():
+    own = device_rates("h800")["own"]
+    text = (Path(__file__).parents[2] / "docs" / "cost-method.md").read_text(encoding="utf-8")
+    assert f"${own['usd_per_hour']:.2f} an hour (${own['low']:.2f} to ${own['high']:.2f})" in text
