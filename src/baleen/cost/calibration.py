@@ -43,10 +43,10 @@ CONSTANTS = {
     "routing_imbalance": Constant(
         1.10, 0.05, "busiest expert rank over the mean, where nobody forces balance", "V3 §4"
     ),
-    "jitter": Constant(0.010, 0.50, "slower per doubling of devices beyond a node", "arXiv 2402.15627 (stragglers)"),
+    "jitter": Constant(0.006, 0.50, "slower per doubling of devices beyond a node", "x 1.05 at 2,048 (2402.15627)"),
     "untuned": Constant(1.10, 0.15, "a layout nobody published against the best that fits", "arXiv 2205.05198: tuning"),
     "goodput": Constant(0.90, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
-    "goodput_hopper": Constant(0.85, 0.20, "the same besides on the first years of H100 clusters", "2605.01158: 0.77"),
+    "untuned_hopper": Constant(1.20, 0.15, "untuned besides on H100: compute outgrew all else", "arXiv 2605.01158"),
 }
 
 

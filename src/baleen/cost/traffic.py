@@ -41,14 +41,18 @@ def expected_places(places: int, chosen: int, items: int, limit: int | None = No
 def expert_all_to_all(
     arch: Architecture, layout: Layout, domain: int, precision: str, node_limit: int | None = None
 ) -> AllToAll:
-    """All-to-all of one MoE layer; `domain` devices share the fast link."""
+    """All-to-all of one MoE layer; `domain` devices share the fast link.
+
+    Dispatchers made for a node limit (DeepEP) send a token to a domain once and copy it there; ordinary ones send a
+    copy for each expert.
+    """
     if not arch.is_moe or layout.expert == 1:
         return AllToAll(0.0, 0.0)
     bytes_each = arch.hidden_size * (DISPATCH_BYTES[precision] + COMBINE_BYTES[precision])
     experts, chosen = arch.n_routed_experts, arch.num_experts_per_tok
     nodes = max(1, layout.expert // domain)
     ranks = expected_places(layout.expert, chosen, experts)
-    visited = expected_places(nodes, chosen, experts, node_limit)
+    visited = expected_places(nodes, chosen, experts, node_limit) if node_limit else chosen
     remote = visited * (nodes - 1) / nodes  # the own node is as likely as any other
     return AllToAll(network=remote * bytes_each, fast_link=ranks * (1 - 1 / min(layout.expert, domain)) * bytes_each)
 

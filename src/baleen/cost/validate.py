@@ -58,14 +58,11 @@ def predicted(item: Item, calibration: Calibration) -> float:
     seconds = step * row.work.layout.devices / row.work.tokens
     if row.untuned:
         seconds *= calibration["untuned"]
+        if row.work.hardware.generation == "hopper":
+            seconds *= calibration["untuned_hopper"]
     if row.goodput_counts:
-        seconds /= goodput(row.work.hardware.generation, calibration)
+        seconds /= calibration["goodput"]
     return seconds
-
-
-def goodput(generation: str, calibration: Calibration) -> float:
-    """Share of a run's hours that trains."""
-    return calibration["goodput"] * (calibration["goodput_hopper"] if generation == "hopper" else 1.0)
 
 
 def fit(items: Sequence[Item], start: Calibration | None = None) -> Calibration:
