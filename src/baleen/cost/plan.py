@@ -208,7 +208,7 @@ def _choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int
         text, source = PUBLISHED_LAYOUTS[model.name]
         if search_layouts(model, gpus, on, facts.calibration, user_layout(text), top=1).best:
             stated, how = user_layout(text), source
-    found = search_layouts(model, gpus, on, facts.calibration, stated)
+    found = search_layouts(model, gpus, on, facts.calibration, stated, top=5 if request.search else 1)
     if not found.tried:
         raise explain_no_layout(model, gpus, on, stated)
     if not found.best:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -103,8 +102,8 @@ def search_layouts(
 ) -> Found:
     """Ranks every layout that keeps what is `stated`, divides devices, batch and experts, and fits into memory.
 
-    The bubble needs an executed schedule, so layouts are tried in the order of their time without it, until that
-    alone is longer than the last of the `top`.
+    The bubble needs an executed schedule, so a layout is not executed if its time with the least wait it can have is
+    longer than that of the last of the `top`.
     """
     capacity = on.hardware.memory_gb * 1e9 * MEMORY_SHARE
     leanest: tuple[float, Layout] | None = None
@@ -125,14 +124,22 @@ def search_layouts(
         count, kernels = work.micro_batches, kernel_seconds(roof, work, calibration)
         compute = count * sum(busy(kernels)) + roof.optimizer
         bound = compute + sum(exposed_seconds(roof, work, calibration, compute).values())
-        waiting.append((bound, tried, work, memory, roof))
-    heapq.heapify(waiting)
+        waiting.append((bound + least_wait(layout, *busy(kernels)), tried, work, memory, roof))
     best: list[Candidate] = []
-    while waiting and (len(best) < top or waiting[0][0] < best[-1].step.seconds):
-        _, _, work, memory, roof = heapq.heappop(waiting)
-        best.append(Candidate(work.layout, memory, step_time(work, calibration, roof)))
-        best = sorted(best, key=lambda candidate: candidate.step.seconds)[:top]
+    for bound, _, work, memory, roof in sorted(waiting):
+        if len(best) < top or bound < best[-1].step.seconds:
+            best.append(Candidate(work.layout, memory, step_time(work, calibration, roof)))
+            best = sorted(best, key=lambda candidate: candidate.step.seconds)[:top]
     return Found(best, leanest, tried)
+
+
+def least_wait(layout: Layout, forward: float, backward: float) -> float:
+    """Seconds for which the mean rank must wait in any case: for the first micro-batch to reach it and, where nothing
+    is put off to the end, for the last one's gradient to leave through the ranks before it."""
+    ranks, chunks = layout.pipeline, 2 if layout.schedule == "dualpipev" else layout.virtual_stages
+    distance = [min(r, ranks - 1 - r) if layout.schedule == "dualpipe" else r for r in range(ranks)]
+    passing = forward + (backward if layout.schedule in ("1f1b", "interleaved") else 0.0)
+    return sum(distance) / ranks * passing / chunks
 
 
 def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated: StatedLayout) -> Iterator[Layout]:

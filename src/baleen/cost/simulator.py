@@ -17,6 +17,11 @@ from baleen.config import UserError
 from baleen.cost.schedule import Action, Op, Order
 
 PerStage = float | Sequence[float]
+Key = tuple[str, int, int]  # an Op, or a tuple equal to one: kind, stage, micro-batch
+
+
+# What a micro-batch does in a stage: a whole backward, or one in two parts.
+COMPLETE = ({"F", "B"}, {"F", "I", "W"})
 
 
 class ImpossibleOrder(UserError):
@@ -46,20 +51,16 @@ class Durations:
         if not 0 < self.overlap <= 1 or self.latency < 0:
             raise UserError(f"overlap {self.overlap} must be in (0, 1] and latency {self.latency} 0 or more")
 
-    def of(self, action: Action) -> float:
-        single = sum(self._single(op) for op in action)
-        return single * self.overlap if len(action) > 1 else single
-
-    def _single(self, op: Op) -> float:
-        match op.kind:
+    def of(self, kind: str, stage: int) -> float:
+        """Seconds of one operation that runs by itself."""
+        match kind:
             case "F":
-                return _at(self.forward, op.stage)
+                return _at(self.forward, stage)
             case "B":
-                return _at(self.backward, op.stage)
+                return _at(self.backward, stage)
             case "W":
-                return _at(self.weight, op.stage)
-            case "I":
-                return _at(self.backward, op.stage) - _at(self.weight, op.stage)
+                return _at(self.weight, stage)
+        return _at(self.backward, stage) - _at(self.weight, stage)
 
 
 class Span(NamedTuple):
@@ -130,31 +131,40 @@ def execute(order: Order, durations: Durations) -> Timeline:
     Raises ImpossibleOrder (a UserError) if an operation is missing or doubled, or if the ranks wait for each other.
     """
     rank_of = _ranks(order)
-    finished: dict[Op, float] = {}
+    last_stage = max(stage for _, stage, _ in rank_of)
+    seconds = {place: durations.of(*place) for place in {(kind, stage) for kind, stage, _ in rank_of}}
+    finished: dict[Key, float] = {}
     spans: list[list[Span]] = [[] for _ in order]
-    waiting: dict[Op, list[int]] = {}  # operation -> ranks whose next action needs it
+    waiting: dict[Key, list[int]] = {}  # operation -> ranks whose next action needs it
     ready = list(range(len(order)))
-    last_stage = max(op.stage for op in rank_of)
     while ready:
         rank = ready.pop()
-        now = spans[rank][-1].end if spans[rank] else 0.0
-        while len(spans[rank]) < len(order[rank]):
-            action = order[rank][len(spans[rank])]
-            needs = [need for op in action for need in _needs(op, rank_of, last_stage)]
-            missing = next((need for need in needs if need not in finished), None)
-            if missing is not None:
+        done = spans[rank]
+        now = done[-1].end if done else 0.0
+        for action in order[rank][len(done) :]:
+            missing = None
+            for op in action:
+                for need in _needs(op, rank_of, last_stage):
+                    end = finished.get(need)
+                    if end is None:
+                        missing = need
+                        break
+                    now = max(now, end if rank_of[need] == rank else end + durations.latency)
+                if missing:
+                    break
+            if missing:
                 waiting.setdefault(missing, []).append(rank)
                 break
-            arrivals = (finished[n] + (durations.latency if rank_of[n] != rank else 0.0) for n in needs)
-            start = max(now, *arrivals) if needs else now
-            now = start + durations.of(action)
-            spans[rank].append(Span(action, start, now))
+            length = sum([seconds[op[:2]] for op in action])
+            start, now = now, now + (length * durations.overlap if len(action) > 1 else length)
+            done.append(Span(action, start, now))
             for op in action:
                 finished[op] = now
-                ready += waiting.pop(op, [])
+                if op in waiting:
+                    ready += waiting.pop(op)
     if waiting:
         stuck = "; ".join(
-            f"rank {rank} waits for {need} before {' & '.join(map(str, order[rank][len(spans[rank])]))}"
+            f"rank {rank} waits for {_name(need)} before {' & '.join(map(str, order[rank][len(spans[rank])]))}"
             for need, ranks in sorted(waiting.items())
             for rank in ranks
         )
@@ -162,22 +172,26 @@ def execute(order: Order, durations: Durations) -> Timeline:
     return Timeline(spans)
 
 
-def _needs(op: Op, rank_of: dict[Op, int], last_stage: int) -> list[Op]:
+def _name(key: Key) -> str:
+    kind, stage, m = key
+    return f"{kind}{m} of stage {stage}"
+
+
+def _needs(op: Op, rank_of: dict[Key, int], last_stage: int) -> tuple[Key, ...]:
     kind, stage, m = op
     if kind == "F":
-        return [Op("F", stage - 1, m)] if stage else []
+        return (("F", stage - 1, m),) if stage else ()
     if kind == "W":
-        return [Op("I", stage, m)]
-    own = [Op("F", stage, m)]
+        return (("I", stage, m),)
     if stage == last_stage:
-        return own
-    full = Op("B", stage + 1, m)
-    return [*own, full if full in rank_of else Op("I", stage + 1, m)]
+        return (("F", stage, m),)
+    full = ("B", stage + 1, m)
+    return ("F", stage, m), full if full in rank_of else ("I", stage + 1, m)
 
 
-def _ranks(order: Order) -> dict[Op, int]:
+def _ranks(order: Order) -> dict[Key, int]:
     """Which rank runs each operation; each micro-batch must pass each stage once, forward and backward, on one rank."""
-    rank_of: dict[Op, int] = {}
+    rank_of: dict[Key, int] = {}
     for rank, actions in enumerate(order):
         for action in actions:
             if len(action) > 1 and sorted(op.kind for op in action) not in (["B", "F"], ["F", "I"]):
@@ -191,13 +205,13 @@ def _ranks(order: Order) -> dict[Op, int]:
     if not rank_of:
         raise ImpossibleOrder("the order holds no operation: give at least one F and one B")
     kinds: dict[tuple[int, int], dict[str, int]] = {}
-    for op, rank in rank_of.items():
-        kinds.setdefault((op.stage, op.microbatch), {})[op.kind] = rank
+    for (kind, stage, m), rank in rank_of.items():
+        kinds.setdefault((stage, m), {})[kind] = rank
     stages = range(1 + max(stage for stage, _ in kinds))
-    for m in sorted({m for _, m in kinds}):
+    for m in {m for _, m in kinds}:
         for stage in stages:
             have = kinds.get((stage, m), {})
-            if set(have) not in ({"F", "B"}, {"F", "I", "W"}):
+            if have.keys() not in COMPLETE:
                 raise ImpossibleOrder(
                     f"micro-batch {m} has {'+'.join(sorted(have)) or 'nothing'} in stage {stage}: "
                     "it needs F and B, or F, I and W"
