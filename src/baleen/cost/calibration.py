@@ -45,6 +45,7 @@ CONSTANTS = {
     ),
     "jitter": Constant(0.006, 0.50, "slower per doubling of devices beyond a node", "x 1.05 at 2,048 (2402.15627)"),
     "untuned": Constant(1.10, 0.15, "a layout nobody published against the best that fits", "arXiv 2205.05198: tuning"),
+    "vendor": Constant(0.92, 0.08, "the maker's own benchmarks: the best of many configurations", "MLPerf's closed rules"),
     "goodput": Constant(0.90, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
     "untuned_hopper": Constant(1.20, 0.15, "untuned besides on H100: compute outgrew all else", "arXiv 2605.01158"),
 }

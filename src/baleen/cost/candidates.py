@@ -51,7 +51,7 @@ def candidate_layouts(
             continue
         for virtual, micro, recompute in product(
             _virtual_stages(arch, pipeline, stated),
-            MICRO_BATCHES,
+            (stated.micro_batch,) if stated.micro_batch else MICRO_BATCHES,
             (stated.recompute,) if stated.recompute else RECOMPUTE,
         ):
             schedule = "interleaved" if virtual > 1 else stated.schedule or "1f1b"

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,7 @@ class Prepared(NamedTuple):
     tokens: float | None
     rate: float | None
     hours: float | None
+    mwh: float | None
     gib: float | None
     untuned: bool  # nothing of the layout is published
 
@@ -103,7 +105,7 @@ class Prepared(NamedTuple):
     def goodput_counts(self) -> bool:
         """Whether the row's hours are a log of a run, rather than a rate times its tokens."""
         note = self.case.text["note"]
-        return self.case.kind == "run" and (not RATE_DERIVED.search(note) or "incl restarts" in note)
+        return self.case.kind in ("run", "energy") and (not RATE_DERIVED.search(note) or "incl restarts" in note)
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -154,9 +156,13 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
         raise UserError(f"precision {case.text['precision']!r} is not modelled: known are {', '.join(PRECISIONS)}")
     seq_len = int(n["seq"] or 4096)
     stated = stated_layout(case)
-    batch = n["global_batch_seqs"] or USUAL_BATCH_TOKENS / seq_len
+    counted = re.search(r"_mbc(\d+)", case.text["parallelism"])  # SimuMax: micro-batches of one sequence
+    published = n["global_batch_seqs"]
+    if counted and n["n_gpus"]:
+        published = int(counted[1]) * n["n_gpus"] / ((stated.tensor or 1) * (stated.pipeline or 1))
+    batch = published or USUAL_BATCH_TOKENS / seq_len
     devices = int(n["n_gpus"] or _usual_devices(arch, hardware, seq_len, n["tokens"], batch))
-    if not n["global_batch_seqs"]:
+    if not published:
         only_data = stated.zero == 3 and not stated.tensor
         batch = max(batch, devices * LEAST_TOKENS_PER_DEVICE_AND_BATCH / seq_len, devices if only_data else 1)
     batch = max(1, round(batch))
@@ -180,10 +186,11 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
         work=work,
         memory=choice.memory,
         tokens=n["tokens"],
-        rate=published_rate(case, work) if case.kind == "step" else None,
+        rate=published_rate(case, work, published is not None) if case.kind == "step" else None,
         hours=n["gpu_hours"] if case.kind == "run" and n["tokens"] else None,
+        mwh=published_mwh(case) if case.kind == "energy" and n["tokens"] else None,
         gib=n["mem_gib"],
-        untuned=case.kind == "run" and not stated.states_degrees,
+        untuned=case.kind in ("run", "energy") and not stated.states_degrees,
     )
 
 
@@ -195,15 +202,32 @@ def stated_layout(case: Case) -> StatedLayout:
 
 
 def case_architecture(case: Case) -> Architecture:
-    if not case.text["dims"]:
+    """From `dims`; where that is empty, a well-known network named in the id, cut to the layers that it states."""
+    if case.text["dims"]:
+        try:
+            return from_dims(json.loads(case.text["dims"]))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{case.id}: dims is not valid JSON: {error}") from None
+    plain = _letters(case.id)
+    named = [name for name in _known_architectures() if _letters(name) in plain]
+    if not named:
         raise UserError(f"{case.id} gives no dims, so nothing can be counted")
-    try:
-        return from_dims(json.loads(case.text["dims"]))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{case.id}: dims is not valid JSON: {error}") from None
+    arch = _known_architectures()[max(named, key=len)]
+    cut = re.search(r"_l(\d+)(?:_|$)", case.id)
+    return arch.model_copy(update={"num_hidden_layers": int(cut[1])}) if cut else arch
 
 
-def published_rate(case: Case, work: Workload) -> float | None:
+@cache
+def _known_architectures() -> dict[str, Architecture]:
+    text = resources.files("baleen.cost").joinpath("data/architectures.json").read_text(encoding="utf-8")
+    return {name: from_dims(dims) for name, dims in json.loads(text).items()}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def published_rate(case: Case, work: Workload, batch_known: bool) -> float | None:
     """Tokens per second and GPU that a row states: directly, by its step time, or by TFLOPS or MFU.
 
     TFLOPS and MFU count causal attention, and a second forward where the row says that recomputation is in them.
@@ -212,13 +236,19 @@ def published_rate(case: Case, work: Workload) -> float | None:
     if n["tok_s_gpu"]:
         return n["tok_s_gpu"]
     if n["step_s"]:
-        return work.tokens / n["step_s"] / devices if n["global_batch_seqs"] else None
+        return work.tokens / n["step_s"] / devices if batch_known else None
     peak = work.hardware.peak_flops("bf16")
     flops = n["tflops_gpu_pub"] * 1e12 if n["tflops_gpu_pub"] else n["mfu_pub"] * peak if n["mfu_pub"] else None
     if flops is None:
         return None
     passes = 4 / 3 if COUNTS_RECOMPUTATION.search(case.text["note"]) else 1
     return flops / passes / training_flops(work.arch, work.seq_len, mtp=work.mtp)
+
+
+def published_mwh(case: Case) -> float | None:
+    """Energy of the GPUs that a row's note states."""
+    match = re.search(r"([\d.]+) (M|G)Wh", case.text["note"])
+    return float(match[1]) * (1000 if match[2] == "G" else 1) if match else None
 
 
 def implied_mfu(rate: float, work: Workload) -> float:

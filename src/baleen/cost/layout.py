@@ -116,6 +116,7 @@ class StatedLayout(Strict):
     shard: Positive | None = None
     recompute: Recompute | None = None
     sequence_parallel: bool | None = None
+    micro_batch: Positive | None = None
     compiled: bool | None = None
 
     @property
@@ -146,13 +147,18 @@ def parse_layout(text: str) -> StatedLayout:
     """
     found: dict[str, object] = {}
     for field, name in _DEGREES.items():
-        match = re.search(rf"\b(?:{name})[ =]?(\d+)", text, re.I)
+        match = re.search(rf"(?<![a-z])(?:{name})[ =]?(\d+)", text, re.I)
         if match:
             found[field] = int(match[1])
     for recompute, pattern in _RECOMPUTE.items():
         if re.search(pattern, text, re.I):
             found["recompute"] = recompute
             break
+    micro = re.search(r"(?<![a-z])MBS[ =]?(\d+)", text, re.I)
+    if micro:
+        found["micro_batch"] = int(micro[1])
+    elif re.search(r"_mbc\d+", text):
+        found["micro_batch"] = 1  # SimuMax's names count micro-batches, of one sequence where they say no more
     zero = re.search(r"ZeRO[- ]?(\d)", text, re.I)
     sharded = re.search(r"\b(?:FSDP|HSDP|FSDP2)[ =]?(\d*)\b", text)
     if zero:

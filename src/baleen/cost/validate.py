@@ -56,6 +56,8 @@ def predicted(item: Item, calibration: Calibration) -> float:
     row = item.row
     step = step_time(row.work, calibration, item.roof).seconds
     seconds = step * row.work.layout.devices / row.work.tokens
+    if row.case.text["source"].startswith("NVIDIA"):
+        seconds *= calibration["vendor"]
     if row.untuned:
         seconds *= calibration["untuned"]
         if row.work.hardware.generation == "hopper":
