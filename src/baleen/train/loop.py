@@ -50,8 +50,8 @@ def train(
     train_seconds, loss, heldout_bpb, weights_sha256}. Raises UserError for bad input, having overwritten nothing.
     """
     display = display or Display()
-    tracker = open_tracker(track, run_dir, recipe.model_dump())
     open_run(run_dir, recipe, resume=resume)
+    tracker = open_tracker(track, run_dir, recipe.model_dump())
     keep_freed_memory()
     with run_stage(recipe, run_dir, "data"):
         prepared = _prepare(recipe, run_dir, display)
@@ -64,6 +64,7 @@ def train(
                 row = run.step()
                 metrics.write(row)
                 tracker.log(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
+                run.save_if_due()
         finally:
             metrics.close()
             tracker.close()
@@ -76,7 +77,7 @@ def train(
         return run.summary("stopped", None)
     with run_stage(recipe, run_dir, "eval"):
         heldout = run.heldout_bpb()
-    run.export(heldout)
+    run.export()
     return run.summary("done", heldout)
 
 
@@ -117,21 +118,18 @@ class _Run:
             "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd,
         }  # fmt: skip
         if not math.isfinite(result.grad_norm):
-            row["grad_norm"] = row["loss"] = None
             self.display.warn(f"step {counters.step}: the gradient is not finite; the update is left out")
         if counters.step % STEPS_BETWEEN_LOADS == 0:
             row["expert_load"] = [(load / load.sum()).tolist() for load in result.loads]
         if train.eval_every and counters.step % train.eval_every == 0:
-            row["heldout_bpb"] = self.heldout_bpb()["bits_per_byte"]
+            row["heldout_bpb"] = self.heldout_bpb()
         self._tick()
         if train.sample_every_seconds and counters.wall_seconds >= self._next_sample:
             self._next_sample = counters.wall_seconds + train.sample_every_seconds
             row["sample"] = self._sample()
-        if train.checkpoint_every and counters.step % train.checkpoint_every == 0:
-            self.save()
         self._tick()
         self._show(row)
-        return row
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
     def _tick(self) -> None:
         self.trainer.counters.wall_seconds = self._before[0] + time.monotonic() - self._started
@@ -141,13 +139,18 @@ class _Run:
         wall = self.trainer.counters.wall_seconds
         parts = {
             "": f"step {row['step']}",
-            "loss": f"{sum(r.loss for r in self._recent) / len(self._recent):.3f}",
+            "loss": f"{self._mean_loss():.3f}",
             "tok/s": f"{row['tokens_per_second']:,.0f}",
             "balance": f"+{row['max_violation']:.0%}",
             "left": duration(wall / share - wall),
             "$": f"{self.stage.usd:.4f}",
         }
         self.display.update(share, parts)
+
+    def _mean_loss(self) -> float:
+        """Of the last 100 steps, those left out whose gradient was not finite; nan if that leaves none."""
+        losses = [result.loss for result in self._recent if math.isfinite(result.loss)]
+        return sum(losses) / len(losses) if losses else math.nan
 
     def _sample(self) -> str:
         """A short answer of the model as it is now, on its own random stream."""
@@ -162,9 +165,19 @@ class _Run:
         self.display.sample(self.trainer.counters.step, prompt, text)
         return f"{prompt} {text}".strip()
 
-    def heldout_bpb(self) -> dict[str, float]:
-        window = self.recipe.train.seq_len
-        return bits_per_byte(self.trainer.model, self.prepared.tokenizer, self.prepared.heldout, window=window)
+    def heldout_bpb(self) -> float | None:
+        """Bits per byte on the held-out text; None if nothing was held out."""
+        prepared, window = self.prepared, self.recipe.train.seq_len
+        if not prepared.heldout:
+            return None
+        result = bits_per_byte(self.trainer.model, prepared.tokenizer, prepared.heldout, window=window)
+        return result["bits_per_byte"]
+
+    def save_if_due(self) -> None:
+        """Called when the step's row is written, so that no checkpoint is ahead of metrics.jsonl."""
+        every = self.recipe.train.checkpoint_every
+        if every and self.trainer.counters.step % every == 0:
+            self.save()
 
     def save(self) -> None:
         """A checkpoint of now, unless this step has one. A disk that refuses it costs only this checkpoint."""
@@ -178,7 +191,7 @@ class _Run:
         except checkpoint.NotSaved as error:
             self.display.warn(str(error))
 
-    def export(self, heldout: dict[str, float]) -> None:
+    def export(self) -> None:
         """model/ (and model-ema/) in Hugging Face layout."""
         recipe, model = self.recipe, self.trainer.model
         card = card_paragraph(cost_card(self.run_dir))
@@ -189,17 +202,16 @@ class _Run:
             averaged.model.rotary.reset_parameters()
             save_model(averaged, self.run_dir / "model-ema", tokenizer=self.prepared.tokenizer, card=card)
 
-    def summary(self, status: str, heldout: dict[str, float] | None) -> dict[str, Any]:
-        counters = self.trainer.counters
-        recent = [r.loss for r in self._recent]
+    def summary(self, status: str, heldout_bpb: float | None) -> dict[str, Any]:
+        counters, loss = self.trainer.counters, self._mean_loss()
         return {
             "run": str(self.run_dir),
             "status": status,
             "step": counters.step,
             "tokens": counters.tokens,
             "train_seconds": round(counters.wall_seconds, 1),
-            "loss": sum(recent) / len(recent) if recent else None,
-            "heldout_bpb": None if heldout is None else heldout["bits_per_byte"],
+            "loss": loss if math.isfinite(loss) else None,
+            "heldout_bpb": heldout_bpb,
             "max_violation_pooled": self._pooled_violation(),
             "weights_sha256": weights_sha256(self.trainer.model.state_dict()),
         }

@@ -11,16 +11,24 @@ from baleen.config import Recipe, UserError, load_recipe
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+BEFORE_TRAINING = {RECIPE, "run_id", "data", "tensorboard", "wandb"}  # what a run makes until its first step
 
 
 def open_run(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
     """Claim `run_dir` for this recipe, or find it claimed by the same one and resumed.
 
+    A claim under which no step was trained, as bad input leaves it, is taken over.
+
     Raises UserError, having changed nothing, if the directory holds another run, other files, or is not writable.
     """
     file = run_dir / RECIPE
     if file.is_file():
-        if load_recipe(file) != recipe:
+        other = load_recipe(file) != recipe
+        names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
+        if names <= BEFORE_TRAINING and (not other or "run_id" in names):  # without run_id it is a user's own file
+            write_aside(file, recipe.to_toml())
+            return
+        if other:
             raise UserError(f"{run_dir} belongs to another recipe (see {file}): choose another --run directory")
         if not resume:
             raise UserError(f"{run_dir} already holds this run: add --resume to continue it, or choose another --run")

@@ -138,9 +138,13 @@ class Trainer:
         Raises UserError if the checkpoint is of another model.
         """
         try:
-            self.model.load_state_dict(checkpoint.tensors["model"], assign=False)
+            weights = checkpoint.tensors["model"]
+            if self.model.config.tie_word_embeddings:
+                weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+            self.model.load_state_dict(weights, assign=False)
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"checkpoint step-{checkpoint.step} is of another model: {error}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"checkpoint step-{checkpoint.step} is of another model: {reason}") from None
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
         for name, tensor in self.ema.items():
             tensor.copy_(checkpoint.tensors["ema"][name])
