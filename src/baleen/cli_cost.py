@@ -136,3 +136,88 @@ def rate(
 
     result = device_rates(device, set_ or (), usd)
     show(result, rates_view(result), json)
+
+
+@app.command()
+def plan(
+    gpu: Annotated[str, typer.Option(help="A device of the hardware table, such as h800; or of --hardware.")],
+    model: Annotated[str | None, typer.Option(help="A recipe, a config.json, or a name such as v3-671b.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Such as 14.8T")] = None,
+    gpus: Annotated[str | None, typer.Option(help="How many devices")] = None,
+    layout: Annotated[str | None, typer.Option(help="Such as PP16,EP64,ZeRO1,dualpipe")] = None,
+    search: Annotated[bool, typer.Option(help="Find the best layouts.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Such as $1M: solve for what is not given.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="Such as 30d")] = None,
+    energy: Annotated[str | None, typer.Option(help="Such as 500MWh")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences a step")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens a sequence")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp8, bf16 or fp32")] = None,
+    usd_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour [default: table]")] = None,
+    law: Annotated[str, typer.Option(help="Scaling law that sizes a model: deepseek or chinchilla")] = "deepseek",
+    set_: Sets = None,
+    hardware: Annotated[list[Path] | None, typer.Option(help="TOML files with more devices.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write the plan into the ledger of this run.")] = None,
+    json: Json = False,
+) -> None:
+    """Plan a run: layout, memory, step by link, hours, energy, dollars; or what a budget or a deadline buys."""
+    from baleen.cost.plan import make_plan, parse_request
+    from baleen.cost.plan_table import plan_view
+
+    request = parse_request(
+        gpu, model, tokens, gpus, budget, deadline, energy, batch,
+        layout=layout, search=search, seq_len=seq_len, precision=precision, usd_per_hour=usd_per_hour, law=law,
+        sets=tuple(set_ or ()), hardware_files=tuple(hardware or ()),
+    )  # fmt: skip
+    result = make_plan(request)
+    if record is not None:
+        from baleen.cost.account import amend
+        from baleen.cost.ledger import lab_of
+
+        amend(lab_of(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["gpu_hours"]}})
+        say(f"recorded the plan with {record}")
+    show(result, plan_view(result), json)
+
+
+simulate_app = typer.Typer(no_args_is_help=True, help="Execute pipeline schedules, or the failures of a long run.")
+app.add_typer(simulate_app, name="simulate")
+
+
+@simulate_app.command()
+def schedules(
+    schedule: Annotated[str, typer.Option(help="gpipe, 1f1b, interleaved, zb1p, dualpipe, dualpipev or all")] = "all",
+    ranks: Annotated[int, typer.Option(help="Pipeline ranks")] = 8,
+    microbatches: Annotated[int, typer.Option(help="Micro-batches a step")] = 16,
+    forward: Annotated[float, typer.Option(help="Seconds of a rank's share of the network, forward")] = 1.0,
+    backward: Annotated[float, typer.Option(help="The same, backward, weights included")] = 2.0,
+    weight: Annotated[float, typer.Option(help="Seconds of the weights' part")] = 1.0,
+    overlap: Annotated[float, typer.Option(help="Time of an overlapped pair over the sum of its parts")] = 1.0,
+    latency: Annotated[float, typer.Option(help="Seconds from rank to rank")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Also draw the chart of one schedule.")] = None,
+    json: Json = False,
+) -> None:
+    """Execute schedules stage by stage: bubbles, activations, Gantt charts."""
+    from baleen.cost.schedules_table import run_schedules, schedules_dict, schedules_view, write_gantt
+    from baleen.cost.simulator import Durations
+
+    timelines = run_schedules(schedule, ranks, microbatches, Durations(forward, backward, weight, overlap, latency))
+    if svg is not None:
+        write_gantt(timelines, svg)
+        say(f"wrote {svg}")
+    show(schedules_dict(timelines), schedules_view(timelines), json)
+
+
+@simulate_app.command()
+def failures(
+    gpus: Annotated[int, typer.Option(help="Devices of the job")] = 2048,
+    days: Annotated[float, typer.Option(help="Days of productive work")] = 30.0,
+    interval: Annotated[float | None, typer.Option(help="Seconds between checkpoints [default: Young-Daly]")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    set_: Sets = None,
+    json: Json = False,
+) -> None:
+    """Play a long run event by event: failures, checkpoints, restarts, and the share of time that counts."""
+    from baleen.cost.failures import failures_report
+    from baleen.cost.failures_table import failures_view
+
+    result = failures_report(gpus, days, set_ or (), interval_seconds=interval, seed=seed)
+    show(result, failures_view(result), json)

@@ -6,17 +6,19 @@ SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 
 
 def usd(value: float) -> str:
-    """$5.576M, $87,072, $12.34, $0.0021."""
+    """$5.576M, $87,072, $12.34, $0.082, $0.0021."""
     if abs(value) >= 1000:
         return f"${quantity(value)}"
-    return f"${value:.2f}" if abs(value) >= 1 or value == 0 else f"${value:.2g}"
+    if abs(value) >= 1 or value == 0:
+        return f"${value:.2f}"
+    return f"${value:.3f}" if abs(value) >= 0.01 else f"${value:.2g}"
 
 
 def quantity(value: float) -> str:
     """Four digits, with T, B or M; thousands in full: 2.788M, 272.8B, 147,000, 61.5."""
     for scale, letter in SCALES:
         if abs(value) >= scale:
-            return f"{value / scale:.4g}{letter}" if abs(value) < 9999 * scale else f"{value / scale:,.0f}{letter}"
+            return f"{value / scale:.4g}{letter}" if abs(value) < 999.5 * scale else f"{value / scale:,.0f}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
