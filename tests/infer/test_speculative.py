@@ -289,6 +289,12 @@ def test_acceptance_one(tiny_model):
     assert stats.acceptance == [1.0, 1.0] and stats.tokens_per_step == 3.0
 
 
+def test_events_say_which_tokens_were_drafts(tiny_model):
+    engine = Engine(counting_model(tiny_model), ByteTokenizer())
+    events = list(engine.generate([Request([5], SamplingParams(temperature=0, max_tokens=6))], speculate=2))
+    assert [(len(event.token_ids), event.accepted) for event in events] == [(1, 0), (3, 2), (2, 2)]
+
+
 def test_acceptance_none(tiny_model):
     engine = Engine(counting_model(tiny_model, wrong_after=range(12)), ByteTokenizer())
     generation = engine.generate([Request([5], SamplingParams(temperature=0, max_tokens=31))], speculate=1)
@@ -298,13 +304,12 @@ def test_acceptance_none(tiny_model):
 
 
 def test_acceptance_known(tiny_model):
-    """Wrong after 0, 4 and 8. The state of a step is its last known token: 3 -> 5 -> 7 -> 9 -> ... never lands there
-    with a wrong draft only if odd; started even, a step advances by 2, or from 0, 4, 8 by 1 and is odd from then on."""
+    """Wrong after 0, 4 and 8: a step from there advances by one token, from elsewhere by two."""
     engine = Engine(counting_model(tiny_model, wrong_after=(0, 4, 8)), ByteTokenizer())
     generation = engine.generate([Request([1], SamplingParams(temperature=0, max_tokens=22))], speculate=1)
     tokens = tokens_of(generation)[0]
     assert tokens == [(2 + i) % 12 for i in range(22)]
-    last, known, steps, accepted = 2, 1, 0, 0  # a simulation by hand of the rule above
+    last, known, steps, accepted = 2, 1, 0, 0  # that rule, played through
     while known < 22:
         kept = last not in (0, 4, 8)
         last, known, steps, accepted = (last + 1 + kept) % 12, known + 1 + kept, steps + 1, accepted + kept
