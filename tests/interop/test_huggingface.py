@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from baleen.config import RopeScaling
+from baleen.config import LongRope, RopeScaling
 from baleen.interop.huggingface import load_model, save_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
@@ -19,6 +19,14 @@ VARIANTS = {
     "yarn": {"rope_scaling": YARN},
     "yarn without mscale": {"rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16)},
     "halves, bias": {"rope_interleave": False, "attention_bias": True},
+    "longrope": {
+        "rope_theta": 1.0,
+        "rope_scaling": LongRope(
+            original_max_position_embeddings=256,
+            short_factor=(1.0, 3.5, 7.25, 90.0),
+            long_factor=(1.0, 3.5, 7.25, 90.0),
+        ),
+    },
     "all dense": {"first_k_dense_replace": 4},
 }
 

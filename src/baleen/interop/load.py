@@ -9,7 +9,8 @@ import torch
 
 from baleen.config import UserError
 from baleen.data.tokenizer import Tokenizer
-from baleen.interop.huggingface import PICKLES, load_model
+from baleen.interop.checkpoint import PICKLES
+from baleen.interop.huggingface import load_model
 from baleen.model.transformer import Transformer
 
 

@@ -1,7 +1,7 @@
-"""Safetensors written as a stream: the headers first, then tensors in whatever order they come.
+"""Safetensors as streams: read tensor by tensor, written in whatever order tensors come.
 
-So a checkpoint passes from one layout to another with one tensor in memory. Each header carries a CRC-32 of every
-tensor, which `huggingface` checks on reading; other readers ignore it.
+So a checkpoint passes from one layout to another with one tensor in memory. The headers that we write carry a CRC-32
+of every tensor, which is checked on reading; other readers ignore it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from baleen.config import UserError
@@ -30,6 +31,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CRC = "crc32:"  # + tensor name: a key of the header's metadata
+PIECE = 2**20  # elements
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -73,6 +75,65 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+class Shard:
+    """One safetensors file, open for reading; use as a context manager.
+
+    The library judges the header, so that no size in it exceeds the file's. The bytes are read, not mapped, so that no
+    page of the file stays in memory. Raises UserError for a damaged file and for a dtype outside DTYPES.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+            self._stream = file.open("rb")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged or not safetensors: {error}") from None
+        length = int.from_bytes(self._stream.read(8), "little")
+        header = json.loads(self._stream.read(length))
+        self._start = 8 + length
+        self._crc = {key[len(CRC) :]: crc for key, crc in header.pop("__metadata__", {}).items() if key.startswith(CRC)}
+        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.specs: dict[str, Spec] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                self._stream.close()
+                raise UserError(f"{name} in {file} is {entry['dtype']}, a quantisation that Baleen does not read")
+            self.specs[name] = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor. Raises UserError if the file has a checksum for it and that does not match."""
+        tensor = self._read(self._offsets[name], self.specs[name])
+        if name in self._crc and f"{zlib.crc32(raw_bytes(tensor)):08x}" != self._crc[name]:
+            raise UserError(f"{name} in {self.file} is damaged: its checksum does not match")
+        return tensor
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """tensor[index], reading no more than that."""
+        spec = self.specs[name]
+        part = Spec(spec.dtype, spec.shape[1:])
+        return self._read(self._offsets[name] + index * part.nbytes, part)
+
+    def _read(self, offset: int, spec: Spec) -> Tensor:
+        data = torch.empty(spec.nbytes, dtype=torch.uint8)
+        self._stream.seek(self._start + offset)
+        if self._stream.readinto(memoryview(data.numpy())) != spec.nbytes:  # type: ignore[arg-type]
+            raise UserError(f"{self.file} ends too early")
+        return data.view(spec.dtype).view(spec.shape)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor as flat parts small enough that a copy of one does not matter."""
+    return tensor.reshape(-1).split(PIECE)
+
+
 class ShardWriter:
     """Writes tensors of known dtype and shape into model.safetensors, or into numbered shards with an index.
 
@@ -104,15 +165,20 @@ class ShardWriter:
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, cast to the dtype of its spec."""
+        """Write one tensor, cast to the dtype of its spec. Raises UserError if a value is too large for float16."""
         spec = self._specs[name]
         assert tuple(tensor.shape) == spec.shape, f"{name} is {tuple(tensor.shape)}, announced as {spec.shape}"
         assert name not in self._crc, f"{name} was written twice"
-        data = raw_bytes(tensor.detach().to("cpu", spec.dtype))
         stream, offset = self._offsets[name]
         stream.seek(offset)
-        stream.write(data)
-        self._crc[name] = zlib.crc32(data)
+        crc = 0
+        for piece in pieces(tensor.detach()):
+            piece = piece.to("cpu", spec.dtype)
+            if spec.dtype == torch.float16 and not piece.isfinite().all():
+                raise UserError(f"{name} holds values that float16 cannot: take bf16 or fp32")
+            stream.write(raw_bytes(piece))
+            crc = zlib.crc32(raw_bytes(piece), crc)
+        self._crc[name] = crc
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -10,14 +10,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from baleen.config import ModelConfig, RopeScaling
+from baleen.config import LongRope, ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotary pair, float32 [P/2]; interpolated by YaRN where the config asks for it."""
+    """Angle per position of each rotary pair, float32 [P/2]; interpolated by YaRN or divided pair by pair on demand."""
     dim, base = config.qk_rope_head_dim, config.rope_theta
-    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    wavelength = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     yarn = config.rope_scaling
+    if isinstance(yarn, LongRope):
+        return 1.0 / (torch.tensor(yarn.short_factor, dtype=torch.float32) * wavelength)
+    inv_freq = 1.0 / wavelength
     if yarn is None:
         return inv_freq
 
@@ -41,14 +44,14 @@ def softmax_scale(config: ModelConfig) -> float:
     """1 / sqrt(d_h + d_h^R), times sqrt(t)^2 if `mscale_all_dim` is set."""
     scale = config.qk_head_dim**-0.5
     yarn = config.rope_scaling
-    if yarn is not None and yarn.mscale_all_dim:
+    if isinstance(yarn, RopeScaling) and yarn.mscale_all_dim:
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 
 
-def _rotation_scale(yarn: RopeScaling | None) -> float:
+def _rotation_scale(yarn: RopeScaling | LongRope | None) -> float:
     """Factor on cos and sin: 1 in V3's spelling (mscale = mscale_all_dim), else YaRN's own sqrt(t)."""
-    if yarn is None:
+    if not isinstance(yarn, RopeScaling):
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
         return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)

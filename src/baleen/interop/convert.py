@@ -1,0 +1,62 @@
+"""`baleen import` and `baleen export`: from one layout on disk to another, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from baleen.config import UserError, read_json
+from baleen.interop.checkpoint import Checkpoint
+from baleen.interop.huggingface import ScaleFormat, copy_companions, write_weights
+from baleen.interop.load import model_path
+from baleen.interop.shards import Spec, replaced_when_complete
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8 = {"fp8": "fp32", "fp8-ue8m0": "ue8m0"}  # --dtype -> format of the scales
+LLAMA_FAMILY = {"llama", "mistral"}
+
+
+def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """A Hugging Face `deepseek_v3` directory -> one that Baleen and every other engine loads; returns `out`.
+
+    Stacked experts are taken apart, FP8 becomes the dtype of the embedding, one shard becomes several or several one.
+    dtype: None (as it is), fp32, bf16, fp16, fp8 or fp8-ue8m0. Raises UserError, and writes nothing, for what
+    `Checkpoint` refuses, for a Llama-family source (that is `baleen upcycle`'s) and if `out` is not empty.
+    """
+    source, out = Path(source), new_directory(out)
+    if (source / "config.json").is_file():
+        kind = read_json(source / "config.json").get("model_type")
+        if kind in LLAMA_FAMILY:
+            raise UserError(f"{source} is a {kind} model: `baleen upcycle {source} {out}` makes a V3 model of it")
+    checkpoint = Checkpoint(model_path(source))
+    if dtype is not None and dtype not in DTYPES | FP8:
+        raise UserError(f"dtype {dtype!r} is unknown: take one of {', '.join(DTYPES | FP8)}")
+    wide = DTYPES.get(dtype) if dtype else None
+    specs = {name: Spec(wide or spec.dtype, spec.shape) for name, spec in checkpoint.specs().items()}
+    with replaced_when_complete(out) as aside:
+        scales = cast("ScaleFormat | None", FP8.get(dtype or ""))
+        write_weights(aside, checkpoint.config, checkpoint.tensors(), specs, fp8=scales)
+        copy_companions(checkpoint.directory, aside)
+    return out
+
+
+def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Path:
+    """A run's model -> a directory for transformers, vLLM or SGLang (`hf`); returns `out`.
+
+    Raises UserError, and writes nothing, for an unknown target, if `out` is not empty, and as `import_checkpoint` does.
+    """
+    if to == "hf":
+        return import_checkpoint(model_path(run), out, dtype=dtype)
+    raise UserError(f"--to {to} is unknown: take hf")
+
+
+def new_directory(out: str | Path) -> Path:
+    """`out` if it does not exist or is empty. Raises UserError otherwise."""
+    out = Path(out)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise UserError(f"{out} exists already: name a new folder")
+    return out
