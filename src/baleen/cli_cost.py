@@ -32,6 +32,16 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def save(path: Path, text: str) -> None:
+    from baleen.config import UserError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another file") from None
+    say(f"wrote {path}")
+
+
 @app.command()
 def card(
     run: Annotated[Path, typer.Argument(help="Run directory; if it was deleted, its old path still does.")],
@@ -112,8 +122,7 @@ def claims(
     if svg is not None:
         from baleen.cost.scopes import scopes_svg
 
-        svg.write_text(scopes_svg(result), encoding="utf-8")
-        say(f"wrote {svg}")
+        save(svg, scopes_svg(result))
     if markdown and not json:
         from baleen.cost.claims_table import claims_markdown
 
@@ -196,13 +205,12 @@ def schedules(
     json: Json = False,
 ) -> None:
     """Execute schedules stage by stage: bubbles, activations, Gantt charts."""
-    from baleen.cost.schedules_table import run_schedules, schedules_dict, schedules_view, write_gantt
+    from baleen.cost.schedules_table import run_schedules, schedule_svg, schedules_dict, schedules_view
     from baleen.cost.simulator import Durations
 
     timelines = run_schedules(schedule, ranks, microbatches, Durations(forward, backward, weight, overlap, latency))
     if svg is not None:
-        write_gantt(timelines, svg)
-        say(f"wrote {svg}")
+        save(svg, schedule_svg(timelines))
     show(schedules_dict(timelines), schedules_view(timelines), json)
 
 
@@ -221,3 +229,20 @@ def failures(
 
     result = failures_report(gpus, days, set_ or (), interval_seconds=interval, seed=seed)
     show(result, failures_view(result), json)
+
+
+@app.command()
+def validate(
+    cases: Annotated[Path | None, typer.Argument(help="Published runs, as CSV [default: those that ship].")] = None,
+    calibrate_on: Annotated[str | None, typer.Option(help="Fit the constants on this split of the file.")] = None,
+    hardware: Annotated[list[Path] | None, typer.Option(help="TOML files with more devices.")] = None,
+    json: Json = False,
+) -> None:
+    """Predict published runs, and print the errors by kind beside a baseline of constant MFU."""
+    from rich.text import Text
+
+    from baleen.cost.validate import render
+    from baleen.cost.validate import validate as validate_cases
+
+    result = validate_cases(cases, calibrate_on, tuple(hardware or ()))
+    show(result, Text(render(result), no_wrap=True), json)

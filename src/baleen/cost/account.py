@@ -159,7 +159,7 @@ def mark(lab: Path | str, run: str | Path, purpose: Purpose) -> str:
 def amend(lab: Path | str, run: str | Path, change: dict[str, Any]) -> None:
     """Append an amendment ({"purpose": ...} or {"plan": {...}}) that holds for all stages so far of a run."""
     row = {"row_id": uuid.uuid4().hex[:12], "event": "amend", "time": datetime.now(UTC).isoformat(), **change}
-    append_row(Path(lab) / "ledger" / f"{find_run(lab, run)}.jsonl", row)
+    _append(Path(lab) / "ledger" / f"{find_run(lab, run)}.jsonl", row)
 
 
 def find_run(lab: Path | str, run: str | Path) -> str:
@@ -202,7 +202,14 @@ def add(lab: Path | str, category: str, usd: float, period: str, project: str | 
         "project": project,
         "note": note,
     }
-    append_row(Path(lab) / "ledger" / COSTS, row)
+    _append(Path(lab) / "ledger" / COSTS, row)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        append_row(path, row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): free the disk or give another lab") from None
 
 
 def parse_period(text: str) -> tuple[date, date]:

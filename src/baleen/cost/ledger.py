@@ -259,9 +259,12 @@ def read_run_id(run_dir: Path) -> str | None:
 def _new_run_id(run_dir: Path) -> str:
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name).strip(".-") or "run"
     run_id = f"{slug}-{uuid.uuid4().hex[:8]}"
-    run_dir.mkdir(parents=True, exist_ok=True)
     aside = run_dir / f".run_id.{os.getpid()}"
-    aside.write_text(run_id + "\n", encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside.write_text(run_id + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error.strerror}): choose another run directory") from None
     try:
         os.link(aside, run_dir / "run_id")  # fails where a process beside us was first; then its id is the run's
     except FileExistsError:

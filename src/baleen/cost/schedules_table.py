@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baleen.config import UserError
@@ -87,8 +86,8 @@ def schedules_view(timelines: dict[str, Timeline]) -> Group:
     return Group(table, *notes, *charts)
 
 
-def write_gantt(timelines: dict[str, Timeline], path: Path) -> None:
+def schedule_svg(timelines: dict[str, Timeline]) -> str:
     """The chart of a single schedule. Raises UserError if there are several."""
     if len(timelines) != 1:
         raise UserError("--svg draws one schedule: name it with --schedule")
-    path.write_text(gantt_svg(next(iter(timelines.values()))), encoding="utf-8")
+    return gantt_svg(next(iter(timelines.values())))
