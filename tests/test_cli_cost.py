@@ -52,9 +52,36 @@ def test_claims_and_rate():
     assert "owning one" in cost("rate", "b200", "--usd", 40000).stdout
 
 
+def test_plan_and_its_record(run_dir):
+    options = ("plan", "--gpu", "h800", "--model", "v3-671b", "--tokens", "14.8T", "--gpus", 2048)
+    plan = json.loads(cost(*options, "--json", "--record", run_dir).stdout)
+    assert {"layout", "step_seconds", "chain", "tokens_per_second_per_gpu", "memory_gib_per_rank"} <= set(plan)
+    assert set(plan["mfu"]) >= {"value", "convention"} and set(plan["usd"]) == {"low", "mid", "high"}
+    rows = json.loads(cost("report", "--json").stdout)["plans"]
+    assert {row["figure"]: row["planned"] for row in rows} == {
+        "usd": plan["usd"]["mid"],
+        "device_hours": plan["gpu_hours"],
+    }
+    dearer = json.loads(cost(*options, "--json", "--set", "matmul_hopper=2").stdout)
+    assert dearer["step_seconds"] > plan["step_seconds"]
+    text = cost(*options).stdout
+    assert "kernels" in text and "leaves out" in text and "Beside the published step" in text
+
+
+def test_simulate():
+    out = json.loads(cost("simulate", "schedules", "--schedule", "zb1p", "--json").stdout)
+    assert list(out["schedules"]) == ["zb1p"]
+    assert json.loads(cost("simulate", "failures", "--gpus", 64, "--days", 1, "--json").stdout)["gpus"] == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["plan", "--gpu", "h8000", "--model", "v3-671b", "--tokens", "1T", "--gpus", "8"], "unknown hardware"),
+        (["plan", "--gpu", "h800", "--model", "v3-671b", "--tokens", "-1T", "--gpus", "8"], "above 0"),
+        (["validate", "nowhere.csv"], "nowhere.csv"),
+        (["simulate", "schedules", "--schedule", "tripipe"], "no pipeline schedule"),
+        (["claims", "--svg", "nowhere/scopes.svg"], "cannot be written"),
         (["mark", "runs/demo", "best"], "unknown purpose"),
         (["mark", "runs/nobody", "final"], "knows no run"),
         (["card", "runs/nobody"], "knows no run"),

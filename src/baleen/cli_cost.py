@@ -22,6 +22,8 @@ def show(result: dict[str, Any], table: RenderableType, as_json: bool) -> None:
         import json
 
         print(json.dumps(result, allow_nan=False))
+    elif isinstance(table, str):
+        print(table)
     else:
         from rich.console import Console
 
@@ -239,10 +241,8 @@ def validate(
     json: Json = False,
 ) -> None:
     """Predict published runs, and print the errors by kind beside a baseline of constant MFU."""
-    from rich.text import Text
-
     from baleen.cost.validate import render
     from baleen.cost.validate import validate as validate_cases
 
     result = validate_cases(cases, calibrate_on, tuple(hardware or ()))
-    show(result, Text(render(result), no_wrap=True), json)
+    show(result, render(result), json)

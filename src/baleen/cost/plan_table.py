@@ -68,8 +68,7 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         (limit["limit"], f"{quantity(limit['needed'])} of {quantity(limit['allowed'])}: {_kept(limit['kept'])}")
         for limit in plan["limits"]
     ]
-    for name, value in plan["solved"].items():
-        rows.append((name, quantity(value) if isinstance(value, int | float) else str(value)))
+    rows += [(f"solved: {name}", text) for name, text in plan["solved"].items() if isinstance(text, str)]
     return rows
 
 
