@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 import tomllib
 from difflib import get_close_matches
+from functools import cache
 from importlib import resources
 from typing import NamedTuple
+
+import tomli_w
 
 from baleen.config import UserError
 
@@ -45,7 +48,9 @@ CONSTANTS = {
     ),
     "jitter": Constant(0.006, 0.50, "slower per doubling of devices beyond a node", "x 1.05 at 2,048 (2402.15627)"),
     "untuned": Constant(1.10, 0.15, "a layout nobody published against the best that fits", "arXiv 2205.05198: tuning"),
-    "vendor": Constant(0.92, 0.08, "the maker's own benchmarks: the best of many configurations", "MLPerf's closed rules"),
+    "vendor": Constant(
+        0.92, 0.08, "the maker's own benchmarks: the best of many configurations", "MLPerf's closed rules"
+    ),
     "goodput": Constant(0.90, 0.06, "share of a run's hours that trains", "arXiv 2407.21783: >0.90; Olmo 3: 0.91"),
     "untuned_hopper": Constant(1.20, 0.15, "untuned besides on H100: compute outgrew all else", "arXiv 2605.01158"),
 }
@@ -68,8 +73,57 @@ class Calibration(dict[str, float]):
         return Calibration({**self, **values})
 
 
-def shipped_calibration() -> Calibration:
-    """The constants as fitted on the published runs marked `cal`."""
+class Fitted(NamedTuple):
+    """A fit: constants on all rows, for each source those without it, the fitted rows' ids and the errors it made."""
+
+    constants: Calibration
+    without_source: dict[str, Calibration]
+    rows: tuple[str, ...]
+    errors: dict[str, dict[str, float]]
+
+
+@cache
+def shipped_fit() -> Fitted:
+    """What data/calibration.toml holds."""
     path = resources.files("baleen.cost").joinpath("data/calibration.toml")
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    return Calibration({name: entry["value"] for name, entry in raw["constants"].items()})
+    names = raw["without_source"]["names"]
+    left_out = {
+        source: Calibration(dict(zip(names, values, strict=True)))
+        for source, values in raw["without_source"].items()
+        if source != "names"
+    }
+    constants = Calibration({name: entry["value"] for name, entry in raw["constants"].items()})
+    return Fitted(constants, left_out, tuple(raw["fit"]["rows"]), raw["fit"]["errors"])
+
+
+def shipped_calibration() -> Calibration:
+    """The constants as fitted on the published runs marked `cal`."""
+    return shipped_fit().constants
+
+
+def fit_to_toml(fitted: Fitted, date: str) -> str:
+    """The text of calibration.toml: every constant beside its prior and how far the fit moved it."""
+    constants = {}
+    for name, value in fitted.constants.items():
+        prior, sigma, meaning, source = CONSTANTS[name]
+        constants[name] = {
+            "value": round(value, 4),
+            "prior": prior,
+            "sigma": sigma,
+            "moved_by_sigmas": round(math.log(value / prior) / sigma, 2),
+            "meaning": meaning,
+            "source": source,
+        }
+    raw = {
+        "fit": {"date": date, "errors": fitted.errors, "rows": list(fitted.rows)},
+        "constants": constants,
+        "without_source": {
+            "names": list(CONSTANTS),
+            **{s: [round(c[name], 4) for name in CONSTANTS] for s, c in fitted.without_source.items()},
+        },
+    }
+    head = (
+        "# Written by baleen.cost.validate.write_fit: constants fitted on the rows of cost_cases.csv marked `cal`.\n\n"
+    )
+    return head + tomli_w.dumps(raw)

@@ -15,7 +15,7 @@ from baleen.config import UserError
 from baleen.cost.architecture import Architecture, from_dims
 from baleen.cost.calibration import Calibration
 from baleen.cost.candidates import best_layout
-from baleen.cost.flops import training_flops
+from baleen.cost.flops import parameters, training_flops
 from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.kernels import Attention
 from baleen.cost.layout import StatedLayout, parse_layout
@@ -50,6 +50,7 @@ PRECISIONS = {
 }
 USUAL_BATCH_TOKENS = 4_000_000
 USUAL_DAYS, USUAL_MFU = 30, 0.35  # for how many devices a run has where that is not published
+TUNED_FROM_PARAMETERS = 100e9
 LEAST_TOKENS_PER_DEVICE = 2048  # in a step
 LEAST_TOKENS_PER_DEVICE_AND_BATCH = 1024  # large runs take larger batches: 405B on 16,384 devices 16M tokens
 # GPT-style networks (two FFN matrices or FP16) reported before mid-2023 come from Megatron-LM and GPT-NeoX, whose
@@ -94,12 +95,13 @@ class Prepared(NamedTuple):
     case: Case
     work: Workload
     memory: RankMemory
+    stated: StatedLayout
     tokens: float | None
     rate: float | None
     hours: float | None
     mwh: float | None
     gib: float | None
-    untuned: bool  # nothing of the layout is published
+    untuned: bool  # nothing of the layout is published, and the model is not so large that somebody surely tuned it
 
     @property
     def goodput_counts(self) -> bool:
@@ -185,20 +187,32 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
         case=case,
         work=work,
         memory=choice.memory,
+        stated=stated,
         tokens=n["tokens"],
         rate=published_rate(case, work, published is not None) if case.kind == "step" else None,
         hours=n["gpu_hours"] if case.kind == "run" and n["tokens"] else None,
         mwh=published_mwh(case) if case.kind == "energy" and n["tokens"] else None,
         gib=n["mem_gib"],
-        untuned=case.kind in ("run", "energy") and not stated.states_degrees,
+        untuned=case.kind in ("run", "energy")
+        and not stated.states_degrees
+        and parameters(arch)["total"] < TUNED_FROM_PARAMETERS,
     )
 
 
 def stated_layout(case: Case) -> StatedLayout:
-    """The published layout; whoever counts recomputation in the TFLOPS did recompute, and GPT's generation did."""
+    """The published layout, and what follows from it and its time.
+
+    Whoever counts recomputation in the TFLOPS did recompute, and GPT's generation did. Its three-dimensional layouts
+    (TP, PP and DP stated) ran on DeepSpeed, whose pipeline does not interleave.
+    """
     stated = parse_layout(case.text["parallelism"])
-    recomputes = COUNTS_RECOMPUTATION.search(case.text["note"]) or _gpt_era(case, FULL_RECOMPUTATION_UNTIL)
-    return stated.model_copy(update={"recompute": "full"}) if recomputes and stated.recompute is None else stated
+    found: dict[str, object] = {}
+    gpt_era = _gpt_era(case, FULL_RECOMPUTATION_UNTIL)
+    if stated.recompute is None and (gpt_era or COUNTS_RECOMPUTATION.search(case.text["note"])):
+        found["recompute"] = "full"
+    if gpt_era and stated.pipeline and stated.data and not stated.virtual_stages:
+        found["virtual_stages"] = 1
+    return stated.model_copy(update=found)
 
 
 def case_architecture(case: Case) -> Architecture:

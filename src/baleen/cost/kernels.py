@@ -66,10 +66,22 @@ class Kernels(NamedTuple):
 
     def __add__(self, other: object) -> Kernels:
         assert isinstance(other, Kernels)
-        return Kernels(*(a + b for a, b in zip(self, other, strict=True)))
+        return Kernels(
+            self.matmul + other.matmul,
+            self.grouped + other.grouped,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.weight_gradient + other.weight_gradient,
+        )
 
     def times(self, factor: float) -> Kernels:
-        return Kernels(*(p.times(factor) if isinstance(p, Seconds) else p * factor for p in self))
+        return Kernels(
+            self.matmul.times(factor),
+            self.grouped.times(factor),
+            self.attention.times(factor),
+            self.elementwise.times(factor),
+            self.weight_gradient * factor,
+        )
 
 
 NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0)
@@ -104,7 +116,13 @@ def product(hardware: Hardware, precision: str, matmul: Matmul, tokens: float, e
     weight_gradient = seconds(matmul.outer, matmul.inner, rows)
     backward = seconds(rows, matmul.inner, matmul.outer) + weight_gradient
     time = Seconds(seconds(rows, matmul.outer, matmul.inner), backward)
-    return NOTHING._replace(weight_gradient=weight_gradient, **{"grouped" if grouped else "matmul": time})
+    return Kernels(
+        matmul=Seconds() if grouped else time,
+        grouped=time if grouped else Seconds(),
+        attention=Seconds(),
+        elementwise=Seconds(),
+        weight_gradient=weight_gradient,
+    )
 
 
 def layer_kernels(
@@ -130,9 +148,7 @@ def layer_kernels(
             total += product(hardware, precision, _split(matmul, layout.tensor), tokens)
     core = attention_seconds(arch, hardware, tokens, seq_len, precision, attention)
     elementwise = elementwise_bytes(arch, layout, precision, moe) * tokens / _bandwidth(hardware)
-    return total._replace(
-        attention=core.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise)
-    )
+    return total._replace(attention=core.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise))
 
 
 def attention_seconds(
@@ -147,7 +163,9 @@ def attention_seconds(
     flops = tokens * attention_flops(arch, seq_len)
     core = "fp32" if precision == "fp32" else "bf16"
     peak = hardware.peak_flops(core)
-    if attention == "unfused":  # no skipping of masked scores; products at the usual rate, everything else through memory
+    if (
+        attention == "unfused"
+    ):  # no skipping of masked scores; products at the usual rate, everything else through memory
         scores = tokens * seq_len * arch.num_attention_heads / _bandwidth(hardware)
         dense = 2 * flops / (peak * hardware.achieved_share(core))
         reads, writes = UNFUSED_SCORE_BYTES

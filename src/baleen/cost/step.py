@@ -172,17 +172,18 @@ def bubble_seconds(layout: Layout, micro_batches: float, forward: float, backwar
     """Seconds of a step in which the average rank waits, from the executed schedule.
 
     forward, backward (whole) and weight: one micro-batch on one rank. Once the pipe is full, more micro-batches do not
-    change the bubble, so no more than two rounds are executed; times are rounded to a tenth of a forward.
+    change the bubble, so no more than two rounds are executed; times are rounded to a fifth of a forward.
     """
     if layout.pipeline == 1:
         return 0.0
+    split = layout.schedule not in ("1f1b", "interleaved")  # only then does it matter what part of B is for the weights
     unit = bubble_of(
         layout.schedule,
         layout.pipeline,
         layout.virtual_stages,
         max(1, math.ceil(micro_batches)),
-        round(backward / forward, 1),
-        round(weight / forward, 1),
+        round(5 * backward / forward) / 5,
+        round(weight / forward, 1) if split else 0.0,
     )
     return unit * forward
 

@@ -7,8 +7,7 @@ Rows marked `anchor` are never fitted on; rows that are fitted on are predicted 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from baleen.config import UserError
-from baleen.cost.calibration import CONSTANTS, Calibration, shipped_calibration
+from baleen.cost.calibration import CONSTANTS, Calibration, Fitted, fit_to_toml, shipped_fit
 from baleen.cost.cases import Case, Prepared, implied_mfu, prepare, read_cases, shipped_cases
 from baleen.cost.memory import GIB
 from baleen.cost.step import Rooflines, rooflines, step_time
@@ -28,6 +27,8 @@ TIER_NOISE = {"A": 1.0, "B": 1.5, "C": 2.5}
 HUBER = 1.5  # beyond so many deviations a row pulls no harder
 # Memory that the allocator holds and nobody uses: reserved against allocated.
 ALLOCATOR_SHARE = 1.05
+# Average draw over the rated power while training: Olmo 3 measured 0.89-0.93, Epoch takes 0.75 for whole servers' GPUs.
+DRAW_SHARE = 0.85
 
 
 class Item(NamedTuple):
@@ -100,15 +101,208 @@ def leave_one_source_out(items: Sequence[Item]) -> dict[str, Calibration]:
     return {source: fit([i for i in items if i.row.case.source != source], start) for source in sources}
 
 
-def baseline_mfu(item: Item, known: Iterable[Item]) -> float | None:
-    """Median MFU of other sources with the same GPU generation, type and precision; wider groups where that is empty."""
-    others = [other for other in known if other.row.case.source != item.row.case.source]
+def baseline_mfu(row: Prepared, known: Iterable[Item], leave_out: bool = True) -> float | None:
+    """Median MFU of rows with the same GPU generation, type and precision; wider groups where there are none.
 
-    def key(row: Prepared) -> tuple[str, str, str]:
-        return row.work.hardware.generation, row.case.text["type"], row.work.precision
+    With `leave_out` the row's own source is not among them.
+    """
+    others = [o for o in known if not leave_out or o.row.case.source != row.case.source]
+
+    def key(row: Prepared) -> tuple[str, bool, str]:
+        return row.work.hardware.generation, row.work.arch.is_moe, row.work.precision
 
     for width in (3, 2, 1, 0):
-        same = [o for o in others if key(o.row)[:width] == key(item.row)[:width]]
+        same = [o for o in others if key(o.row)[:width] == key(row)[:width]]
         if same:
             return median(implied_mfu(1 / o.published, o.row.work) for o in same)
     return None
+
+
+def validate(
+    cases_csv: Path | None = None,
+    calibrate_on: str | None = None,
+    hardware_files: Sequence[Path] = (),
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Predicts every row of a file (default: the one that ships) and compares; plain values for JSON.
+
+    Without `calibrate_on` the shipped constants predict, and rows that those were fitted on are predicted by constants
+    fitted without their source. With it, constants are fitted on the file's rows of that split, again leaving a row's
+    own source out. A given `calibration` is used for all rows as it is. Returns {kinds, splits, rows, skipped,
+    constants}; errors are on tokens/s/GPU (step), GPU-hours (run), GiB (memory) and MWh (energy), relative.
+    Raises UserError for a broken file or a split that is absent or never fitted on.
+    """
+    cases = shipped_cases() if cases_csv is None else read_cases(cases_csv)
+    prepared, skipped = _prepare_all(cases, hardware_files)
+    items = [Item(row, rooflines(row.work)) for row in prepared if row.rate or row.hours]
+    constants_for = _constants(items, calibrate_on, calibration)
+    known = [i for i in items if i.row.case.text["split"] == calibrate_on] if calibrate_on else _shipped_items(items)
+    rows: list[dict[str, Any]] = []
+    for row in prepared:
+        constants = constants_for(row)
+        in_split = [i for i in items if i.row.case.text["split"] == row.case.text["split"]]
+        rows += _compare(row, constants, known, in_split)
+    splits = sorted({row["split"] for row in rows})
+    return {
+        "kinds": _summary(rows),
+        "splits": {split: _summary([row for row in rows if row["split"] == split]) for split in splits},
+        "rows": rows,
+        "skipped": skipped,
+        "constants": dict(constants_for(None)),
+    }
+
+
+def write_fit(path: Path, date: str) -> Fitted:
+    """Fits the constants on the shipped rows marked `cal` and writes them with their fit."""
+    prepared, _ = _prepare_all(shipped_cases(), ())
+    items = [Item(row, rooflines(row.work)) for row in prepared if row.rate or row.hours]
+    cal = [item for item in items if item.row.case.text["split"] == "cal"]
+    left_out = leave_one_source_out(cal)
+    rows = [
+        r for i in cal for r in _compare(i.row, left_out[i.row.case.source], cal, cal) if r["kind"] in ("step", "run")
+    ]
+    errors = {
+        kind: {k: round(v, 4) for k, v in s.items() if v is not None} for kind, s in _summary(rows).items() if s["n"]
+    }
+    fitted = Fitted(fit(cal), left_out, tuple(item.row.case.id for item in cal), errors)
+    path.write_text(fit_to_toml(fitted, date), encoding="utf-8")
+    return fitted
+
+
+def render(result: dict[str, Any]) -> str:
+    """`validate`'s result as text: errors by kind and split, then row by row."""
+    lines = ["mean absolute relative error (baseline: median MFU per GPU generation, type and precision)", ""]
+    lines.append(f"{'split':<10}{'kind':<8}{'n':>4}{'model':>9}{'baseline':>10}")
+    for split, kinds in [*result["splits"].items(), ("all", result["kinds"])]:
+        for kind, s in kinds.items():
+            if s["n"]:
+                base = f"{s['baseline_mape']:>10.1%}" if s["baseline_mape"] is not None else f"{'-':>10}"
+                lines.append(f"{split:<10}{kind:<8}{s['n']:>4}{s['mape']:>9.1%}{base}")
+    lines += ["", f"{'row':<42}{'kind':<8}{'published':>12}{'predicted':>12}{'error':>8}  layout"]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['id']:<42}{row['kind']:<8}{row['published']:>12.4g}{row['predicted']:>12.4g}"
+            f"{row['relative_error']:>+8.1%}  {row['layout']}"
+        )
+    lines += [f"skipped {s['id']}: {s['reason']}" for s in result["skipped"]]
+    return "\n".join(lines)
+
+
+def _prepare_all(cases: Sequence[Case], files: Sequence[Path]) -> tuple[list[Prepared], list[dict[str, str]]]:
+    """Cases as workloads, laid out under the constants' priors so that layouts never depend on a fit."""
+    prepared, skipped = [], []
+    for case in cases:
+        if case.kind is None and not case.numbers["mem_gib"]:
+            skipped.append({"id": case.id, "reason": f"metric {case.text['metric']!r} is not predicted"})
+            continue
+        try:
+            row = prepare(case, Calibration(), *files)
+        except UserError as error:
+            skipped.append({"id": case.id, "reason": str(error)})
+            continue
+        if row.rate or row.hours or row.gib or row.mwh:
+            prepared.append(row)
+        else:
+            skipped.append({"id": case.id, "reason": "it states no speed, hours with tokens, memory or energy"})
+    return prepared, skipped
+
+
+def _constants(
+    items: Sequence[Item], calibrate_on: str | None, given: Calibration | None
+) -> Callable[[Prepared | None], Calibration]:
+    """Constants for a row: never fitted on its own source. None asks for those of all sources."""
+    if given is not None:
+        return lambda row: given
+    if calibrate_on is None:
+        fitted = shipped_fit()
+        rows = set(fitted.rows)
+        return lambda row: (
+            fitted.without_source[row.case.source] if row is not None and row.case.id in rows else fitted.constants
+        )
+    if calibrate_on == NEVER_FITTED:
+        raise UserError(f"rows marked {NEVER_FITTED} are compared and never fitted on: calibrate on another split")
+    chosen = [item for item in items if item.row.case.text["split"] == calibrate_on]
+    if not chosen:
+        splits = sorted({item.row.case.text["split"] for item in items})
+        raise UserError(f"no row of split {calibrate_on!r} can be fitted on; the file's splits are {', '.join(splits)}")
+    everything, left_out = fit(chosen), leave_one_source_out(chosen)
+    return lambda row: everything if row is None else left_out.get(row.case.source, everything)
+
+
+def _shipped_items(items: Sequence[Item]) -> Sequence[Item]:
+    """Rows whose MFU the baseline may know: those the shipped constants were fitted on."""
+    rows = set(shipped_fit().rows)
+    here = [item for item in items if item.row.case.id in rows]
+    if len(here) == len(rows):
+        return here
+    prepared, _ = _prepare_all([case for case in shipped_cases() if case.id in rows], ())
+    return [Item(row, rooflines(row.work)) for row in prepared]
+
+
+def _compare(
+    row: Prepared, constants: Calibration, known: Sequence[Item], in_split: Sequence[Item]
+) -> list[dict[str, Any]]:
+    """One entry for each thing that a row states."""
+    item = Item(row, rooflines(row.work))
+    seconds = predicted(item, constants)
+    hours = seconds * row.tokens / 3600 if row.tokens else None
+    share, inside = baseline_mfu(row, known), baseline_mfu(row, in_split, leave_out=False)
+    out = []
+    for kind, published, value in (
+        ("step", row.rate, 1 / seconds),
+        ("run", row.hours, hours),
+        ("memory", row.gib, row.memory.total * ALLOCATOR_SHARE / GIB),
+        ("energy", row.mwh, hours * (row.work.hardware.watts or math.nan) * DRAW_SHARE / 1e6 if hours else None),
+    ):
+        if published is None or value is None:
+            continue
+        error, baseline, baseline_in_split = value / published - 1, None, None
+        if kind in ("step", "run"):
+            mfu = implied_mfu(1 / item.published, row.work)
+            baseline = _error_of_mfu(share, mfu, kind)
+            baseline_in_split = _error_of_mfu(inside, mfu, kind)
+        out.append(
+            {
+                "id": row.case.id,
+                "split": row.case.text["split"],
+                "kind": kind,
+                "published": published,
+                "predicted": value,
+                "relative_error": error,
+                "baseline_relative_error": baseline,
+                "baseline_in_split_relative_error": baseline_in_split,
+                "layout": f"{row.work.layout} micro-batch {row.work.layout.micro_batch}",
+                "layout_published": row.stated.states_degrees,
+                "source": row.case.text["source"],
+            }
+        )
+    return out
+
+
+def _error_of_mfu(guess: float | None, mfu: float, kind: str) -> float | None:
+    """Error of tokens/s (step) or of hours (run) if `guess` is taken for the MFU."""
+    if guess is None:
+        return None
+    return guess / mfu - 1 if kind == "step" else mfu / guess - 1
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean absolute errors by kind: the model's, the baseline's from other sources, and its own in the same split.
+
+    The last knows each row's own figure, which no prediction does.
+    """
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [abs(value) for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        kind: {
+            "n": len(here),
+            "mape": mean([row["relative_error"] for row in here]),
+            "baseline_mape": mean([row["baseline_relative_error"] for row in here]),
+            "baseline_in_split_mape": mean([row["baseline_in_split_relative_error"] for row in here]),
+        }
+        for kind in ("step", "run", "memory", "energy")
+        for here in [[row for row in rows if row["kind"] == kind]]
+    }
