@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from baleen.config import Strict, UserError
 from baleen.cost.calibration import Calibration
-from baleen.cost.candidates import MEMORY_SHARE, candidate_layouts
+from baleen.cost.candidates import MEMORY_SHARE, PIPELINES, candidate_layouts
 from baleen.cost.hardware import Hardware
 from baleen.cost.layout import Layout, Recompute, Schedule, StatedLayout, make_layout
 from baleen.cost.memory import RankMemory, rank_memory
@@ -202,7 +202,7 @@ def explain_no_layout(model: PlannedModel, devices: int, on: Conditions, stated:
             n
             for step in range(0, max(2 * unit, devices // 2), unit)
             for n in (rounded - step, rounded + step)
-            if n > 0 and next(divisible_layouts(model, n, on, stated), None)
+            if n > 0 and _batch_divides(on.batch, n, stated) and next(divisible_layouts(model, n, on, stated), None)
         ),
         None,
     )
@@ -210,6 +210,14 @@ def explain_no_layout(model: PlannedModel, devices: int, on: Conditions, stated:
         f"no layout divides {devices} devices and a batch of {on.batch} sequences"
         + (f"; the nearest number of devices with one is {near}" if near else ": change the batch with --batch")
     )
+
+
+def _batch_divides(batch: int, devices: int, stated: StatedLayout) -> bool:
+    """Whether any number of ranks can share a sequence on these devices: a cheap test before layouts are listed."""
+    cuts = [stated.tensor or 1] if stated.states_degrees else [1, 2, 4, 8]
+    pipelines = [stated.pipeline or 1] if stated.states_degrees else PIPELINES
+    shares = {tensor * pipeline * (stated.context or 1) for tensor in cuts for pipeline in pipelines}
+    return any(devices % share == 0 and batch % (devices // share) == 0 for share in shares)
 
 
 def _obstacle(model: PlannedModel, layout: Layout, on: Conditions) -> str | None:
