@@ -68,6 +68,16 @@ def test_plan_and_its_record(run_dir):
     assert "kernels" in text and "leaves out" in text and "Beside the published step" in text
 
 
+def test_project():
+    out = json.loads(cost("project", "--final", "$5.576M", "--people", 150, "--json").stdout)
+    assert out["full_usd"]["mid"] == pytest.approx(5.6 * 5.576e6 + 150 * 3e5)
+    assert out["compute_usd"]["low"] < out["full_usd"]["low"] < out["full_usd"]["mid"] < out["full_usd"]["high"]
+    assert out["headline_usd"] == 5.576e6 and "people" in out["headline_leaves_out"]
+    alone = json.loads(cost("project", "--final", "10", "--set", "research_multiplier=2", "--json").stdout)
+    assert alone["full_usd"] == {"low": 20, "mid": 20, "high": 20}
+    assert "leaves out" in cost("project", "--final", "1k").stdout
+
+
 def test_simulate():
     out = json.loads(cost("simulate", "schedules", "--schedule", "zb1p", "--json").stdout)
     assert list(out["schedules"]) == ["zb1p"]
@@ -82,6 +92,8 @@ def test_simulate():
         (["validate", "nowhere.csv"], "nowhere.csv"),
         (["simulate", "schedules", "--schedule", "tripipe"], "no pipeline schedule"),
         (["claims", "--svg", "nowhere/scopes.svg"], "cannot be written"),
+        (["project", "--final", "1M", "--people", "-1"], "absurd"),
+        (["project", "--final", "-1M"], "above 0"),
         (["mark", "runs/demo", "best"], "unknown purpose"),
         (["mark", "runs/nobody", "final"], "knows no run"),
         (["card", "runs/nobody"], "knows no run"),

@@ -150,6 +150,22 @@ def rate(
 
 
 @app.command()
+def project(
+    final: Annotated[str, typer.Option(help="Price of the final run, such as $5.576M")],
+    people: Annotated[float, typer.Option(help="Full-time people")] = 0.0,
+    years: Annotated[float, typer.Option(help="For how long")] = 1.0,
+    json: Json = False,
+    set_: Sets = None,
+) -> None:
+    """From the price of a final run to that of its project: research, failures, people."""
+    from baleen.cost.project import project_cost, project_view
+    from baleen.cost.quantities import parse_dollars
+
+    result = project_cost(parse_dollars(final, "--final"), people, years, set_ or ())
+    show(result, project_view(result), json)
+
+
+@app.command()
 def plan(
     gpu: Annotated[str, typer.Option(help="A device of the hardware table, such as h800; or of --hardware.")],
     model: Annotated[str | None, typer.Option(help="A recipe, a config.json, or a name such as v3-671b.")] = None,
