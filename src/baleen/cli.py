@@ -134,10 +134,12 @@ def _print_json(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the command line; a UserError becomes one sentence on stderr and exit code 2."""
-    from baleen.config import UserError
-
     try:
         app()
-    except UserError as error:
+    except ValueError as error:
+        from baleen.config import UserError  # here, for it brings pydantic with it
+
+        if not isinstance(error, UserError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
