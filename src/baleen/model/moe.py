@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
-from baleen.model.grouped import grouped_linear, take_rows
+from baleen.model.grouped import collect_rows, grouped_linear, row_alignment, spread_rows
 
 
 class MLP(nn.Module):
@@ -125,15 +125,22 @@ class Dispatcher(Protocol):
 
 
 def dispatch_locally(x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Sort the N * K (token, expert) pairs by expert, run the experts, add the results up by gate value. Drops none."""
+    """Sort the N * K (token, expert) pairs by expert, run the experts, add the results up by gate value. Drops none.
+
+    Each expert's rows may be followed by a few that count for nothing, where its matmul wants rounded sizes.
+    """
     N, K = routing.indices_NK.shape
-    order_M = routing.indices_NK.flatten().argsort(stable=True)
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(N * K, device=x_Nd.device)
-    load_E = routing.load()
-    counts = load_E.tolist() if x_Nd.device.type == "cpu" else load_E
-    y_Md = experts(take_rows(x_Nd, order_M // K, inverse_M.view(N, K)), counts)
-    y_NKd = take_rows(y_Md, inverse_M, order_M[:, None]).view(N, K, -1)
+    expert_NK, load_E, align = routing.indices_NK, routing.load(), row_alignment(x_Nd)
+    padded_E = (load_E + align - 1) // align * align
+    order = expert_NK.flatten().argsort(stable=True)
+    shift_E = (padded_E - load_E).cumsum(0) - (padded_E - load_E)  # padding before each expert's rows
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(N * K, device=order.device) + shift_E[expert_NK.flatten()[order]]
+    on_cpu = x_Nd.device.type == "cpu"
+    rows = int(padded_E.sum()) if align > 1 else N * K
+    source = order.new_zeros(rows).index_copy_(0, slots, torch.arange(N * K, device=order.device) // K)
+    y_Md = experts(spread_rows(x_Nd, source, slots.view(N, K)), padded_E.tolist() if on_cpu else padded_E)
+    y_NKd = collect_rows(y_Md, slots.view(N, K))
     return (routing.weights_NK.to(y_NKd.dtype)[:, None] @ y_NKd).squeeze(1)
 
 

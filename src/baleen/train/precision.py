@@ -14,12 +14,8 @@ Precision = Literal["fp32", "bf16"]
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether training in bf16 is faster than in fp32 there: on GPUs, and on CPUs with AMX.
-
-    Not on CPUs with AVX512-BF16 alone: a large matmul is twice as fast there, but oneDNN compiles a kernel for each
-    shape, and no two batches give an expert the same number of rows. Without either, bf16 is ten times slower.
-    """
-    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
