@@ -170,6 +170,29 @@ def test_a_full_disk_in_mid_run_is_a_warning(tmp_path, capsys):
     assert rows_of(tmp_path / "a")[-1]["device_seconds"] == 2
 
 
+class BrokenMeter:
+    how, note = "measured", "a counter that fails after its first reading"
+
+    def __init__(self):
+        self.left = 1
+
+    def joules(self, device_seconds):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("driver gone")
+        return 5.0
+
+
+def test_a_failing_meter_costs_no_row(tmp_path, capsys):
+    clock = Clock()
+    with stage(tmp_path / "a", clock=clock, meter=BrokenMeter()):
+        clock.now += 1
+    start, end = rows_of(tmp_path / "a")
+    assert (start["energy_how"], start["joules"]) == ("measured", 5)
+    assert (end["energy_how"], end["joules"], end["device_seconds"]) == ("estimated", 20, 2)
+    assert "driver gone" in capsys.readouterr().err
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="unknown stage 'train'"):
         stage(tmp_path / "a", name="train")

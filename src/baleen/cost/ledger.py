@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from baleen.config import UserError
-from baleen.cost.energy import Meter, open_meter
+from baleen.cost.energy import EstimatedMeter, Meter, open_meter
 from baleen.cost.money import RateCard
 
 StageName = Literal["data", "tokenizer", "pretrain", "extend", "sft", "rl", "distill", "eval", "serve", "export"]
@@ -171,7 +171,12 @@ class Stage:
     def joules(self) -> float | None:
         assert self.meter is not None
         with self._lock:
-            return self.meter.joules(self.device_seconds)
+            try:
+                return self.meter.joules(self.device_seconds)
+            except Exception as error:  # a driver's failure, of whatever kind, must not cost the ledger its rows
+                print(f"warning: energy is estimated from here on ({error})", file=sys.stderr)
+                self.meter = EstimatedMeter(self.rate.watts_per_device)
+                return self.meter.joules(self.device_seconds)
 
     def beat(self) -> None:
         """Write the state now. A full disk is a warning: the next row carries everything again."""
@@ -205,6 +210,7 @@ class Stage:
     def _append(self, event: str) -> None:
         assert self.meter is not None
         seconds = self.seconds
+        joules = self.joules  # first: where the meter fails, `how` changes
         row = {
             "row_id": uuid.uuid4().hex[:12],
             "stage_id": self.stage_id,
@@ -220,7 +226,7 @@ class Stage:
             "device_seconds": seconds * self.devices,
             "productive_device_seconds": self.productive_seconds * self.devices,
             "tokens": self.tokens,
-            "joules": self.joules,
+            "joules": joules,
             "energy_how": self.meter.how,
             "energy_note": self.meter.note,
             "rate": self.rate.to_dict(),
