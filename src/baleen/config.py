@@ -10,8 +10,9 @@ import difflib
 import json
 import tomllib
 from importlib import resources
+from math import isqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -47,6 +48,11 @@ class RopeScaling(Strict):
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
+
+    @field_validator("mscale", "mscale_all_dim", mode="before")
+    @classmethod
+    def _zero_is_null(cls, value: Any) -> Any:
+        return None if value == 0 else value  # TOML has no null, and released code reads 0 as absent
 
 
 class LongRope(Strict):
@@ -84,7 +90,7 @@ class ModelConfig(Strict):
     qk_nope_head_dim: Positive = 128  # d_h
     qk_rope_head_dim: Positive = 64  # d_h^R
     v_head_dim: Positive = 128  # d_h
-    n_routed_experts: Positive = 256  # N_r
+    n_routed_experts: Annotated[int, Field(ge=1, le=65536)] = 256  # N_r
     n_shared_experts: Count = 1  # N_s
     num_experts_per_tok: Positive = 8  # K_r
     n_group: Positive = 8
@@ -225,7 +231,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     known = {k: v for k, v in raw.items() if k in ModelConfig.model_fields}
     unknown = sorted(set(raw) - set(known) - set(HF_CONSTANTS) - HF_IGNORED)
     if unknown:
-        raise UserError(f"config.json has keys that Baleen does not know: {', '.join(unknown)}")
+        raise UserError(f"config.json has keys that Baleen does not know: {', '.join(map(ascii, unknown))}")
     if "num_mtp_layers" in raw:
         known.setdefault("num_nextn_predict_layers", raw["num_mtp_layers"])
     known["rope_theta"] = theta
@@ -234,7 +240,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         known[key] = known.get(key) or 1
     known["n_shared_experts"] = known.get("n_shared_experts") or 0
     if isinstance(known.get("eos_token_id"), list):
-        known["eos_token_id"] = known["eos_token_id"][0]
+        known["eos_token_id"] = (known["eos_token_id"] or [1])[0]
     return _validated(ModelConfig, known, "config.json")
 
 
@@ -329,6 +335,11 @@ class Recipe(Strict):
                 f"train.seq_len ({self.train.seq_len}) is longer than model.max_position_embeddings "
                 f"({self.model.max_position_embeddings})"
             )
+        if self.train.seq_len < 2 + self.model.num_nextn_predict_layers:
+            raise ValueError(
+                f"train.seq_len is {self.train.seq_len}: with {self.model.num_nextn_predict_layers} MTP layers a "
+                f"sequence needs at least {2 + self.model.num_nextn_predict_layers} tokens"
+            )
         if self.train.batch_tokens % self.train.seq_len:
             raise ValueError(
                 f"train.batch_tokens ({self.train.batch_tokens}) is not a multiple of train.seq_len "
@@ -367,22 +378,20 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...]
     """
     path = Path(name_or_path)
     if path.suffix == ".toml" and path.is_file():
-        text, where = path.read_text(encoding="utf-8"), str(path)
+        raw, where = path.read_bytes(), str(path)
     elif str(name_or_path) in recipe_names():
-        text, where = (
-            resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_text(),
-            f"recipe {name_or_path}",
-        )
+        raw = resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_bytes()
+        where = f"recipe {name_or_path}"
     else:
         raise UserError(f"no recipe {str(name_or_path)!r}: give a .toml file or one of {', '.join(recipe_names())}")
     try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(raw.decode())
+    except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{where} is not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(raw, override)
-    raw.setdefault("name", path.stem)
-    return _validated(Recipe, raw, where)
+        _apply_override(tables, override)
+    tables.setdefault("name", path.stem)
+    return _validated(Recipe, tables, where)
 
 
 def with_sources(recipe: Recipe, sources: list[str]) -> Recipe:
@@ -396,16 +405,16 @@ def with_sources(recipe: Recipe, sources: list[str]) -> Recipe:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {override}: write section.key=value, such as train.lr=1e-3")
+        raise UserError(f"--set {override!r}: write section.key=value, such as train.lr=1e-3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     *sections, leaf = key.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise UserError(f"--set {override}: {section} is a value, not a section")
+            raise UserError(f"--set {override!r}: {section} is a value, not a section")
     raw[leaf] = value
 
 
@@ -413,7 +422,8 @@ def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key is missing under its right name too: the spelling is what the user must hear of
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(
@@ -422,17 +432,17 @@ def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
             raise UserError(
                 f"{where}: unknown key {key!r}; did you mean {near[0]!r}?" if near else f"{where}: unknown key {key!r}"
             ) from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise UserError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from None
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         field = kind.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        kind = inner
+        if field is None:
+            continue  # the tag of a union, which stands in the location beside the field
+        inner = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
+        kind = next((k for k in inner if issubclass(k, BaseModel)), kind)
     return list(kind.model_fields)
 
 
@@ -445,14 +455,18 @@ def _without_null(value: Any) -> Any:
 
 
 def _nearest_divisor(number: int, target: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return min((d for s in small for d in (s, number // s)), key=lambda d: abs(d - target))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError if it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value

@@ -25,7 +25,8 @@ def bits_per_byte(
     given), each token counted once, in the first window that holds it. All tokens count but the first of a document
     (bos); the bytes are those of Document.text, in UTF-8.
     """
-    stride = stride or max(1, window // 2)
+    stride = window // 2 if stride is None else stride
+    assert 1 <= stride < window, "the next window must begin before this one ends"
     nats, tokens, size = 0.0, 0, 0
     rows: list[tuple[list[int], int]] = []
     for document in documents:

@@ -1,0 +1,259 @@
+"""The vocabulary: whatever a user writes is a valid configuration, or one sentence that says what is wrong."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from baleen.config import (
+    LongRope,
+    ModelConfig,
+    Recipe,
+    RopeScaling,
+    UserError,
+    load_recipe,
+    model_config_from_hf,
+    model_config_to_hf,
+    read_json,
+    with_sources,
+)
+from baleen.model.transformer import Transformer
+from baleen.train.loss import training_loss
+
+THOUSAND = settings(
+    max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+SMALL = {
+    "vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 4, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
+    "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "max_position_embeddings": 16,
+}  # fmt: skip
+SHAPES = [key for key in (*SMALL, "n_shared_experts", "num_nextn_predict_layers")]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def is_one_sentence(error: UserError) -> bool:
+    text = str(error)
+    return bool(text.strip()) and "\n" not in text
+
+
+@THOUSAND
+@given(st.dictionaries(st.sampled_from(SHAPES), st.integers(-1, 9), max_size=6))
+@example({"n_routed_experts": 1, "n_group": 1, "num_experts_per_tok": 1, "topk_group": 1})
+@example({"first_k_dense_replace": 3, "num_nextn_predict_layers": 1})
+def test_any_shape_computes_or_is_refused(overrides):
+    try:
+        config = load_model({**SMALL, **overrides})
+    except UserError as error:
+        assert is_one_sentence(error)
+        return
+    model = Transformer(config)
+    model.init_weights(0)
+    tokens = torch.zeros(1, 3 + config.num_nextn_predict_layers, dtype=torch.long)
+    loss = training_loss(model, tokens, mtp_loss_weight=0.3, balance_loss_weight=0.1 if model.gates else 0.0)
+    assert loss.total.isfinite() and len(loss.loads) == len(model.gates)
+
+
+def load_model(keys) -> ModelConfig:
+    return model_config_from_hf({"model_type": "deepseek_v3", **keys})
+
+
+def test_both_outcomes_are_tried():
+    load_model(SMALL)
+    with pytest.raises(UserError):
+        load_model({**SMALL, "n_group": 3})
+
+
+JUNK = st.one_of(
+    st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=8),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.sampled_from([10**40, -(10**400), 1e308, 0, ""]),
+)  # fmt: skip
+MODEL_KEYS = st.sampled_from(sorted(ModelConfig.model_fields)) | st.text(max_size=6)
+
+
+@THOUSAND
+@given(st.dictionaries(MODEL_KEYS, JUNK, min_size=1, max_size=3))
+@example({"n_routed_experts": 10**40})
+@example({"n_routed_experts": 2**61 - 1})
+@example({"rope_scaling": [1]})
+@example({"rope_scaling": {"type": []}})
+@example({"eos_token_id": []})
+@example({"eos_token_id": [None]})
+def test_any_config_json_is_read_or_refused(junk):
+    try:
+        config = load_model({**SMALL, **junk})
+    except UserError as error:
+        assert is_one_sentence(error)
+    else:
+        assert model_config_from_hf(json.loads(json.dumps(model_config_to_hf(config)))) == config
+
+
+KEYS = [f"{name}.{key}" for name in ("model", "data", "train", "schedule", "cost") for key in ("lr", "seed", "x")]
+for section, field in Recipe.model_fields.items():
+    KEYS += [f"{section}.{key}" for key in getattr(field.annotation, "model_fields", {})]
+VALUES = st.one_of(
+    st.integers().map(str), st.floats().map(str), st.text(max_size=12),
+    st.sampled_from(["0", "[]", "{}", '[["50%", 1.0]]', "[[0, 1.0], [5]]", "inf", "1979-05-27", "9" * 5000, "[" * 50]),
+)  # fmt: skip
+
+
+@THOUSAND
+@given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=8), VALUES), min_size=1, max_size=3))
+@example([("train.seq_len", "1")])
+@example([("model", "3"), ("model.vocab_size", "5")])
+@example([("schedule.lr", '[["5", 1.0]]')])
+def test_any_override_makes_a_recipe_or_is_refused(tmp_path_factory, overrides):
+    try:
+        recipe = load_recipe("cpu-s", [f"{key}={value}" for key, value in overrides])
+    except UserError as error:
+        assert is_one_sentence(error)
+    else:
+        file = tmp_path_factory.getbasetemp() / "recipe.toml"
+        file.write_text(recipe.to_toml(), encoding="utf-8", newline="")
+        assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    "override, nearest",
+    [
+        ("train.learning_rate=1", "'?'"),
+        ("train.token=5", "'tokens'"),
+        ("model.n_expert_per_tok=5", "'num_experts_per_tok'"),
+        ("model.rope_scaling.factr=2", "'factor'"),
+        ("modle.vocab_size=5", "'model'"),
+        ("data.source=[]", "'sources'"),
+        ("schedule.bias_speed=[]", "'bias_update_speed'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(override, nearest):
+    with pytest.raises(UserError, match="unknown key") as caught:
+        load_recipe("cpu-s", [override])
+    assert "did you mean" in str(caught.value)
+    assert nearest == "'?'" or nearest in str(caught.value)
+
+
+def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text(load_recipe("cpu-s").to_toml().replace("tokens = 2000000", "tokns = 2000000"))
+    with pytest.raises(UserError, match=r"unknown key 'train.tokns'; did you mean 'tokens'"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"n_routed_experts": 10, "n_group": 4}, "take n_group = 5"),
+        ({"topk_group": 3}, "lower topk_group"),
+        ({"n_routed_experts": 4, "n_group": 4}, "at most n_routed_experts / 2 = 2"),
+        ({"num_experts_per_tok": 3}, "above the group limit: 1 groups of 2 experts hold 2"),
+        ({"qk_rope_head_dim": 3}, "rotary pairs need an even number"),
+        ({"first_k_dense_replace": 9}, "larger than the number of layers"),
+        ({"eos_token_id": 20}, "outside the vocabulary of 20"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"scoring_func": "softmax"}, "Baleen builds only 'sigmoid'"),
+        ({"model_type": "llama"}, "Baleen loads 'deepseek_v3'"),
+        ({"sliding_window": 5}, "keys that Baleen does not know: 'sliding_window'"),
+    ],
+)
+def test_impossible_models_say_why(keys, said):
+    with pytest.raises(UserError) as caught:
+        load_model({**SMALL, **keys})
+    assert said in str(caught.value) and is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.seq_len=2048", "longer than model.max_position_embeddings (1024)"),
+        ("train.batch_tokens=1000", "take 1024"),
+        ("train.seq_len=1", "at least 2 tokens"),
+        ("train.lr=-1", "train.lr"),
+        ("train.optimizer=sgd", "train.optimizer"),
+        ("train.lr", "write section.key=value"),
+        ("train.lr.x=1", "train.lr"),
+        ("name.x=1", "name is a value, not a section"),
+        ("schedule.lr=[]", "needs at least one knot"),
+    ],
+)
+def test_impossible_recipes_say_why(override, said):
+    with pytest.raises(UserError) as caught:
+        load_recipe("cpu-s", [override])
+    assert said in str(caught.value) and is_one_sentence(caught.value)
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(),
+        ModelConfig(q_lora_rank=None, n_shared_experts=0, num_nextn_predict_layers=3, tie_word_embeddings=True),
+        ModelConfig(rope_scaling=RopeScaling(factor=40.0, original_max_position_embeddings=4096)),
+        ModelConfig(
+            rope_scaling=RopeScaling(factor=40, original_max_position_embeddings=4096, mscale=1, mscale_all_dim=1)
+        ),
+        ModelConfig(
+            qk_rope_head_dim=4,
+            rope_theta=1.0,
+            rope_scaling=LongRope(original_max_position_embeddings=9, short_factor=(1.0, 2.0), long_factor=(1.0, 2.0)),
+        ),
+    ],
+)
+def test_hugging_face_round_trip(config):
+    raw = json.loads(json.dumps(model_config_to_hf(config)))
+    assert model_config_from_hf(raw) == config
+    assert (raw["scoring_func"], raw["topk_method"], raw["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+
+
+def test_old_and_new_spelling_of_rope_are_one():
+    old = {**SMALL, "rope_theta": 5e4, "rope_scaling": {**YARN, "type": "yarn"}}
+    del old["rope_scaling"]["rope_type"]
+    new = {**SMALL, "rope_parameters": {**YARN, "rope_theta": 5e4}}
+    assert load_model(old) == load_model(new)
+    config = load_model(old)
+    assert isinstance(config.rope_scaling, RopeScaling) and config.rope_scaling.factor == 4.0
+    assert config.rope_theta == 5e4
+
+
+def test_plain_rope_in_both_spellings():
+    assert load_model({**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}).rope_theta == 5e4
+    assert load_model({**SMALL, "rope_theta": 5e4, "rope_scaling": None}).rope_scaling is None
+
+
+def test_nulls_of_config_json():
+    config = load_model({**SMALL, "n_group": None, "topk_group": None, "n_shared_experts": None, "q_lora_rank": None})
+    assert (config.n_group, config.topk_group, config.n_shared_experts, config.q_lora_rank) == (1, 1, 0, None)
+
+
+def test_names_of_the_mtp_depth():
+    assert load_model({**SMALL, "num_mtp_layers": 2}).num_nextn_predict_layers == 2
+    both = {**SMALL, "num_mtp_layers": 2, "num_nextn_predict_layers": 0}
+    assert load_model(both).num_nextn_predict_layers == 0
+
+
+def test_of_several_eos_the_first():
+    assert load_model({**SMALL, "eos_token_id": [3, 4]}).eos_token_id == 3
+
+
+def test_read_json(tmp_path):
+    file = tmp_path / "x.json"
+    with pytest.raises(UserError, match="is missing"):
+        read_json(file)
+    for content in (b"{", b"\xff", b"[1]", b"3"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.json"):
+            read_json(file)
+    file.write_text('{"a": 1}')
+    assert read_json(file) == {"a": 1}
+
+
+def test_with_sources_replaces_the_text():
+    recipe = load_recipe("cpu-s")
+    assert with_sources(recipe, []) == recipe
+    assert with_sources(recipe, ["a", "b"]).data.sources == ("a", "b")
