@@ -121,7 +121,7 @@ def test_any_override_makes_a_recipe_or_is_refused(tmp_path_factory, overrides):
 @pytest.mark.parametrize(
     "override, nearest",
     [
-        ("train.learning_rate=1", "'?'"),
+        ("train.weight_decy=1", "'weight_decay'"),
         ("train.token=5", "'tokens'"),
         ("model.n_expert_per_tok=5", "'num_experts_per_tok'"),
         ("model.rope_scaling.factr=2", "'factor'"),
@@ -133,8 +133,7 @@ def test_any_override_makes_a_recipe_or_is_refused(tmp_path_factory, overrides):
 def test_an_unknown_key_names_the_nearest_known_one(override, nearest):
     with pytest.raises(UserError, match="unknown key") as caught:
         load_recipe("cpu-s", [override])
-    assert "did you mean" in str(caught.value)
-    assert nearest == "'?'" or nearest in str(caught.value)
+    assert str(caught.value).endswith(f"did you mean {nearest}?")
 
 
 def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path):
@@ -175,8 +174,7 @@ def test_impossible_models_say_why(keys, said):
         ("train.lr=-1", "train.lr"),
         ("train.optimizer=sgd", "train.optimizer"),
         ("train.lr", "write section.key=value"),
-        ("train.lr.x=1", "train.lr"),
-        ("name.x=1", "name is a value, not a section"),
+        ("train.lr.x=1", "lr is a value, not a section"),
         ("schedule.lr=[]", "needs at least one knot"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from math import isqrt
 from pathlib import Path
@@ -441,9 +442,16 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
         field = kind.model_fields.get(str(part))
         if field is None:
             continue  # the tag of a union, which stands in the location beside the field
-        inner = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
-        kind = next((k for k in inner if issubclass(k, BaseModel)), kind)
+        kind = next(_models_in(field.annotation), kind)
     return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Those of a union, of an optional or annotated type, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def _without_null(value: Any) -> Any:
