@@ -189,14 +189,16 @@ def elementwise_bytes(arch: Architecture, layout: Layout, precision: str, moe: b
         moved += 2 * heads  # latents' norms are small; k and v are assembled from parts
     if moe:
         copies, ff = arch.num_experts_per_tok, arch.moe_intermediate_size
-        moved += (copies + arch.n_shared_experts) * ff * arch.ffn_matrices + 2 * 2 * copies * d / layout.tensor
-        casts = (copies + arch.n_shared_experts) * ff + (copies + 1) * d
+        sent = STATE_BYTES[precision].kept_linear_input / width  # dispatched in the linears' format, combined in full
+        moved += (copies + arch.n_shared_experts) * ff * arch.ffn_matrices
+        moved += 2 * copies * d * (sent + 1) / layout.tensor  # to the experts' order and back
+        casts = (copies + arch.n_shared_experts) * ff + d
     else:
         ff = arch.intermediate_size / layout.tensor
         moved += ff * arch.ffn_matrices
         casts = ff + d
     total = moved * width
-    if precision == "fp8":  # each linear input is read, and written in FP8 as it is and transposed
+    if precision == "fp8":  # each linear input is read, and written in FP8 as it is and transposed; before dispatch
         total += (casts + d + arch.num_attention_heads * arch.v_head_dim / layout.tensor) * (2 + 1 + 1)
     return total
 

@@ -205,6 +205,26 @@ def bubble_of(name: str, ranks: int, virtual: int, micro_batches: int, backward:
     return sum(timeline.bubble_seconds) / ranks
 
 
+def phase_seconds(work: Workload, calibration: Calibration) -> dict[str, float]:
+    """Seconds an average rank spends by phase of the executed schedule: F, B, I, W, F&B (overlapped), bubble, and
+    the optimizer; as arXiv 2505.09343 table 4 breaks down V3's step. Imbalance and jitter stretch all but the last.
+    """
+    roof = rooflines(work)
+    k = kernel_seconds(roof, work, calibration)
+    forward, backward = busy(k)
+    layout, count = work.layout, math.ceil(work.micro_batches)
+    timeline = execute(
+        schedule(layout.schedule, layout.pipeline, count), Durations(forward, backward, k.weight_gradient)
+    )
+    totals: dict[str, float] = {}
+    for rank in range(layout.pipeline):
+        for kind, seconds in timeline.seconds_by_kind(rank).items():
+            totals[kind] = totals.get(kind, 0.0) + seconds / layout.pipeline
+    step = step_time(work, calibration, roof).seconds
+    stretch = (step - roof.optimizer) / sum(totals.values())
+    return {**{kind: seconds * stretch for kind, seconds in totals.items()}, "optimizer": roof.optimizer}
+
+
 def stage_imbalance(layout: Layout, layers: float, ends_in_layers: float) -> float:
     """Fullest model chunk over the mean when whole layers, head and loss are spread over the pipeline's chunks."""
     if layout.pipeline == 1:
