@@ -8,7 +8,7 @@ from rich.console import Console
 from baleen.config import UserError
 from baleen.cost.failures import failures_report
 from baleen.cost.failures_table import failures_view
-from baleen.cost.figures import quantity, share, signed_share, usd
+from baleen.cost.figures import energy, mass, quantity, share, signed_share, usd
 from baleen.cost.schedule import SCHEDULES
 from baleen.cost.schedules_table import run_schedules, schedule_svg, schedules_dict, schedules_view
 from baleen.cost.simulator import Durations
@@ -68,7 +68,8 @@ def test_failures_add_up_to_the_days_they_took():
         (usd(0.00213), "$0.0021"), (usd(0), "$0.00"), (quantity(2.102e9), "2.102B"), (quantity(147e3), "147,000"),
         (quantity(999.96e6), "1,000M"), (quantity(61.5), "61.5"), (share(0.0013), "0.13 %"), (share(0.992), "99.2 %"),
         (signed_share(0), "exact"), (signed_share(-0.33), "-33 %"), (signed_share(0.0018), "+0.18 %"),
-        (signed_share(1.5), "+150 %"),
+        (signed_share(1.5), "+150 %"), (energy(9.17e12), "2.547 GWh"), (energy(168.4), "0.04678 Wh"),
+        (energy(3.6e7), "10 kWh"), (mass(3.6e-5), "0.036 g"), (mass(674.1), "674.1 kg"), (mass(2.5e8), "250,000 t"),
     ],
 )  # fmt: skip
 def test_figures_for_people(text, expected):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baleen.config import UserError
+from baleen.cost import figures
 from baleen.cost.account import CATEGORIES, Account, StageRecord, find_run, read_ledger
 from baleen.cost.figures import quantity, share, usd
 from baleen.cost.ledger import PURPOSES, STAGES, lab_of
@@ -192,7 +193,7 @@ def card_paragraph(card: dict[str, Any]) -> str:
 
 
 def _energy_text(joules: float | None, how: str) -> str:
-    return "unknown" if joules is None else f"{quantity(joules / 3.6e6)} kWh ({how})"
+    return "unknown" if joules is None else f"{figures.energy(joules)} ({how})"
 
 
 def _sum_or_none(values: Iterable[float]) -> float | str:

@@ -30,3 +30,18 @@ def share(value: float) -> str:
 
 def signed_share(value: float) -> str:
     return "exact" if abs(value) < 5e-6 else f"{100 * value:+.2g} %" if abs(value) < 1 else f"{100 * value:+.0f} %"
+
+
+def energy(joules: float) -> str:
+    """2,546 MWh, 554.4 kWh, 0.047 Wh."""
+    return _scaled(joules / 3600, ((1e9, "GWh"), (1e6, "MWh"), (1e3, "kWh")), "Wh")
+
+
+def mass(kilograms: float) -> str:
+    """1.2 t, 674 kg, 3.6 g."""
+    return _scaled(kilograms * 1e3, ((1e6, "t"), (1e3, "kg")), "g")
+
+
+def _scaled(value: float, scales: tuple[tuple[float, str], ...], smallest: str) -> str:
+    scale, unit = next(((scale, unit) for scale, unit in scales if abs(value) >= scale), (1.0, smallest))
+    return f"{value / scale:,.4g} {unit}" if abs(value) < 1e4 * scale else f"{value / scale:,.0f} {unit}"

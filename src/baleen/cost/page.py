@@ -11,7 +11,7 @@ from typing import Any
 from baleen.config import UserError
 from baleen.cost.account import Account
 from baleen.cost.card import NOT_RECORDED
-from baleen.cost.figures import quantity, signed_share, usd
+from baleen.cost.figures import mass, quantity, signed_share, usd
 from baleen.cost.report import ratio_text, report_sentences
 
 PURPOSE_COLOURS = {"final": "#2563eb", "research": "#60a5fa", "ablation": "#a78bfa", "failed": "#ef4444"}
@@ -29,7 +29,7 @@ def write_page(report: dict[str, Any], account: Account, path: Path) -> None:
 
     template = resources.files("baleen.cost").joinpath("data/report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"usd": usd, "quantity": quantity, "error": signed_share, "ratio": ratio_text}
+    environment.filters |= {"usd": usd, "quantity": quantity, "mass": mass, "error": signed_share, "ratio": ratio_text}
     charts = json.dumps(page_charts(report, account)).replace("<", "\\u003c")
     text = environment.from_string(template).render(
         report=report, sentences=report_sentences(report), plotly=Markup(get_plotlyjs()), charts=Markup(charts)

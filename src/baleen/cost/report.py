@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baleen.cost import figures
 from baleen.cost.account import CATEGORIES, Account, StageRecord, read_ledger
 from baleen.cost.card import NOT_RECORDED, TRAINING, energy, failed, full_leaves_out, productive_share
 from baleen.cost.factors import Factors
-from baleen.cost.figures import quantity, share, signed_share, usd
+from baleen.cost.figures import mass, quantity, share, signed_share, usd
 from baleen.cost.ledger import PURPOSES, STAGES
 from baleen.cost.money import load_factors
 
@@ -150,7 +151,7 @@ def report_tables(report: dict[str, Any]) -> Group:
     from rich.text import Text
 
     projects = Table(title=escape(f"What the lab {report['lab']} spent"))
-    for column in ("project", "runs", "headline", "full", "full / headline", "device-hours", "kWh"):
+    for column in ("project", "runs", "headline", "full", "ratio", "device-hours", "energy"):
         projects.add_column(column, justify="left" if column == "project" else "right")
     for p in report["projects"]:
         projects.add_row(
@@ -160,7 +161,7 @@ def report_tables(report: dict[str, Any]) -> Group:
             usd(p["full_usd"]),
             ratio_text(p["ratio"]),
             quantity(p["device_hours"]),
-            "unknown" if p["joules"] is None else quantity(p["joules"] / JOULES_PER_KWH),
+            "unknown" if p["joules"] is None else figures.energy(p["joules"]),
         )
     parts = Table(title="Where it went")
     for column in ("by", "", "dollars", "device-hours", "stages"):
@@ -193,9 +194,9 @@ def report_sentences(report: dict[str, Any]) -> list[str]:
         lines.append(f"Of the training hours, {share(report['productive_share'])} went into steps that counted.")
     if report["joules"] is not None:
         lines.append(
-            f"Energy: {quantity(report['joules'] / JOULES_PER_KWH)} kWh at the devices ({report['energy_how']}), "
-            f"{quantity(report['facility_kwh'])} kWh with the building; CO2 {quantity(report['co2_kg'])} kg "
-            f"({quantity(report['co2_kg_low'])} to {quantity(report['co2_kg_high'])}) at "
+            f"Energy: {figures.energy(report['joules'])} at the devices ({report['energy_how']}), "
+            f"{figures.energy(report['facility_kwh'] * JOULES_PER_KWH)} with the building; CO2 "
+            f"{mass(report['co2_kg'])} ({mass(report['co2_kg_low'])} to {mass(report['co2_kg_high'])}) at "
             f"{report['grid_kg_co2_per_kwh']:g} kg per kWh: {report['grid_source']}."
         )
     lines += [f"The headline leaves out {text}." for text in report["headline_leaves_out"]]
