@@ -177,8 +177,8 @@ def report_tables(report: dict[str, Any]) -> Group:
         for column in ("run", "figure", "planned", "measured so far", "error"):
             planned.add_column(column, justify="left" if column in ("run", "figure") else "right")
         for row in report["plans"]:
-            figures = (quantity(row["planned"]), quantity(row["measured"]), signed_share(row["relative_error"]))
-            planned.add_row(row["run_id"], row["figure"], *figures)
+            cells = (quantity(row["planned"]), quantity(row["measured"]), signed_share(row["relative_error"]))
+            planned.add_row(row["run_id"], row["figure"], *cells)
         tables.append(planned)
     return Group(*tables, *map(Text, report_sentences(report)))
 
