@@ -22,8 +22,8 @@ def plan(**words):
 
 
 def test_v3_takes_what_it_took(v3):
-    """The calibration has never seen a row of DeepSeek-V3. Its 2,664K hours are a steady rate, without failures."""
-    assert v3["gpu_hours"] * v3["failures"]["goodput"] == pytest.approx(2.664e6, rel=0.10)
+    """The calibration has never seen a row of DeepSeek-V3. Its 2,664K hours hold no failures; ours do."""
+    assert v3["gpu_hours"] == pytest.approx(2.664e6, rel=0.10)
     assert v3["step_seconds"] == pytest.approx(19.926, rel=0.10)
     assert v3["memory_gib_per_rank"] * 2**30 < 80e9
     assert v3["layout"].startswith("PP16 EP64 DP128 ZeRO1 dualpipe")

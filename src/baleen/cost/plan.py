@@ -134,7 +134,7 @@ def device_prices(facts: Assumptions, usd_per_hour: float | None) -> Prices:
         mwh = hardware.watts / 1e6 * f["draw_share"].value * f["facility_overhead"].value
     if usd_per_hour is not None:
         if not 0 < usd_per_hour <= 1e4:
-            raise UserError(f"--usd {usd_per_hour:g} per device-hour is absurd: give a number above 0, up to 10,000")
+            raise UserError(f"--usd-per-hour {usd_per_hour:g} is absurd: give a number above 0, up to 10,000")
         return Prices(usd_per_hour, usd_per_hour, usd_per_hour, "given by the user", mwh)
     if hardware.rental_usd_per_hour:
         low, high, when = hardware.rental_usd_per_hour
@@ -145,7 +145,7 @@ def device_prices(facts: Assumptions, usd_per_hour: float | None) -> Prices:
             for price in (hardware.purchase_usd[0], sum(hardware.purchase_usd) / 2, hardware.purchase_usd[1])
         )
         return Prices(low, mid, high, f"owning, {hardware.sources['purchase_usd']}; no rental price is known", mwh)
-    raise UserError(f"the hardware table has no price for {hardware.title}: give one with --usd PER_HOUR")
+    raise UserError(f"the hardware table has no price for {hardware.title}: give one with --usd-per-hour")
 
 
 def _solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen, float, dict[str, Any]]:
