@@ -42,6 +42,15 @@ def mass(kilograms: float) -> str:
     return _scaled(kilograms * 1e3, ((1e6, "t"), (1e3, "kg")), "g")
 
 
+def duration(seconds: float) -> str:
+    """42 s, 3:07, 2:03:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
 def _scaled(value: float, scales: tuple[tuple[float, str], ...], smallest: str) -> str:
     scale, unit = next(((scale, unit) for scale, unit in scales if abs(value) >= scale), (1.0, smallest))
     return f"{value / scale:,.4g} {unit}" if abs(value) < 1e4 * scale else f"{value / scale:,.0f} {unit}"

@@ -49,12 +49,3 @@ class Display:
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.console.print(f"{share:4.0%}  {escape(text)}")
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 42 s, 3:07, 2:03:07."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baleen.config import Recipe
 from baleen.cost.card import card_paragraph, cost_card
+from baleen.cost.figures import duration
 from baleen.cost.ledger import Ledger, Stage, StageName
 from baleen.cost.money import rate_card
 from baleen.data.loader import Loader
@@ -22,10 +23,11 @@ from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
+from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.model.transformer import Transformer
 from baleen.train import checkpoint
-from baleen.train.display import Display, duration
+from baleen.train.display import Display
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run
 from baleen.train.track import TrackerKind, open_tracker
@@ -77,7 +79,7 @@ def train(
         return run.summary("stopped", None)
     with run_stage(recipe, run_dir, "eval"):
         heldout = run.heldout_bpb()
-    run.export()
+    run.export(heldout)
     return run.summary("done", heldout)
 
 
@@ -191,10 +193,17 @@ class _Run:
         except checkpoint.NotSaved as error:
             self.display.warn(str(error))
 
-    def export(self) -> None:
+    def export(self, heldout_bpb: float | None) -> None:
         """model/ (and model-ema/) in Hugging Face layout."""
         recipe, model = self.recipe, self.trainer.model
-        card = card_paragraph(cost_card(self.run_dir))
+        card = model_card(
+            recipe.model,
+            name=recipe.name,
+            tokens=self.trainer.counters.tokens,
+            heldout_bpb=heldout_bpb,
+            sources=recipe.data.sources,
+            cost=card_paragraph(cost_card(self.run_dir)),
+        )
         save_model(model, self.run_dir / "model", tokenizer=self.prepared.tokenizer, card=card)
         if self.trainer.ema:
             averaged = Transformer(recipe.model).to(model.device)
@@ -218,8 +227,8 @@ class _Run:
 
     def _pooled_violation(self) -> float:
         """max_violation of the last 100 steps' loads added up: what is left of imbalance when chance averages out."""
-        loads = [result.loads for result in self._recent]
-        return max_violation([torch.stack(layer).sum(0) for layer in zip(*loads, strict=True)])
+        loads = [result.loads for result in self._recent]  # fewer in steps that left the MTP layers out
+        return max_violation([torch.stack(layer).sum(0) for layer in zip(*loads, strict=False)])
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
