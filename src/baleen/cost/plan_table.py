@@ -83,7 +83,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         prefill, decode = (inference[part]["usd_per_million_tokens"] for part in ("prefill", "decode"))
         out.append(
             f"Serving, like {inference['like']}: {usd(prefill['mid'])} ({_interval(prefill)}) a million tokens in, "
-            f"those from the cache not counted, {usd(decode['mid'])} ({_interval(decode)}) a million out."
+            f"those from the cache counted too, {usd(decode['mid'])} ({_interval(decode)}) a million out."
         )
     return out
 
