@@ -5,6 +5,7 @@ Results go to stdout, progress and words to stderr. Exit code 0, 2 for a user's 
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ DataOption = Annotated[list[str], typer.Option("--data", help="Train on these fi
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this many steps in all.")]
 TrackOption = Annotated[str, typer.Option("--track", help="none, tensorboard, trackio or wandb.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16, fp16, fp8 or fp8-ue8m0.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -112,6 +114,31 @@ def report(run: RunArgument) -> None:
     print(write_report(run))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face deepseek_v3 directory.")],
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    dtype: DtypeOption = None,
+) -> None:
+    """Bring a checkpoint in: any sharding, stacked or single experts, FP8 blocks."""
+    from baleen.interop.convert import import_checkpoint
+
+    print(import_checkpoint(source, out, dtype=dtype))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    to: Annotated[str, typer.Option(help="hf: for transformers, vLLM and SGLang.")] = "hf",
+    dtype: DtypeOption = None,
+) -> None:
+    """Hand a model on to other engines."""
+    from baleen.interop.convert import export_checkpoint
+
+    print(export_checkpoint(run, out, to=to, dtype=dtype))
+
+
 @app.command()
 def recipes() -> None:
     """Names of the recipes that ship with Baleen."""
@@ -142,4 +169,9 @@ def main() -> None:
         if not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
         sys.exit(2)
