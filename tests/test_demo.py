@@ -58,27 +58,7 @@ precision = "fp32"
 def demo_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     rng = random.Random(0)
-    words = [
-        "i",
-        "you",
-        "we",
-        "like",
-        "see",
-        "want",
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "tree",
-        "house",
-        "song",
-        "walk",
-        "today",
-        "now",
-        "here",
-        "very",
-        "good",
-    ]
+    words = ["i", "you", "we", "like", "see", "the", "a", "cat", "dog", "tree", "song", "walk", "now", "very", "good"]
     with (folder / "chats.jsonl").open("w") as file:
         for _ in range(150):
             turns = [" ".join(rng.choices(words, k=rng.randrange(3, 9))) for _ in range(rng.randrange(4, 9))]
