@@ -108,6 +108,12 @@ def test_a_budget_alone_sizes_the_model_by_a_named_law(law):
     assert sized["usd"]["mid"] == pytest.approx(20_000)
 
 
+def test_given_tokens_size_the_model():
+    sized = plan(gpu="h100", budget="$20k", gpus="64", tokens="500B", layout="EP8,FSDP")
+    assert sized["tokens"] == 500e9 and sized["usd"]["mid"] == pytest.approx(20_000, rel=0.25)
+    assert "what the hours leave" in sized["solved"]["model"]
+
+
 def test_models_by_recipe_name_published_name_and_file(tmp_path):
     assert load_model("v3-671b").node_limit == 4 and load_model("v3-671b").batch == 15360
     assert load_model("llama3-405b").arch.num_hidden_layers == 126
@@ -126,6 +132,9 @@ def test_models_by_recipe_name_published_name_and_file(tmp_path):
         ({**V3, "tokens": "1e30"}, "absurd"),
         ({**V3, "gpus": "2.5"}, "whole number"),
         ({**V3, "gpus": "0"}, "above 0"),
+        ({**V3, "gpus": "1M"}, "up to 131,072"),
+        ({"gpu": "h100", "budget": "$1T"}, "later --deadline or a smaller budget"),
+        ({"gpu": "h100", "gpus": "8", "budget": "$0.01"}, "name a model"),
         ({**V3, "layout": "PP15,EP64"}, "nearest that does is PP16"),
         ({**V3, "precision": "fp4"}, "unknown precision"),
         ({**V3, "usd_per_hour": -1.0}, "absurd"),

@@ -97,8 +97,8 @@ def parse_request(
     devices = None if gpus is None else parse_count(gpus, "--gpus")
     sequences = None if batch is None else parse_count(batch, "--batch")
     for name, value in (("--gpus", devices), ("--batch", sequences)):
-        if value is not None and (value != int(value) or value > 1e7):
-            raise UserError(f"{name} {value:g} is no whole number up to 10 million")
+        if value is not None and (value != int(value) or value > MOST_DEVICES):
+            raise UserError(f"{name} {value:g} is no whole number up to {MOST_DEVICES:,}")
     count = None if tokens is None else parse_count(tokens, "--tokens")
     if count is not None and not 1 <= count <= 1e18:
         raise UserError(f"--tokens {tokens} is absurd: all text ever written is below 1e16 tokens")
@@ -177,6 +177,11 @@ def _solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen
         assert hours is not None
         days = request.deadline_seconds / 86400 if request.deadline_seconds else USUAL_DAYS
         gpus = _round_devices(hours / 24 / days, facts.hardware.domain)
+        if gpus > MOST_DEVICES:
+            raise UserError(
+                f"{hours:.3g} device-hours in {days:g} days take {gpus:,} devices; a plan reaches {MOST_DEVICES:,}: "
+                "give a later --deadline or a smaller budget"
+            )
         solved["gpus"] = f"{gpus}, so that {hours:,.0f} device-hours take at most {days:g} days"
     if model is None:
         if hours is None:
@@ -184,11 +189,16 @@ def _solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen
                 "which model? Give --model NAME, or a --budget, --energy or --deadline to size one by a law"
             )
         model, allocation = _size_by_law(request, facts, gpus, hours)
-        solved["model"] = f"{model.name}, by the law {allocation.law.name}: {allocation.law.source}"
+        law = allocation.law
+        solved["model"] = f"{model.name}, " + (
+            f"by the law {law.name}: {law.source}"
+            if tokens is None
+            else f"what the hours leave for {tokens:.3g} tokens"
+        )
         solved["law"] = {
             "flops_per_token": allocation.flops_per_token,
             "tokens": allocation.tokens,
-            "source": allocation.law.source,
+            "source": law.source,
         }
     chosen = _choose(request, facts, model, gpus)
     if tokens is None:
@@ -285,14 +295,17 @@ def _fewest_devices(request: Request, facts: Assumptions, model: PlannedModel, t
 
 
 def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) -> tuple[PlannedModel, Allocation]:
-    """The V3-shaped model and tokens that a scaling law takes for a budget of device-hours.
+    """The V3-shaped model and tokens that a scaling law takes for a budget of device-hours; given tokens stay.
 
     The compute a budget buys depends on how fast the model runs, and that on its size: solved by repetition.
     """
     seq_len = request.seq_len or 4096
     rate = facts.hardware.peak_flops(request.precision or "bf16") * 0.35  # FLOP/s a device, replaced in the first round
     for _ in range(6):
-        allocation = allocate(rate * hours * 3600, request.law)
+        compute = rate * hours * 3600
+        allocation = allocate(compute, request.law)
+        if request.tokens is not None:
+            allocation = allocation._replace(flops_per_token=compute / request.tokens, tokens=request.tokens)
         arch = v3_shaped_for(allocation.flops_per_token, seq_len)
         model = PlannedModel(f"V3-shaped, {arch.hidden_size} wide", arch, seq_len, usual_batch(seq_len), None, None)
         chosen = _choose(request, facts, model, gpus)
