@@ -16,8 +16,8 @@ from baleen.cost.hardware import find_hardware
 from baleen.cost.inference import serving_cost
 from baleen.cost.layout import StatedLayout
 from baleen.cost.memory import GIB
-from baleen.cost.money import ownership, whole_project_usd
 from baleen.cost.phases import published_step, schedule_phases
+from baleen.cost.plan_money import Prices, device_prices, plan_money
 from baleen.cost.planned_model import PlannedModel, load_model, usual_batch
 from baleen.cost.quantities import parse_count, parse_dollars, parse_megawatt_hours, parse_seconds
 from baleen.cost.scaling import Allocation, allocate, v3_shaped_for
@@ -31,11 +31,6 @@ PUBLISHED_LAYOUTS = {
     "v3-671b": ("PP16,EP64,ZeRO1,dualpipe,recompute-deepseek", "as published: arXiv 2412.19437 §3.2"),
     "dsv3": ("PP16,EP64,ZeRO1,dualpipe,recompute-deepseek", "as published: arXiv 2412.19437 §3.2"),
 }
-HEADLINE_LEAVES_OUT = (
-    "research, ablations and failed runs", "data", "people", "context extension and post-training", "evaluation",
-    "hours that are rented and not used",
-)  # fmt: skip
-FULL_LEAVES_OUT = ("data", "people", "serving", "the interval of the multiplier is that of two published projects")
 
 
 @dataclass(frozen=True)
@@ -58,16 +53,6 @@ class Request:
     law: str = "deepseek"
     sets: tuple[str, ...] = ()
     hardware_files: tuple[Path, ...] = ()
-
-
-class Prices(NamedTuple):
-    """USD per device-hour, and MWh of the building per device-hour (None where the device's watts are not known)."""
-
-    low: float
-    mid: float
-    high: float
-    source: str
-    mwh: float | None
 
 
 class Chosen(NamedTuple):
@@ -124,28 +109,6 @@ def make_plan(request: Request) -> dict[str, Any]:
     prices = device_prices(facts, request.usd_per_hour)
     chosen, tokens, solved = _solve(request, facts, prices)
     return _report(request, facts, prices, chosen, tokens, solved)
-
-
-def device_prices(facts: Assumptions, usd_per_hour: float | None) -> Prices:
-    """Rental from the table, or the user's; energy from rated watts, their usual draw and the building's overhead."""
-    hardware, f = facts.hardware, facts.money
-    mwh = None
-    if hardware.watts:
-        mwh = hardware.watts / 1e6 * f["draw_share"].value * f["facility_overhead"].value
-    if usd_per_hour is not None:
-        if not 0 < usd_per_hour <= 1e4:
-            raise UserError(f"--usd-per-hour {usd_per_hour:g} is absurd: give a number above 0, up to 10,000")
-        return Prices(usd_per_hour, usd_per_hour, usd_per_hour, "given by the user", mwh)
-    if hardware.rental_usd_per_hour:
-        low, high, when = hardware.rental_usd_per_hour
-        return Prices(low, (low + high) / 2, high, f"rental, {hardware.sources['rental_usd_per_hour']}, {when}", mwh)
-    if hardware.purchase_usd and hardware.watts:
-        low, mid, high = (
-            ownership(price, hardware.watts, f).usd_per_hour
-            for price in (hardware.purchase_usd[0], sum(hardware.purchase_usd) / 2, hardware.purchase_usd[1])
-        )
-        return Prices(low, mid, high, f"owning, {hardware.sources['purchase_usd']}; no rental price is known", mwh)
-    raise UserError(f"the hardware table has no price for {hardware.title}: give one with --usd-per-hour")
 
 
 def _solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen, float, dict[str, Any]]:
@@ -368,7 +331,7 @@ def _report(
             "goodput": chosen.goodput,
             "goodput_of_published_runs": facts.calibration["goodput"],
         },
-        **_money(facts, prices, hours, hours * chosen.goodput / usual_goodput),
+        **plan_money(facts, prices, hours, hours * chosen.goodput / usual_goodput),
         "inference": serving_cost(model.arch, on.hardware, on.precision, prices[:3], facts.serving),
         "solved": solved,
         "limits": _limits(request, prices, hours, chosen.gpus),
@@ -383,31 +346,6 @@ def _report(
 
 def _goodput_link(step: float, goodput: float) -> dict[str, Any]:
     return {"name": "goodput", "seconds": step / goodput, "added": step / goodput - step, "factor": 1 / goodput}
-
-
-def _money(facts: Assumptions, prices: Prices, hours: float, hours_as_runs_went: float) -> dict[str, Any]:
-    """Headline (renting the final run) and full price (the whole project's compute), and what owning would cost.
-
-    The interval of the headline: cheapest rental with the goodput planned, dearest with that of published runs.
-    """
-    usd = {"low": hours * prices.low, "mid": hours * prices.mid, "high": hours_as_runs_went * prices.high}
-    full = dict(zip(("low", "mid", "high"), whole_project_usd(usd["mid"], facts.money), strict=True))
-    hardware = facts.hardware
-    owned = None
-    if hardware.purchase_usd and hardware.watts:
-        owned = hours * ownership(sum(hardware.purchase_usd) / 2, hardware.watts, facts.money).usd_per_hour
-    multiplier = facts.money["research_multiplier"]
-    return {
-        "usd": usd,
-        "usd_per_gpu_hour": {"low": prices.low, "mid": prices.mid, "high": prices.high, "source": prices.source},
-        "headline": {"usd": usd["mid"], "what": "renting the final run", "leaves_out": list(HEADLINE_LEAVES_OUT)},
-        "full": {
-            "usd": full,
-            "what": f"compute of the whole project, {multiplier.value:g} times the final run: {multiplier.source}",
-            "leaves_out": list(FULL_LEAVES_OUT),
-        },
-        "owned_usd": owned,
-    }
 
 
 def _limits(request: Request, prices: Prices, hours: float, gpus: int) -> list[dict[str, Any]]:

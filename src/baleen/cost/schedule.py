@@ -224,9 +224,7 @@ def check_counts(name: str, ranks: int, microbatches: int) -> None:
     if name == "dualpipe" and ranks % 2:
         raise UserError(f"DualPipe folds its ranks in two: take {max(2, ranks - 1)} or {ranks + 1} instead of {ranks}")
     if name in ("dualpipe", "dualpipev") and microbatches < 2 * ranks:
-        raise UserError(
-            f"{microbatches} micro-batches do not fill {ranks} ranks of {name}: take at least {2 * ranks}"
-        )
+        raise UserError(f"{microbatches} micro-batches do not fill {ranks} ranks of {name}: take at least {2 * ranks}")
     if name == "dualpipe" and microbatches % 2:
         raise UserError(
             f"DualPipe sends half of its micro-batches each way: take {microbatches - 1} or {microbatches + 1} "
