@@ -64,8 +64,8 @@ class LongRope(Strict):
     """
 
     rope_type: Literal["longrope"] = "longrope"
-    factor: float = Field(1.0, ge=1.0, le=1.0)
-    attention_factor: float = Field(1.0, ge=1.0, le=1.0)
+    factor: float = Field(default=1.0, ge=1.0, le=1.0)
+    attention_factor: float = Field(default=1.0, ge=1.0, le=1.0)
     original_max_position_embeddings: Positive
     short_factor: tuple[Annotated[float, Field(gt=0.0)], ...]
     long_factor: tuple[Annotated[float, Field(gt=0.0)], ...]

@@ -1,0 +1,191 @@
+"""GGUF in: every block format the library writes, Llama rows un-permuted, its tokenizer, and headers that lie."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from baleen.config import UserError
+from baleen.data.tokenizer import train_tokenizer
+from baleen.interop.gguf_file import GGUFFile
+from baleen.interop.huggingface import load_model
+from baleen.interop.llama import LAYER, OUTER, open_llama
+from baleen.interop.upcycle import upcycle
+
+gguf = pytest.importorskip("gguf")
+KINDS = gguf.GGMLQuantizationType
+SETTINGS = {
+    "vocab_size": 290, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (j, j + J) of each head -> side by side, as llama.cpp keeps them."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture
+def llama_gguf(tmp_path):
+    """Makes tmp_path/llama.gguf of a random Llama with matrices in the given format; returns the Llama."""
+
+    def make(kind=KINDS.F32, skip=(), change=None) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SETTINGS)).eval()
+        writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+        writer.add_block_count(2)
+        writer.add_context_length(128)
+        writer.add_embedding_length(64)
+        writer.add_feed_forward_length(96)
+        writer.add_head_count(4)
+        writer.add_head_count_kv(2)
+        writer.add_key_length(16)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(10000.0)
+        tokenizer = train_tokenizer(["the whale and the krill " * 20], 290)
+        tokenizer.save(tmp_path / "tokenizer")
+        description = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+        vocabulary = description["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in description["added_tokens"]}
+        tokens = sorted(vocabulary | added, key=(vocabulary | added).__getitem__)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in added else 1 for token in tokens])
+        writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in description["model"]["merges"]])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        state = model.state_dict()
+        names = OUTER | {
+            f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight"
+            for i in range(2)
+            for ours, theirs in LAYER.items()
+        }
+        for ours, theirs in names.items():
+            if theirs in skip:
+                continue
+            array = state[ours].numpy()
+            if "q_proj" in ours or "k_proj" in ours:
+                array = permuted(array, 4 if "q_proj" in ours else 2)
+            array = change(theirs, array) if change else array
+            wanted = kind if array.ndim == 2 and array.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else KINDS.F32
+            writer.add_tensor(theirs, gguf.quants.quantize(array.copy(), wanted), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1])
+def test_tensors_come_back_within_their_format(tmp_path, llama_gguf, kind):
+    model = llama_gguf(kind)
+    source = open_llama(tmp_path / "llama.gguf")
+    tolerance = {KINDS.F32: 0.0, KINDS.F16: 1e-3, KINDS.Q8_0: 8e-3, KINDS.Q4_0: 0.15, KINDS.Q4_1: 0.15}[kind]
+    for name, tensor in model.state_dict().items():
+        error = (source.read(name) - tensor).abs().max()
+        assert error <= tolerance * tensor.abs().max()
+
+
+def test_upcycled_from_gguf_equals_the_source(tmp_path, llama_gguf):
+    model = llama_gguf()
+    upcycle(tmp_path / "llama.gguf", tmp_path / "v3", experts=2, slices=2, shared=1)
+    ours = load_model(tmp_path / "v3")
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        reference = model(ids).logits
+        logits = ours.logits(ours(ids).hidden_BTd)
+    assert (logits - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+def test_its_tokenizer_is_read(tmp_path, llama_gguf):
+    llama_gguf()
+    tokenizer = open_llama(tmp_path / "llama.gguf").tokenizer()
+    assert tokenizer.decode(tokenizer.encode("the whale, 12 krill\n")) == "the whale, 12 krill\n"
+    assert tokenizer.encode("<|user|>", allow_special=True) == [tokenizer.user_id]
+    assert len(tokenizer.encode("the whale")) < 9
+
+
+def test_missing_strange_and_not_finite_tensors(tmp_path, llama_gguf):
+    path = tmp_path / "llama.gguf"
+    llama_gguf(skip=("blk.1.attn_k.weight",))
+    with pytest.raises(UserError, match="lacks"):
+        open_llama(path)
+    llama_gguf(change=lambda name, array: array * np.nan if name == "blk.0.ffn_up.weight" else array)
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight.*NaN"):
+        upcycle(path, tmp_path / "v3")
+    llama_gguf(change=lambda name, array: array[:32] if name == "blk.0.ffn_up.weight" else array)
+    with pytest.raises(UserError, match="shape"):
+        upcycle(path, tmp_path / "v3")
+    assert not (tmp_path / "v3").exists()
+
+
+def gguf_mutated(data: bytes, rng: random.Random, header: int) -> bytes:
+    out = bytearray(data)
+    match rng.randrange(4):
+        case 0:
+            for _ in range(rng.randint(1, 6)):
+                out[rng.randrange(header)] = rng.randrange(256)
+        case 1:
+            del out[rng.randrange(len(out)) :]
+        case 2:
+            at = rng.randrange(header - 8)
+            out[at : at + 8] = rng.choice([2**63, 2**40, 2**31, 0, rng.randrange(2**64)]).to_bytes(8, "little")
+        case 3:
+            at = rng.randrange(header)
+            del out[at : at + rng.randrange(1, 16)]
+    return bytes(out)
+
+
+FUZZ = """
+import random, resource, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_gguf_file import gguf_mutated
+from baleen.config import UserError
+from baleen.interop.gguf_file import GGUFFile
+from baleen.interop.llama import open_llama
+path, count = Path({path!r}), {count}
+rng, refused, whole = random.Random(11), 0, path.read_bytes()
+def attempt():
+    source = open_llama(path)
+    for name in source.shape.tensors():
+        source.read(name)
+    source.tokenizer()
+attempt()
+header = min(info.offset for info in GGUFFile(path).tensors.values())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(count):
+    path.write_bytes(gguf_mutated(whole, rng, header))
+    try:
+        attempt()
+    except UserError:
+        refused += 1
+print(refused, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_gguf_files_are_refused_in_little_memory(tmp_path, llama_gguf, count):
+    llama_gguf()
+    code = FUZZ.format(here=__file__.rpartition("/")[0], path=str(tmp_path / "llama.gguf"), count=count)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    refused, grown_kib = map(int, out.stdout.split())
+    assert refused >= 0.5 * count  # the rest changed letters of tokens, or a field nobody asks for
+    assert grown_kib < 50_000
+
+
+def test_files_that_are_not_gguf(tmp_path):
+    for content in (b"", b"GGUF", b"GGML" + bytes(100), b"GGUF\x03\x00\x00\x00" + b"\xff" * 16):
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.gguf"):
+            GGUFFile(tmp_path / "x.gguf")

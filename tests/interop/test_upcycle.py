@@ -1,0 +1,128 @@
+"""Upcycling changes the architecture and not the function, through our model and through transformers'."""
+
+import json
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from baleen.config import UserError
+from baleen.data.tokenizer import train_tokenizer
+from baleen.interop.checkpoint import Checkpoint
+from baleen.interop.huggingface import load_model
+from baleen.interop.llama import open_llama
+from baleen.interop.upcycle import norm_constants, upcycle
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """Makes a random Llama with its tokenizer in tmp_path/llama; returns it."""
+
+    def make(**changes) -> LlamaForCausalLM:
+        settings = {
+            "vocab_size": 290, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "head_dim": 16,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+            "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.normal_(1.0, 0.2)
+        model.save_pretrained(tmp_path / "llama")
+        train_tokenizer(["the whale and the krill " * 20], 290).save(tmp_path / "llama")
+        return model
+
+    return make
+
+
+def furthest(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((logits - reference).abs().max() / reference.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({}, {"experts": 2, "slices": 4, "shared": 2, "mtp": 1}),
+        ({}, {"experts": 3, "slices": 1, "shared": 0}),
+        ({"num_key_value_heads": 1, "tie_word_embeddings": True}, {"experts": 4, "slices": 2, "shared": 1}),
+        ({"num_key_value_heads": 6, "rope_parameters": LLAMA3}, {"mtp": 2}),
+        ({"num_key_value_heads": 2, "head_dim": 8}, {"experts": 1, "slices": 3}),
+    ],
+    ids=["dense", "experts", "whole copies", "one key head, tied", "llama3 rope, every head its own", "small heads"],
+)
+def test_logits_equal_the_sources(tmp_path, llama, changes, options):
+    source = llama(**changes)
+    upcycle(tmp_path / "llama", tmp_path / "v3", **options)
+    ours = load_model(tmp_path / "v3")
+    theirs, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "v3", output_loading_info=True)
+    ids = torch.randint(290, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        reference = source(ids).logits
+        assert furthest(ours.logits(ours(ids).hidden_BTd), reference) <= 1e-4
+        assert furthest(theirs.eval()(ids).logits, reference) <= 1e-4
+    assert all("shared_experts" in name for name in info["missing_keys"]) and not info["mismatched_keys"]
+    frequencies = source.model.rotary_emb.inv_freq.repeat(source.config.num_key_value_heads)
+    torch.testing.assert_close(ours.model.rotary.inv_freq, frequencies, rtol=0 if not changes else 2e-7, atol=0)
+    assert len(ours.mtp_layers) == options.get("mtp", 0)
+
+
+def test_every_token_goes_to_one_whole_copy(tmp_path, llama):
+    llama()
+    upcycle(tmp_path / "llama", tmp_path / "v3", experts=2, slices=4, shared=2)
+    model = load_model(tmp_path / "v3")
+    routings = model(torch.randint(290, (1, 100), generator=torch.Generator().manual_seed(1))).routings
+    for routing in routings:
+        copies = routing.indices_NK // 4
+        assert (copies == copies[:, :1]).all() and (routing.weights_NK == 1).all()
+        assert torch.equal(routing.indices_NK.sort(-1).values % 4, torch.arange(4).expand(100, 4))
+    assert any(0 < routing.load()[0] < 100 for routing in routings)
+
+
+def test_bf16_keeps_selections_and_constants(tmp_path, llama):
+    source = llama()
+    upcycle(tmp_path / "llama", tmp_path / "v3", dtype="bf16")
+    assert Checkpoint(tmp_path / "v3").dtype == torch.bfloat16
+    for parameter in source.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    ids = torch.arange(100)[None]
+    model = load_model(tmp_path / "v3", dtype=torch.float32)
+    with torch.no_grad():
+        assert furthest(model.logits(model(ids).hidden_BTd), source(ids).logits) <= 1e-4
+
+
+def test_constants_have_mean_square_one():
+    assert norm_constants(192) == [13, 5]
+    for rank in (8, 16, 24, 48, 64, 128, 320, 512, 1024):
+        constants = norm_constants(rank)
+        assert sum(c * c for c in constants) == rank + len(constants) and min(constants) > 0
+
+
+def test_what_the_form_cannot_express_is_refused(tmp_path, llama):
+    llama()
+    config = tmp_path / "llama/config.json"
+    plain = json.loads(config.read_text())
+    for changes, options, word in [
+        ({"model_type": "qwen3"}, {}, "norms of queries"),
+        ({"model_type": "gpt2"}, {}, "gpt2"),
+        ({"attention_bias": True}, {}, "bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, {}, "yarn"),
+        ({"num_hidden_layers": 4}, {}, "lacks"),
+        ({"num_hidden_layers": 2}, {}, "does not have"),
+        ({"intermediate_size": 64}, {}, "shape"),
+        ({}, {"experts": 2, "slices": 5}, "does not divide"),
+        ({}, {"experts": 2}, "slices"),
+        ({}, {"dtype": "fp16"}, "fp16"),
+    ]:
+        config.write_text(json.dumps(plain | changes))
+        with pytest.raises(UserError, match=word):
+            upcycle(tmp_path / "llama", tmp_path / "v3", **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["llama"]
+    with pytest.raises(UserError, match="neither"):
+        open_llama(tmp_path / "nowhere")
