@@ -34,7 +34,7 @@ def calibrate(out: Path, name: str = "this-machine", seconds: float = USUAL_SECO
     raw = _existing(out)
     measured = run_worker(seconds)
     raw.setdefault("sources", {})[f"measured-{name}"] = {
-        "title": f"baleen cost calibrate on {platform.node()}, {measured['threads']} threads, torch {measured['torch']}",
+        "title": f"baleen cost calibrate, {platform.node()}, {measured['threads']} threads, torch {measured['torch']}",
         "date": datetime.date.today().isoformat(),
     }
     raw[name] = hardware_entry(name, measured, memory_gb())
