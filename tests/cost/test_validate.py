@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from baleen.config import UserError
-from baleen.cost.calibration import CONSTANTS, Calibration, shipped_fit
+from baleen.cost.calibration import CONSTANTS, shipped_fit
 from baleen.cost.cases import COLUMNS, case_architecture, published_mwh, read_cases, shipped_cases, stated_layout
 from baleen.cost.flops import matmul_parameters, parameters, training_flops
 from baleen.cost.validate import render, validate
