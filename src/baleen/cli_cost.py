@@ -262,3 +262,18 @@ def validate(
 
     result = validate_cases(cases, calibrate_on, tuple(hardware or ()))
     show(result, render(result), json)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Hardware file to write into.")] = Path("hardware.toml"),
+    name: Annotated[str, typer.Option(help="What this machine is to be called.")] = "this-machine",
+    json: Json = False,
+) -> None:
+    """Measure this machine in a minute, so that plans can be made for it: `plan --gpu NAME --hardware FILE`."""
+    from baleen.cost.calibrate import calibrate as measure
+    from baleen.cost.calibrate import render
+
+    say("measuring ...")
+    result = measure(out, name)
+    show(result, render(result), json)

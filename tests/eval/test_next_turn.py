@@ -29,17 +29,21 @@ def tokenizer(documents):
     return train_tokenizer((m.content for d in documents for m in d.messages), 300)
 
 
-def test_scores_are_mean_log_likelihoods(tiny_model, tokenizer, documents):
+def test_scores_are_log_likelihood_ratios(tiny_model, tokenizer, documents):
     model = tiny_model(dtype=torch.float64, vocab_size=tokenizer.vocab_size)
     history, turns = next(_places(documents, 1, random.Random(0)))
     scores = _scores(model, tokenizer, history, turns, window=128)
     before = tokenizer.encode_chat(history)
     role = "user" if history[-1].role == "assistant" else "assistant"
-    for turn, score in zip(turns, scores, strict=True):
-        whole = tokenizer.encode_chat([*history, Message(role, turn)])
+
+    def log_likelihood(past, turn_ids):
+        whole = [*past, *turn_ids]
         log_probs = model.logits(model(torch.tensor([whole])).hidden_BTd)[0].log_softmax(-1)
-        taken = [log_probs[t - 1, whole[t]].item() for t in range(len(before), len(whole))]
-        assert score.item() == pytest.approx(sum(taken) / len(taken), rel=1e-6)
+        return sum(log_probs[t - 1, whole[t]].item() for t in range(len(past), len(whole)))
+
+    for turn, score in zip(turns, scores, strict=True):
+        ids = tokenizer.encode_chat([*history, Message(role, turn)])[len(before) :]
+        assert score.item() == pytest.approx(log_likelihood(before, ids) - log_likelihood(before[:1], ids), rel=1e-6)
 
 
 def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):

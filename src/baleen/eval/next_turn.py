@@ -1,5 +1,7 @@
 """Which of ten turns came next? A conversation's true next turn among nine from elsewhere, chosen by likelihood.
 
+The likelihood is weighed against the turn's own without a history: plain likelihood prefers "haha" after everything.
+
 Shapes: K candidates, T tokens of a candidate.
 """
 
@@ -9,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from baleen.config import UserError
 from baleen.data.document import Document, Message
@@ -30,7 +32,7 @@ def next_turn_accuracy(
     window: int,
     seed: int = 0,
 ) -> float:
-    """Share of `contexts` held-out places at which the true next turn has the highest mean log-likelihood a token.
+    """Share of `contexts` held-out places at which the history makes the true next turn gain the most likelihood.
 
     The other nine are turns of other documents, spoken in the same role. Context and candidate together have at most
     `window` tokens; chance is 1/10. Raises UserError if the documents hold too few conversations.
@@ -59,10 +61,8 @@ def _places(documents: Sequence[Document], count: int, rng: random.Random) -> It
 
 
 @torch.inference_mode()
-def _scores(
-    model: Transformer, tokenizer: Tokenizer, history: list[Message], turns: list[str], window: int
-) -> torch.Tensor:
-    """Mean log-likelihood a token of each turn, [K]. The history is read once, into a cache that all turns share."""
+def _scores(model: Transformer, tokenizer: Tokenizer, history: list[Message], turns: list[str], window: int) -> Tensor:
+    """How much likelier the history makes each turn, [K]: log p(turn | history) - log p(turn | no history)."""
     role = "user" if history[-1].role == "assistant" else "assistant"
     before = tokenizer.encode_chat(history)
     rows = []
@@ -70,16 +70,21 @@ def _scores(
         whole = tokenizer.encode_chat([*history, Message(role, turn)])
         rows.append(whole[len(before) :][:MAX_CANDIDATE_TOKENS])
     longest = max(len(row) for row in rows)
-    before = before[-(window - longest) :]
+    return _log_likelihoods(model, before[-(window - longest) :], rows) - _log_likelihoods(model, before[:1], rows)
+
+
+def _log_likelihoods(model: Transformer, before: list[int], rows: list[list[int]]) -> Tensor:
+    """log p of each row after `before`, [K], in nats. `before` is read once, into a cache that all rows share."""
+    longest = max(len(row) for row in rows)
     ids_KT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     valid_KT = torch.tensor([[t < len(row) for t in range(longest)] for row in rows], device=model.device)
-
-    cache = LatentCache(model.config, 1, window, dtype=next(model.parameters()).dtype, device=model.device)
+    dtype = next(model.parameters()).dtype
+    cache = LatentCache(model.config, 1, len(before) + longest, dtype=dtype, device=model.device)
     positions = torch.arange(len(before) + longest, device=model.device)
     past = torch.tensor([before], device=model.device)
     last = model(past, positions_BT=positions[None, : len(before)], cache=cache).hidden_BTd[:, -1:]
     cache.select(torch.zeros(len(rows), dtype=torch.long, device=model.device))
     hidden = model(ids_KT, positions_BT=positions[len(before) :].expand_as(ids_KT), cache=cache).hidden_BTd
     hidden = torch.cat((last.expand(len(rows), -1, -1), hidden[:, :-1]), 1)
-    loss_KT = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), ids_KT.flatten(), reduction="none")
-    return -(loss_KT.view_as(ids_KT) * valid_KT).sum(1) / valid_KT.sum(1)
+    log_probs = model.logits(hidden).log_softmax(-1).gather(-1, ids_KT[..., None])[..., 0]
+    return (log_probs * valid_KT).sum(1)

@@ -37,7 +37,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """In the dtype that the matmuls behind it compute in: under autocast each of them would cast again."""
+        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        device = x.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
 class LatentAttention(nn.Module):
