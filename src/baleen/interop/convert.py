@@ -11,7 +11,7 @@ from baleen.config import UserError, read_json
 from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.huggingface import ScaleFormat, copy_companions, write_weights
 from baleen.interop.load import model_path
-from baleen.interop.shards import Spec, replaced_when_complete
+from baleen.interop.shards import Spec, new_directory, replaced_when_complete
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8 = {"fp8": "fp32", "fp8-ue8m0": "ue8m0"}  # --dtype -> format of the scales
@@ -50,13 +50,3 @@ def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype
     if to == "hf":
         return import_checkpoint(model_path(run), out, dtype=dtype)
     raise UserError(f"--to {to} is unknown: take hf")
-
-
-def new_directory(out: str | Path) -> Path:
-    """`out` if it does not exist or is empty. Raises UserError otherwise."""
-    out = Path(out)
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if out.exists():
-        raise UserError(f"{out} exists already: name a new folder")
-    return out

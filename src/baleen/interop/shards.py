@@ -46,6 +46,16 @@ class Spec(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def new_directory(out: str | Path) -> Path:
+    """`out` if it does not exist or is empty. Raises UserError otherwise."""
+    out = Path(out)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise UserError(f"{out} exists already: name a new folder")
+    return out
+
+
 @contextmanager
 def replaced_when_complete(directory: Path) -> Iterator[Path]:
     """A fresh folder beside `directory` that takes its place when the block ends without an error.

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from baleen.config import LongRope, ModelConfig, UserError
-from baleen.interop.convert import DTYPES, new_directory
 from baleen.interop.huggingface import write_json, write_weights
 from baleen.interop.llama import LlamaShape, LlamaSource, open_llama
 from baleen.interop.names import CORRECTION_BIAS, Layout
-from baleen.interop.shards import Spec, replaced_when_complete
+from baleen.interop.shards import Spec, new_directory, replaced_when_complete
 
 NORM_EXPONENT = 14  # k: at 4 the values still count (logits off by 0.15), at 8 by 6e-4, from 14 on rounding alone
 ROUTER_STD = 0.006
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def upcycle(
@@ -55,7 +55,7 @@ def upcycle(
     Raises UserError, and writes nothing, for what the form cannot express and if `out` is not empty.
     """
     out = new_directory(out)
-    if dtype not in ("fp32", "bf16"):
+    if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: an upcycled model is fp32 or bf16")
     llama = open_llama(source)
     config = upcycled_config(llama, experts=experts, slices=slices, shared=shared, mtp=mtp)
