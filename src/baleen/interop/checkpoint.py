@@ -123,7 +123,9 @@ class Checkpoint:
         """A config.json that lies must not make us count to a billion."""
         cfg = self.config
         held = sum(spec.nbytes for _, spec in self._headers.values())
-        if cfg.num_layers_with_mtp > len(self._headers) or cfg.n_routed_experts > held:
+        moe_layers = max(cfg.num_layers_with_mtp - cfg.first_k_dense_replace, 0)
+        experts = moe_layers * cfg.n_routed_experts * 3 * cfg.hidden_size * cfg.moe_intermediate_size
+        if cfg.num_layers_with_mtp > len(self._headers) or experts > held:
             raise UserError(f"{self.directory}: config.json announces more layers or experts than the files can hold")
 
     def _check_names(self) -> None:
