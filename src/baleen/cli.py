@@ -140,6 +140,22 @@ def export(
 
 
 @app.command()
+def upcycle(
+    source: Annotated[str, typer.Argument(help="A Llama-family Hugging Face directory or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    experts: Annotated[int, typer.Option(help="Copies of the routed part of each feed-forward network.")] = 1,
+    slices: Annotated[int, typer.Option(help="Routed slices a copy; 0 keeps the network dense.")] = 0,
+    shared: Annotated[int, typer.Option(help="Slices that always run.")] = 0,
+    mtp: Annotated[int, typer.Option(help="MTP layers, to be trained.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Turn a Llama-family model into a V3-architecture one that computes the same function."""
+    from baleen.interop.upcycle import upcycle as convert
+
+    print(convert(source, out, experts=experts, slices=slices, shared=shared, mtp=mtp, dtype=dtype))
+
+
+@app.command()
 def recipes() -> None:
     """Names of the recipes that ship with Baleen."""
     from baleen.config import recipe_names

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from baleen.interop.huggingface import load_model
 from baleen.interop.llama import LAYER, OUTER, open_llama
 from baleen.interop.upcycle import upcycle
 
-gguf = pytest.importorskip("gguf")
 KINDS = gguf.GGMLQuantizationType
 SETTINGS = {
     "vocab_size": 290, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
