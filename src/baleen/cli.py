@@ -64,10 +64,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a recipe, or continue with --resume."""
-    from baleen.config import load_recipe, with_sources
+    from baleen.config import load_recipe
     from baleen.train.loop import train as run_training
 
-    resolved = with_sources(load_recipe(recipe, overrides), data)
+    resolved = load_recipe(recipe, overrides, data)
     summary = run_training(resolved, run, resume=resume, max_steps=max_steps, track=track)  # type: ignore[arg-type]
     _report(summary, as_json)
 

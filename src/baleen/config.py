@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from math import isqrt
 from pathlib import Path
@@ -33,6 +33,8 @@ T = TypeVar("T", bound=BaseModel)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class RopeScaling(Strict):
@@ -247,10 +249,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 # --- recipes -----------------------------------------------------------------------------------------------------
 
-Knot = (
-    tuple[Annotated[float, Field(ge=0)] | str, float]
-    | tuple[Annotated[float, Field(ge=0)] | str, float, Literal["linear", "cosine"]]
-)
+Knot = tuple[NotNegative | str, NotNegative] | tuple[NotNegative | str, NotNegative, Literal["linear", "cosine"]]
 
 
 class DataConfig(Strict):
@@ -265,17 +264,20 @@ class DataConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """How the network is trained. `schedule` multiplies lr, batch_tokens, bias_update_speed and mtp_loss_weight."""
+    """How the network is trained. `schedule` multiplies lr, batch_tokens, bias_update_speed and mtp_loss_weight.
+
+    A resumed run repeats the straight one bit for bit, unless `minutes` lets the clock into the schedule.
+    """
 
     tokens: Positive
     batch_tokens: Positive
     seq_len: Positive
     micro_batch_size: Count = 0  # sequences a forward; 0: the whole batch
     minutes: float = Field(0.0, ge=0.0)  # 0: no limit. Else the schedule ends by the clock if that comes first
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0.0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0)
     clip_norm: float = Field(1.0, gt=0.0)
@@ -372,8 +374,11 @@ def recipe_names() -> list[str]:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), sources: Sequence[str] = ()) -> Recipe:
     """A recipe by path, or by the name of one that ships with the package; `overrides` are `section.key=value`.
+
+    `sources` take the place of data.sources and are read as plain text, unless the recipe names the same ones or an
+    override says data.format=chat.
 
     Raises UserError on an unknown name or key (naming the nearest known one), a wrong type or an impossible shape.
     """
@@ -389,18 +394,19 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...]
         tables = tomllib.loads(raw.decode())
     except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{where} is not valid TOML: {error}") from None
+    if sources:
+        _replace_sources(tables, sources)
     for override in overrides:
         _apply_override(tables, override)
     tables.setdefault("name", path.stem)
     return _validated(Recipe, tables, where)
 
 
-def with_sources(recipe: Recipe, sources: list[str]) -> Recipe:
-    """The recipe on other documents, read as plain text unless they are packages that the recipe knows as chats."""
-    if not sources:
-        return recipe
-    data = recipe.data.model_copy(update={"sources": tuple(sources), "format": "text"})
-    return recipe.model_copy(update={"data": data})
+def _replace_sources(raw: dict[str, Any], sources: Sequence[str]) -> None:
+    data = raw.setdefault("data", {})
+    if not set(sources) <= set(data.get("sources", ())):
+        data["format"] = "text"
+    data["sources"] = [s if s.startswith("package:") else str(Path(s).expanduser().absolute()) for s in sources]
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from baleen.config import Recipe, load_recipe
+from baleen.config import Recipe, load_recipe, read_json
 from baleen.cost.card import card_notes, card_table, cost_card
 from baleen.data.clean import clean, split
 from baleen.data.corpus import read_documents
@@ -85,7 +86,7 @@ def demo_recipe(minutes: float) -> Recipe:
 
 
 def measure(recipe: Recipe, run_dir: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    """Everything of summary.json but the cost; docs/demo.md says what each figure means."""
+    """Everything of summary.json but the cost; README says what each figure means."""
     model, tokenizer, _ = load(run_dir)
     data, window = recipe.data, recipe.train.seq_len
     documents = clean(read_documents(data.sources, data.format), min_chars=data.min_chars)
@@ -94,6 +95,9 @@ def measure(recipe: Recipe, run_dir: Path, trained: dict[str, Any]) -> dict[str,
     ngram = NgramModel(order=6).fit("".join(document.text for document in train_documents).encode())
     rows = torch.tensor(_rows(tokenizer, heldout, window))
     talks = [_talk(Engine(model, tokenizer), questions, seed) for seed, questions in enumerate(TALKS)]
+    pooled, earlier = trained["max_violation_pooled"], run_dir / "summary.json"
+    if pooled is None and earlier.is_file():  # nothing was left to train
+        pooled = read_json(earlier).get("max_violation_pooled")
     metrics = [row for row in read_metrics(run_dir) if "max_violation" in row][-100:]
     return {
         "tokens_trained": trained["tokens"],
@@ -106,7 +110,8 @@ def measure(recipe: Recipe, run_dir: Path, trained: dict[str, Any]) -> dict[str,
         "mtp_acceptance_forced": mtp_acceptance_forced(model, rows),
         "distinct_2": distinct_2([talk.answers for talk in talks]),
         "max_violation": sum(row["max_violation"] for row in metrics) / len(metrics),
-        "max_violation_pooled": trained["max_violation_pooled"],
+        "max_violation_pooled": pooled,
+        "most_repeated_4gram": max(most_repeated(talk.answers, 4) for talk in talks),
         "samples": [[{"role": turn.role, "content": turn.content} for turn in talk.turns] for talk in talks],
     }
 
@@ -115,6 +120,12 @@ def distinct_2(texts: Sequence[str]) -> float:
     """Different pairs of neighbouring words over all such pairs."""
     pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)]
     return len(set(pairs)) / max(1, len(pairs))
+
+
+def most_repeated(text: str, n: int) -> int:
+    """How often the most frequent n words in a row occur in a text."""
+    words = text.lower().split()
+    return max(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values(), default=0)
 
 
 def _talk(engine: Engine, questions: Sequence[str], seed: int) -> Talk:
@@ -154,7 +165,8 @@ def _tell(console: Console, summary: dict[str, Any], run_dir: Path, report: Path
     console.print(
         f"\nheld-out text: [bold]{summary['heldout_bpb']:.3f}[/] bits per byte "
         f"(a byte 6-gram: {summary['ngram_bpb']:.3f}, xz: {summary['xz_bpb']:.3f})\n"
-        f"the true next turn among ten: {summary['next_turn_accuracy']:.0%} (chance 10%)\n"
+        f"the true next turn among ten, by how much the history raises its likelihood: "
+        f"{summary['next_turn_accuracy']:.0%} (chance 10%)\n"
         f"MTP's second token accepted: {summary['mtp_acceptance']:.0%}\n"
         f"busiest expert above the mean: {summary['max_violation']:.0%}\n"
     )
@@ -162,7 +174,8 @@ def _tell(console: Console, summary: dict[str, Any], run_dir: Path, report: Path
     console.print(card_table(card))
     console.print(escape(card_notes(card)))
     console.print(
-        f"\nTalk to it:           baleen chat {run_dir}\n"
+        f"\nOn the command line after `. .venv/bin/activate`:\n"
+        f"Talk to it:           baleen chat {run_dir}\n"
         f"Curves and costs:     {report}\n"
         f"Train on your text:   baleen train chitchat --data FOLDER --run runs/mine\n"
         f"What it cost:         baleen cost card {run_dir}",

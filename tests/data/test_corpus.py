@@ -137,3 +137,13 @@ def test_other_packages(docs_texts):
     jinja = list(read_documents(["package:jinja2"], "text"))
     assert any(d.source.endswith("sandbox.py") for d in jinja)
     assert Document.of_messages(MESSAGES, "x").text == "hi\nhello\n"
+
+
+def test_runs_and_ledgers_below_a_folder_are_not_its_text(tmp_path):
+    (tmp_path / "mine.txt").write_text("text to learn from")
+    for name in ("runs/mine/run_id", "runs/mine/metrics.jsonl", "runs/mine/model/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("not text to learn from")
+    (tmp_path / "runs/ledger").mkdir()
+    (tmp_path / "runs/ledger/mine-0123abcd.jsonl").write_text("{}")
+    assert [document.text for document in read_documents([str(tmp_path)], "text")] == ["text to learn from"]

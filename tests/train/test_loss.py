@@ -196,3 +196,10 @@ def test_a_weight_of_zero_leaves_the_mtp_layers_out(tiny_model):
     loss.total.backward()
     assert loss.mtp == 0 and len(loss.loads) == 2
     assert all(p.grad is None for p in model.mtp_layers[0].parameters())
+
+
+def test_a_network_without_experts_has_no_balance_loss(tiny_model):
+    model = tiny_model(first_k_dense_replace=3, num_nextn_predict_layers=0)
+    loss = training_loss(model, random_ids(2, 9), mtp_loss_weight=0.3, balance_loss_weight=1.0)
+    loss.total.backward()
+    assert loss.balance == 0 and loss.total == loss.main and loss.loads == []

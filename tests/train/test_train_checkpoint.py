@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import torch
 
+from baleen.config import UserError
 from baleen.train import checkpoint
 from baleen.train.checkpoint import Checkpoint, NotSaved, TornCheckpoint, load, load_newest, save, saved_steps
 
@@ -173,3 +174,10 @@ def test_no_pickle_is_written_or_read(tmp_path):
     manifest.write_text(json.dumps({**sums, "model.pt": checkpoint.sha256(planted)}))
     load(tmp_path, 1)
     assert not (tmp_path / "owned").exists()
+
+
+def test_if_none_is_whole_nothing_starts_over(tmp_path):
+    save(tmp_path, Checkpoint(3, {"model": {"a": torch.ones(2)}}, {}), keep=2)
+    (tmp_path / "step-3" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        load_newest(tmp_path, lambda message: None)

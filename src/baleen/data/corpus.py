@@ -73,7 +73,7 @@ def _files(source: str, counts: Counter[str]) -> Iterator[tuple[Path, bool]]:
     elif root.is_dir():
         for path in sorted(root.rglob("*"), key=lambda p: p.as_posix()):
             hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if hidden or not path.is_file():
+            if hidden or not path.is_file() or any(_is_ours(folder) for folder in path.parents if folder != root):
                 continue
             if _kind(path) is None:
                 counts["files_other"] += 1
@@ -81,6 +81,11 @@ def _files(source: str, counts: Counter[str]) -> Iterator[tuple[Path, bool]]:
                 yield path, False
     else:
         raise UserError(f"{source} is neither a file nor a folder: name one, or write package:NAME")
+
+
+def _is_ours(folder: Path) -> bool:
+    """A run directory or a ledger: what Baleen writes below a folder of text is not text to learn from."""
+    return (folder / "run_id").is_file() or (folder.name == "ledger" and any(folder.glob("*-????????.jsonl")))
 
 
 def _kind(path: Path) -> str | None:

@@ -49,6 +49,8 @@ def _places(documents: Sequence[Document], count: int, rng: random.Random) -> It
     chats = [document.messages for document in documents if document.messages and len(document.messages) > 1]
     if len(chats) < 2:
         raise UserError("next-turn accuracy needs two held-out conversations or more: raise data.heldout_fraction")
+    if min(len({m.content for c in chats for m in c if m.role == role}) for role in ("user", "assistant")) < 32:
+        raise UserError("the held-out conversations have too few different turns: raise data.heldout_fraction")
     for _ in range(count):
         chat = rng.choice(chats)
         turn = rng.randrange(1, len(chat))

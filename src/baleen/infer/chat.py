@@ -82,7 +82,7 @@ class Chat:
             "/reset": ("", "forget the conversation; the system message stays", self._reset),
             "/system": ("TEXT", "begin anew under this system message; without TEXT under none", self._system),
             "/temperature": ("X", "0 always takes the likeliest token, 1 draws as the model was trained", self._heat),
-            "/speculate": ("on|off", "let the MTP layers draft ahead: faster, the same answers", self._speculate),
+            "/speculate": ("on|off", "let the MTP layers draft ahead: faster where they guess well", self._speculate),
             "/stats": ("", "speed and accepted drafts of the last answer", self._show_stats),
             "/save": ("FILE", "write the conversation as a line of jsonl, which a recipe can train on", self._save),
             "/quit": ("", "end; so does Ctrl-D", self._quit),

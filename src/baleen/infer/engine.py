@@ -91,8 +91,8 @@ class Engine:
     def generate(self, requests: Sequence[Request], *, speculate: int = 0) -> Generation:
         """Answer all requests in one batch; iterate over the result for events, then read its `stats`.
 
-        speculate: how many tokens the MTP layers draft ahead, 0 to num_nextn_predict_layers; it changes the speed and
-        not the answer. Raises UserError at once for a prompt that does not fit.
+        speculate: how many tokens the MTP layers draft ahead, 0 to num_nextn_predict_layers; greedy answers
+        stay the same, drawn ones follow the same distribution. Raises UserError at once for a prompt that does not fit.
         """
         return Generation(self, requests, speculate)
 

@@ -43,6 +43,8 @@ def model_path(path: str | Path) -> Path:
         raise UserError(f"{path} is a GGUF file: `baleen upcycle {path} OUT` makes a V3 model of a Llama")
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code when it is opened: Baleen reads safetensors")
+    if (path / "recipe.toml").is_file():
+        raise UserError(f"{path} has no model yet: finish it with `baleen train ... --run {path} --resume`")
     if path.is_dir():
         raise UserError(f"{path} has neither model/config.json nor config.json: give a run or a model directory")
     raise UserError(f"{path} is neither a run directory nor a Hugging Face model directory, nor `{smollm2.NAME}`")

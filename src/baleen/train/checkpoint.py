@@ -95,12 +95,17 @@ def load(folder: Path, step: int) -> Checkpoint:
 
 
 def load_newest(folder: Path, warn) -> Checkpoint | None:
-    """The newest whole checkpoint; `warn(message)` names each torn one that is passed over. None if there is none."""
+    """The newest whole checkpoint; `warn(message)` names each torn one that is passed over. None if there is none.
+
+    Raises UserError if there are checkpoints and none is whole.
+    """
     for step in reversed(saved_steps(folder)):
         try:
             return load(folder, step)
         except TornCheckpoint as error:
             warn(f"checkpoint step-{step} is passed over: {error}")
+    if saved_steps(folder):
+        raise UserError(f"no checkpoint in {folder} is whole: remove that folder to train from the start")
     return None
 
 

@@ -73,13 +73,15 @@ def train(
         stopped = interruption.wanted
         if stopped:
             stage.interrupted()
-        run.save()
+        saved = run.save()
     if stopped:
-        display.say(f"stopped at step {run.trainer.counters.step} and saved; go on with --resume")
+        where = "and saved" if saved else f"and NOT saved; step {run.saved_step} is the last that is"
+        display.say(f"stopped at step {run.trainer.counters.step} {where}; go on with --resume")
         return run.summary("stopped", None)
     with run_stage(recipe, run_dir, "eval"):
         heldout = run.heldout_bpb()
-    run.export(heldout)
+    with run_stage(recipe, run_dir, "export"):
+        run.export(heldout)
     return run.summary("done", heldout)
 
 
@@ -116,7 +118,7 @@ class _Run:
         row: dict[str, Any] = {
             "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3),
             "loss": result.loss, "mtp_loss": result.mtp_loss, "balance_loss": result.balance_loss, "lr": result.lr,
-            "grad_norm": result.grad_norm, "tokens_per_second": round(tokens / seconds, 1),
+            "grad_norm": result.grad_norm, "tokens_per_second": round(result.tokens / result.seconds, 1),
             "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd,
         }  # fmt: skip
         if not math.isfinite(result.grad_norm):
@@ -142,7 +144,7 @@ class _Run:
         parts = {
             "": f"step {row['step']}",
             "loss": f"{self._mean_loss():.3f}",
-            "tok/s": f"{row['tokens_per_second']:,.0f}",
+            "tok/s": f"{sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent):,.0f}",
             "balance": f"+{row['max_violation']:.0%}",
             "left": duration(wall / share - wall),
             "$": f"{self.stage.usd:.4f}",
@@ -181,17 +183,19 @@ class _Run:
         if every and self.trainer.counters.step % every == 0:
             self.save()
 
-    def save(self) -> None:
-        """A checkpoint of now, unless this step has one. A disk that refuses it costs only this checkpoint."""
+    def save(self) -> bool:
+        """A checkpoint of now, unless this step has one; whether there is one then. A disk that refuses it costs only
+        this checkpoint."""
         step = self.trainer.counters.step
         if step == self.saved_step:
-            return
+            return True
         self._tick()
         try:
             checkpoint.save(self.checkpoints, self.trainer.checkpoint(), keep=self.recipe.train.keep_checkpoints)
             self.saved_step = step
         except checkpoint.NotSaved as error:
             self.display.warn(str(error))
+        return step == self.saved_step
 
     def export(self, heldout_bpb: float | None) -> None:
         """model/ (and model-ema/) in Hugging Face layout."""
@@ -221,7 +225,7 @@ class _Run:
             "train_seconds": round(counters.wall_seconds, 1),
             "loss": loss if math.isfinite(loss) else None,
             "heldout_bpb": heldout_bpb,
-            "max_violation_pooled": self._pooled_violation(),
+            "max_violation_pooled": self._pooled_violation() if self._recent else None,
             "weights_sha256": weights_sha256(self.trainer.model.state_dict()),
         }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from baleen.model.moe import Routing, sequence_balance_loss
+from baleen.model.moe import sequence_balance_loss
 from baleen.model.transformer import Transformer
 
 IGNORED = -100  # a target that is not learnt
@@ -54,13 +54,11 @@ def training_loss(
         hidden = output.hidden_BTd
         routings = routings + output.routings
         mtp = mtp + cross_entropy(hidden, model.lm_head.weight, targets[:, k + 1 :]) / depth
-    balance = _balance(routings, tokens.shape[0], model.config.num_experts_per_tok) if balance_loss_weight else 0 * mtp
+    counted = routings if balance_loss_weight else []
+    balances = [sequence_balance_loss(r, tokens.shape[0], model.config.num_experts_per_tok) for r in counted]
+    balance = torch.stack(balances).sum() if balances else 0 * main
     total = main + mtp_loss_weight * mtp + balance_loss_weight * balance
     return Loss(total, main.detach(), mtp.detach(), balance.detach(), [routing.load() for routing in routings])
-
-
-def _balance(routings: list[Routing], batch_size: int, top_k: int) -> Tensor:
-    return torch.stack([sequence_balance_loss(routing, batch_size, top_k) for routing in routings]).sum()
 
 
 def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor) -> Tensor:

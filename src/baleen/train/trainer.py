@@ -39,6 +39,8 @@ class StepResult:
     grad_norm: float
     lr: float
     loads: list[Tensor]
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def max_violation(self) -> float:
@@ -88,14 +90,17 @@ class Trainer:
             for gate, load in zip(self.model.gates, result.loads, strict=False):
                 gate.update_bias(load, self.schedules.bias_update_speed(position))
             if self.ema:
-                weights = _weights(self.model)
+                weights, step = _weights(self.model), self.counters.step
+                decay = min(train.ema_decay, (1 + step) / (10 + step))  # else short runs average their random start
                 for name, average in self.ema.items():
-                    average.lerp_(weights[name], 1 - train.ema_decay)
+                    average.lerp_(weights[name], 1 - decay)
         else:
             self.counters.skipped += 1
         self.counters.step += 1
-        self.counters.tokens += batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-        self.counters.seconds += time.monotonic() - started
+        result.tokens = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+        result.seconds = time.monotonic() - started
+        self.counters.tokens += result.tokens
+        self.counters.seconds += result.seconds
         return result
 
     def _forward_backward(self, batch: Batch, mtp_loss_weight: float) -> StepResult:
