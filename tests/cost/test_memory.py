@@ -7,7 +7,9 @@ from baleen.config import ModelConfig, UserError
 from baleen.cost import flops
 from baleen.cost.architecture import from_dims, from_model_config
 from baleen.cost.layout import Layout, make_layout
-from baleen.cost.memory import GIB, rank_memory
+from baleen.cost.memory import GIB, in_flight_layers, rank_memory
+from baleen.cost.schedule import interleaved_1f1b, schedule
+from baleen.cost.simulator import Durations, execute
 
 V3 = from_model_config(ModelConfig())
 V3_LAYOUT = Layout(devices=2048, pipeline=16, expert=64, zero=1, schedule="dualpipe", recompute="deepseek")
@@ -34,6 +36,25 @@ def test_dualpipe_doubles_weights_and_keeps_one_more_micro_batch():
     one, two = (rank_memory(V3, lay, seq_len=4096, micro_batches=120, precision="fp8") for lay in (plain, V3_LAYOUT))
     assert two.weights == pytest.approx(2 * one.weights)
     assert two.activations / one.activations == pytest.approx(17 / 16)
+
+
+def test_dualpipev_holds_each_weight_once_and_halves_of_stages():
+    folded = V3_LAYOUT.model_copy(update={"schedule": "dualpipev"})
+    plain = V3_LAYOUT.model_copy(update={"schedule": "1f1b"})
+    one, two = (rank_memory(V3, lay, seq_len=4096, micro_batches=120, precision="fp8") for lay in (plain, folded))
+    assert two.weights == one.weights
+    assert two.activations / one.activations == pytest.approx(33 / 32)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"])
+def test_activations_in_flight_are_those_of_the_executed_schedule(name):
+    virtual = 3 if name == "interleaved" else 1
+    layout = Layout(devices=8, pipeline=8, schedule=name, virtual_stages=virtual)
+    order = interleaved_1f1b(8, 32, virtual) if name == "interleaved" else schedule(name, 8, 32)
+    executed = execute(order, Durations(1.0, 2.0, 1.0))
+    stages = 1 + max(op.stage for rank in order for action in rank for op in action)
+    assert layout.chunks == (stages if name != "dualpipe" else 8)
+    assert in_flight_layers(layout, 48, 32) == pytest.approx(max(executed.peak_activations) * 48 / stages)
 
 
 def test_sharding_divides_what_it_says():

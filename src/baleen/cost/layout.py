@@ -68,6 +68,12 @@ class Layout(Strict):
         return (self.shard or self.data) * self.context
 
     @property
+    def chunks(self) -> int:
+        """Parts the model is cut into along the pipeline. DualPipeV folds a pipeline of twice its ranks."""
+        folded = self.schedule == "dualpipev" and self.pipeline > 1
+        return self.pipeline * (2 if folded else self.virtual_stages)
+
+    @property
     def expert_replicas(self) -> int:
         return self.stage_ranks // self.expert
 

@@ -117,19 +117,17 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
 def in_flight_layers(layout: Layout, layers: float, micro_batches: int) -> float:
     """Micro-batches times layers whose activations the fullest rank (the first) keeps at once.
 
-    1F1B and ZB1P keep PP micro-batches; interleaving adds (PP-1)/(PP V); DualPipe keeps PP + 1 (2412.19437 table 2).
-    The simulator in `baleen.cost.simulator` executes the schedules and holds these counts.
+    1F1B and ZB1P keep PP micro-batches; interleaving adds (PP-1)/(PP V); DualPipe keeps PP + 1 (2412.19437 table 2),
+    DualPipeV as many halves as it has stages, and one. The simulator executes the schedules and holds these counts.
     """
-    stages, virtual = layout.pipeline, layout.virtual_stages
-    if stages == 1:
+    ranks, chunks = layout.pipeline, layout.chunks
+    if ranks == 1:
         return layers
     if layout.schedule in ("dualpipe", "dualpipev"):
-        kept = min(stages + 1, micro_batches)
-    elif virtual > 1:
-        kept = min(stages * (1 + (stages - 1) / (stages * virtual)), micro_batches)
-    else:
-        kept = min(stages, micro_batches)
-    return kept * layers / stages
+        return min(chunks + 1, micro_batches * chunks // ranks) * layers / chunks
+    if chunks > ranks:
+        return min(ranks + (ranks - 1) * ranks / chunks, micro_batches) * layers / ranks
+    return min(ranks, micro_batches) * layers / ranks
 
 
 def rank_memory(
@@ -141,20 +139,20 @@ def rank_memory(
     precision: str = "bf16",
     mtp: bool = True,
 ) -> RankMemory:
-    """Memory of the fullest rank. DualPipe and DualPipeV hold two parts of the model, so every weight twice.
+    """Memory of the fullest rank. DualPipe holds a part of each direction, so every weight twice.
 
     Raises UserError for a pipeline with more stages than layers.
     """
     if precision not in STATE_BYTES:
         raise UserError(f"unknown precision {precision!r}: known are {', '.join(STATE_BYTES)}")
     stages = layout.pipeline
-    if stages * layout.virtual_stages > arch.num_hidden_layers + 2:
+    if layout.chunks > arch.num_hidden_layers + 2:
         raise UserError(
-            f"PP{stages} with {layout.virtual_stages} chunks a rank needs at least {stages * layout.virtual_stages} "
-            f"layers; the model has {arch.num_hidden_layers}"
+            f"PP{stages} with {layout.chunks // stages} chunks a rank needs at least {layout.chunks} layers; the model "
+            f"has {arch.num_hidden_layers}"
         )
     state = STATE_BYTES[precision]
-    copies = 2 if layout.schedule in ("dualpipe", "dualpipev") and stages > 1 else 1
+    copies = 2 if layout.schedule == "dualpipe" and stages > 1 else 1
     modules = arch.num_nextn_predict_layers if mtp else 0
     both_ends = 1 if arch.tie_word_embeddings and stages == 1 else 2
     # A pipeline is balanced by time, so the rank with the head holds fewer layers: the average rank is taken for the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from baleen.config import UserError
@@ -46,14 +47,17 @@ def one_f_one_b(ranks: int, microbatches: int) -> Order:
     check_counts("1f1b", ranks, microbatches)
     order: Order = []
     for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, microbatches)
-        ops = [Op("F", rank, m) for m in range(ahead)]
-        for m in range(microbatches):
-            if m + ahead < microbatches:
-                ops.append(Op("F", rank, m + ahead))
-            ops.append(Op("B", rank, m))
+        ops = [op for turn in _alternate(rank, ranks, microbatches, "B") for op in turn]
         order.append([(op,) for op in ops])
     return order
+
+
+def _alternate(rank: int, ranks: int, microbatches: int, backward: Kind) -> Iterator[list[Op]]:
+    """What 1F1B runs between one micro-batch's backward and the next: forwards that are due, then that backward."""
+    due = iter(Op("F", rank, m) for m in range(microbatches))
+    ahead = min(ranks - 1 - rank, microbatches)
+    for m in range(microbatches):
+        yield [*islice(due, 1 if m else ahead + 1), Op(backward, rank, m)]
 
 
 def interleaved_1f1b(ranks: int, microbatches: int, stages_per_rank: int = 2) -> Order:
@@ -94,14 +98,9 @@ def zb1p(ranks: int, microbatches: int) -> Order:
     check_counts("zb1p", ranks, microbatches)
     order: Order = []
     for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, microbatches)
-        ops = [Op("F", rank, m) for m in range(ahead)]
-        for m in range(microbatches):
-            if m + ahead < microbatches:
-                ops.append(Op("F", rank, m + ahead))
-            ops.append(Op("I", rank, m))
-            if m >= rank:
-                ops.append(Op("W", rank, m - rank))
+        ops: list[Op] = []
+        for m, turn in enumerate(_alternate(rank, ranks, microbatches, "I")):
+            ops += [*turn, *([Op("W", rank, m - rank)] if m >= rank else [])]
         ops += [Op("W", rank, m) for m in range(max(0, microbatches - rank), microbatches)]
         order.append([(op,) for op in ops])
     return order

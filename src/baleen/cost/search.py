@@ -136,10 +136,10 @@ def search_layouts(
 def least_wait(layout: Layout, forward: float, backward: float) -> float:
     """Seconds for which the mean rank must wait in any case: for the first micro-batch to reach it and, where nothing
     is put off to the end, for the last one's gradient to leave through the ranks before it."""
-    ranks, chunks = layout.pipeline, 2 if layout.schedule == "dualpipev" else layout.virtual_stages
+    ranks = layout.pipeline
     distance = [min(r, ranks - 1 - r) if layout.schedule == "dualpipe" else r for r in range(ranks)]
     passing = forward + (backward if layout.schedule in ("1f1b", "interleaved") else 0.0)
-    return sum(distance) / ranks * passing / chunks
+    return sum(distance) / layout.chunks * passing
 
 
 def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated: StatedLayout) -> Iterator[Layout]:
@@ -235,9 +235,9 @@ def _obstacle(model: PlannedModel, layout: Layout, on: Conditions) -> str | None
             f"{arch.num_attention_heads} heads do not divide over TP{layout.tensor}; the nearest that does is "
             f"TP{_nearest_divisor(arch.num_attention_heads, layout.tensor)}"
         )
-    chunks = layout.pipeline * layout.virtual_stages
-    if chunks > arch.num_hidden_layers:
-        return f"{chunks} stages are more than {arch.num_hidden_layers} layers; take at most PP{arch.num_hidden_layers}"
+    if layout.chunks > arch.num_hidden_layers:
+        most = arch.num_hidden_layers * layout.pipeline // layout.chunks
+        return f"{layout.chunks} stages are more than {arch.num_hidden_layers} layers; take at most PP{most}"
     try:
         count = layout.micro_batches(on.batch)
         if layout.pipeline > 1:

@@ -229,7 +229,7 @@ def stage_imbalance(layout: Layout, layers: float, ends_in_layers: float) -> flo
     """Fullest model chunk over the mean when whole layers, head and loss are spread over the pipeline's chunks."""
     if layout.pipeline == 1:
         return 1.0
-    chunks = layout.pipeline * layout.virtual_stages
+    chunks = layout.chunks
     units = layers + ends_in_layers
     mean = units / chunks
     # The chunk with the head may hold no layer; the others share the layers as evenly as whole layers allow.

@@ -74,7 +74,7 @@ def pipeline_bytes(arch: Architecture, layout: Layout) -> float:
     if layout.pipeline == 1:
         return 0.0
     split = layout.tensor if layout.sequence_parallel else 1
-    return layout.virtual_stages * arch.hidden_size * BF16 / split
+    return layout.chunks / layout.pipeline * arch.hidden_size * BF16 / split
 
 
 def data_bytes(held: StageParameters, layout: Layout, precision: str, micro_batches: int) -> float:
