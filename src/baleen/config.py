@@ -284,6 +284,7 @@ class TrainConfig(Strict):
     mtp_loss_weight: float = Field(0.3, ge=0.0)  # lambda, Eq. 25
     bias_update_speed: float = Field(0.001, ge=0.0)  # gamma, §2.1.2
     balance_loss_weight: float = Field(1e-4, ge=0.0)  # alpha, Eq. 17
+    document_mask: bool = False  # attend within a document only: V3 pretrains without, fine-tunes with (§4.1, §5.1)
     ema_decay: Fraction = 0.0  # 0: no moving average of the weights
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: Count = 0  # steps; 0: only at the end

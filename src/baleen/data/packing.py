@@ -77,6 +77,28 @@ class TokenisedDocument:
     loss_mask: Sequence[int] | None = None
 
 
+def whole_in_rows(documents: Iterable[TokenisedDocument], seq_len: int, pad_id: int) -> Iterator[TokenisedDocument]:
+    """Documents with padding between them, such that none is cut by the end of a row unless it is longer than one.
+
+    For fine-tuning, where a cut would part an answer from its question. The padding is a document of its own that is
+    not learnt; the last row is filled up, so `pack` drops nothing.
+    """
+    used = 0  # tokens so far, modulo seq_len: a row's last token is also the next row's first
+
+    def padding(count: int) -> TokenisedDocument:
+        return TokenisedDocument([pad_id] * count, [0] * count)
+
+    for document in documents:
+        assert document.loss_mask is not None, "padding has a loss mask, so the documents need one"
+        if used and used + len(document.tokens) > seq_len + 1:
+            yield padding(seq_len - used)
+            used = 0
+        yield document
+        used = (used + len(document.tokens)) % seq_len
+    if used != 1:
+        yield padding(seq_len - used + 1)
+
+
 def pack(token_lists: Iterable[Sequence[int] | TokenisedDocument], seq_len: int) -> PackedTokens:
     """Packs in memory. Raises UserError if the corpus is shorter than one row."""
     chunks = list(_chunks(token_lists))

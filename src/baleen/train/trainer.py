@@ -104,19 +104,28 @@ class Trainer:
         return result
 
     def _forward_backward(self, batch: Batch, mtp_loss_weight: float) -> StepResult:
-        """Accumulates gradients over micro-batches, each weighted by its share of the sequences."""
+        """Accumulates gradients over micro-batches, each weighted by its share of the learnt targets."""
         B = batch.tokens.shape[0]
         size = self.recipe.train.micro_batch_size or B
         total = StepResult(0.0, 0.0, 0.0, 0.0, 0.0, [])
+        documents = batch.document_ids if self.recipe.train.document_mask else None
         for start in range(0, B, size):
-            tokens = batch.tokens[start : start + size].to(self.model.device)
+            tokens, document_ids, loss_mask = (
+                None if rows is None else rows[start : start + size].to(self.model.device)
+                for rows in (batch.tokens, documents, batch.loss_mask)
+            )
+            assert tokens is not None
             share = tokens.shape[0] / B
+            if batch.loss_mask is not None and loss_mask is not None:
+                share = float(loss_mask[:, 1:].sum() / batch.loss_mask[:, 1:].sum().clamp(min=1))
             with computing_in(self.precision, self.model.device):
                 loss = training_loss(
                     self.model,
                     tokens,
                     mtp_loss_weight=mtp_loss_weight,
                     balance_loss_weight=self.recipe.train.balance_loss_weight,
+                    document_ids=document_ids,
+                    loss_mask=loss_mask,
                 )
             (loss.total * share).backward()
             total.loss += loss.main.item() * share
