@@ -254,6 +254,11 @@ class Tokenizer:
 
     # --- files
 
+    @property
+    def definition(self) -> str:
+        """The text of tokenizer.json."""
+        return self._backend.to_str()
+
     def save(self, directory: Path) -> None:
         """tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers' AutoTokenizer reads them."""
         directory.mkdir(parents=True, exist_ok=True)
