@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
+from baleen.model.fused import swiglu
 from baleen.model.grouped import collect_rows, grouped_linear, row_alignment, spread_rows
 
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -114,8 +115,7 @@ class Experts(nn.Module):
 
     def forward(self, x_Md: Tensor, counts: list[int] | Tensor) -> Tensor:
         """Rows sorted by expert -> the same rows, each through its expert."""
-        gate_MF, up_MF = grouped_linear(x_Md, self.gate_up_proj, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_MF) * up_MF, self.down_proj, counts)
+        return grouped_linear(swiglu(grouped_linear(x_Md, self.gate_up_proj, counts)), self.down_proj, counts)
 
 
 class Dispatcher(Protocol):

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baleen.model.fused import IGNORED, cross_entropy_
 from baleen.model.moe import sequence_balance_loss
 from baleen.model.transformer import Transformer
 
-IGNORED = -100  # a target that is not learnt
 ROWS_AT_ONCE = 1024
 
 
@@ -79,23 +78,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_Nd: Tensor, weight_Zd: Tensor, targets_N: Tensor) -> Tensor:
         learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        count = (targets_N != IGNORED).sum().clamp(min=1)
+        count = max(1, int((targets_N != IGNORED).sum()))
         loss = torch.zeros((), dtype=torch.promote_types(hidden_Nd.dtype, torch.float32), device=hidden_Nd.device)
         grad_hidden = torch.empty_like(hidden_Nd) if learns else None
         grad_weight = torch.zeros_like(weight_Zd) if learns else None
         for start in range(0, hidden_Nd.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = (hidden_Nd[rows] @ weight_Zd.t()).to(loss.dtype)
-            log_probs = F.log_softmax(logits, dim=-1)
-            loss += F.nll_loss(log_probs, targets_N[rows], ignore_index=IGNORED, reduction="sum")
-            if grad_hidden is None or grad_weight is None:
-                continue
-            grad = log_probs.exp_()
-            valid = targets_N[rows] != IGNORED
-            grad[torch.arange(grad.shape[0], device=grad.device), targets_N[rows].clamp(min=0)] -= 1.0
-            grad = (grad * (valid[:, None].to(grad.dtype) / count)).to(weight_Zd.dtype)
-            torch.mm(grad, weight_Zd, out=grad_hidden[rows])
-            grad_weight.addmm_(grad.t(), hidden_Nd[rows])
+            logits = hidden_Nd[rows] @ weight_Zd.t()
+            loss += cross_entropy_(logits, targets_N[rows], 1.0 / count, learns)
+            if grad_hidden is not None and grad_weight is not None:
+                torch.mm(logits, weight_Zd, out=grad_hidden[rows])  # they have become their gradient
+                grad_weight.addmm_(logits.t(), hidden_Nd[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss / count
 

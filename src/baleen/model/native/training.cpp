@@ -1,0 +1,201 @@
+// The memory-bound parts of a training step, each in one pass over its rows where PyTorch's operators take many.
+//
+// Shapes: N rows, d their width, Z = vocab_size. Rows are contiguous inside and `stride` elements apart.
+// Every one of `threads` takes one contiguous block of rows, so that sums are added in the same order in every run.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline void narrow(float x, float &out) { out = x; }
+inline void narrow(float x, bf16 &out) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    out.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// exp(x) to 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. A library call would not vectorise.
+inline float fast_exp(float x) {
+    x = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
+    float n = std::nearbyint(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665795e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 5.0000001e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+struct Rows {
+    int64_t first, last;
+};
+
+inline Rows share(int64_t N) {
+    int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
+    return {N * id / team, N * (id + 1) / team};
+}
+
+template <class X, class Y>
+void rms_norm(int threads, const X *x, int64_t stride, const float *w, Y *y, float *scale, int64_t N, int64_t d, float eps) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        for (int64_t n = rows.first; n < rows.last; n++) {
+            const X *xn = x + n * stride;
+            Y *yn = y + n * d;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < d; i++) sum += widen(xn[i]) * widen(xn[i]);
+            float s = scale[n] = 1.0f / std::sqrt(sum / float(d) + eps);
+#pragma omp simd
+            for (int64_t i = 0; i < d; i++) narrow(widen(xn[i]) * s * w[i], yn[i]);
+        }
+    }
+}
+
+// parts: [threads, d], zeros: the threads' shares of the weight's gradient, added up by the caller.
+template <class X, class Y>
+void rms_norm_backward(int threads, const Y *dy, const X *x, int64_t stride, const float *w, const float *scale, X *dx, float *parts,
+                       int64_t N, int64_t d) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        float *dw = parts + omp_get_thread_num() * d;
+        for (int64_t n = rows.first; n < rows.last; n++) {
+            const X *xn = x + n * stride;
+            const Y *gn = dy + n * d;
+            X *on = dx + n * d;
+            float s = scale[n], dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t i = 0; i < d; i++) {
+                float gx = widen(gn[i]) * widen(xn[i]);
+                dw[i] += gx * s;
+                dot += gx * w[i];
+            }
+            float c = dot * s * s * s / float(d);
+#pragma omp simd
+            for (int64_t i = 0; i < d; i++) narrow(widen(gn[i]) * w[i] * s - widen(xn[i]) * c, on[i]);
+        }
+    }
+}
+
+template <class T>
+void swiglu(int threads, const T *gate, const T *up, int64_t stride, T *out, int64_t N, int64_t d) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        for (int64_t n = rows.first; n < rows.last; n++) {
+            const T *g = gate + n * stride, *u = up + n * stride;
+            T *o = out + n * d;
+#pragma omp simd
+            for (int64_t i = 0; i < d; i++) {
+                float v = widen(g[i]);
+                narrow(v / (1.0f + fast_exp(-v)) * widen(u[i]), o[i]);
+            }
+        }
+    }
+}
+
+template <class T>
+void swiglu_backward(int threads, const T *dout, const T *gate, const T *up, int64_t stride, T *dgate, T *dup, int64_t dstride,
+                     int64_t N, int64_t d) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        for (int64_t n = rows.first; n < rows.last; n++) {
+            const T *o = dout + n * d, *g = gate + n * stride, *u = up + n * stride;
+            T *dg = dgate + n * dstride, *du = dup + n * dstride;
+#pragma omp simd
+            for (int64_t i = 0; i < d; i++) {
+                float v = widen(g[i]), grad = widen(o[i]), s = 1.0f / (1.0f + fast_exp(-v));
+                narrow(grad * widen(u[i]) * s * (1.0f + v * (1.0f - s)), dg[i]);
+                narrow(grad * v * s, du[i]);
+            }
+        }
+    }
+}
+
+// loss[n] = log sum exp(logits[n]) - logits[n, target]; then, if `learns`, logits become weight * their own gradient.
+// A row whose target is negative counts for nothing. room: [threads, Z].
+template <class T>
+void cross_entropy(int threads, T *logits, const int64_t *targets, float weight, float *loss, float *room, int learns, int64_t N,
+                   int64_t Z) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        float *e = room + omp_get_thread_num() * Z;
+        for (int64_t n = rows.first; n < rows.last; n++) {
+            T *z = logits + n * Z;
+            int64_t target = targets[n];
+            if (target < 0) {
+                loss[n] = 0;
+                if (learns) std::memset(z, 0, Z * sizeof(T));
+                continue;
+            }
+            float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < Z; i++) top = widen(z[i]) > top ? widen(z[i]) : top;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < Z; i++) sum += e[i] = fast_exp(widen(z[i]) - top);
+            loss[n] = std::log(sum) + top - widen(z[target]);
+            if (!learns) continue;
+            float factor = weight / sum;
+            e[target] -= sum;
+#pragma omp simd
+            for (int64_t i = 0; i < Z; i++) narrow(e[i] * factor, z[i]);
+        }
+    }
+}
+
+}  // namespace
+
+#define RMS_NORM(NAME, X, Y)                                                                                          \
+    void rms_norm_##NAME(int threads, const X *x, int64_t stride, const float *w, Y *y, float *scale, int64_t N, int64_t d,        \
+                         float eps) {                                                                                 \
+        rms_norm(threads, x, stride, w, y, scale, N, d, eps);                                                                  \
+    }                                                                                                                 \
+    void rms_norm_backward_##NAME(int threads, const Y *dy, const X *x, int64_t stride, const float *w, const float *scale, X *dx, \
+                                  float *parts, int64_t N, int64_t d) {                                               \
+        rms_norm_backward(threads, dy, x, stride, w, scale, dx, parts, N, d);                                                  \
+    }
+
+#define ELEMENTWISE(NAME, T)                                                                                          \
+    void swiglu_##NAME(int threads, const T *gate, const T *up, int64_t stride, T *out, int64_t N, int64_t d) {                    \
+        swiglu(threads, gate, up, stride, out, N, d);                                                                          \
+    }                                                                                                                 \
+    void swiglu_backward_##NAME(int threads, const T *dout, const T *gate, const T *up, int64_t stride, T *dgate, T *dup,          \
+                                int64_t dstride, int64_t N, int64_t d) {                                              \
+        swiglu_backward(threads, dout, gate, up, stride, dgate, dup, dstride, N, d);                                           \
+    }                                                                                                                 \
+    void cross_entropy_##NAME(int threads, T *logits, const int64_t *targets, float weight, float *loss, float *room, int learns,  \
+                              int64_t N, int64_t Z) {                                                                 \
+        cross_entropy(threads, logits, targets, weight, loss, room, learns, N, Z);                                             \
+    }
+
+extern "C" {
+RMS_NORM(float_float, float, float)
+RMS_NORM(float_bfloat16, float, bf16)
+RMS_NORM(bfloat16_bfloat16, bf16, bf16)
+ELEMENTWISE(float, float)
+ELEMENTWISE(bfloat16, bf16)
+}

@@ -1,0 +1,121 @@
+"""The native kernels of a training step against their PyTorch twins, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baleen.model.fused import (
+    IGNORED,
+    SOURCE,
+    cross_entropy_,
+    cross_entropy_twin_,
+    rms_norm,
+    rms_norm_twin,
+    swiglu,
+    swiglu_twin,
+)
+from baleen.model.native.library import load_library
+
+FP32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
+
+needs_native = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler here")
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    assert ours.dtype is theirs.dtype and ours.shape == theirs.shape
+    difference = (ours.double() - theirs.double()).abs().max()
+    return bool(difference <= TOLERANCE[dtype] * theirs.double().abs().max())
+
+
+def gradients(function, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    seed = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=seed).to(out.dtype))
+    grads = [leaf.grad for leaf in leaves]
+    assert all(grad is not None for grad in grads)
+    return out.detach(), grads  # type: ignore[return-value]
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "to"), [(FP32, FP32), (FP32, BF16), (BF16, BF16)])
+@pytest.mark.parametrize("shape", [(7, 33), (3, 5, 128), (1, 16)])
+def test_rms_norm(dtype: torch.dtype, to: torch.dtype, shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]) + 0.5
+    ours, our_grads = gradients(lambda x, w: rms_norm(x, w, 1e-6, to), [x, weight])
+    theirs, their_grads = gradients(lambda x, w: rms_norm_twin(x.float(), w, 1e-6, to), [x, weight])
+    assert close(ours, theirs, to)
+    assert all(close(a, b, to) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@needs_native
+def test_rms_norm_of_a_slice():
+    torch.manual_seed(0)
+    whole, weight = torch.randn(4, 6, 40), torch.rand(24)
+    ours, our_grads = gradients(lambda x, w: rms_norm(x[..., :24], w, 1e-6, FP32), [whole, weight])
+    theirs, their_grads = gradients(lambda x, w: rms_norm_twin(x[..., :24], w, 1e-6, FP32), [whole, weight])
+    assert close(ours, theirs, FP32)
+    assert all(close(a, b, FP32) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("joined", [True, False])
+def test_swiglu(dtype: torch.dtype, joined: bool):
+    torch.manual_seed(0)
+    parts = [(4 * torch.randn(3, 11, 40)).to(dtype)] if joined else [torch.randn(9, 17).to(dtype) for _ in range(2)]
+    parts[0].view(-1)[:2] = torch.tensor([200.0, -200.0])  # where exp overflows or vanishes
+    ours, our_grads = gradients(swiglu, parts)
+    theirs, their_grads = gradients(swiglu_twin, [part.float() for part in parts])
+    assert close(ours, theirs.to(dtype), dtype)
+    assert all(close(a, b.to(dtype), dtype) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_cross_entropy(dtype: torch.dtype):
+    torch.manual_seed(0)
+    logits, targets = (5 * torch.randn(21, 131)).to(dtype), torch.randint(131, (21,))
+    targets[[3, 20]] = IGNORED
+    ours, theirs = logits.clone(), logits.float()
+    loss = cross_entropy_(ours, targets, 0.25, True)
+    assert torch.isclose(loss, cross_entropy_twin_(theirs, targets, 0.25, True), rtol=1e-6)
+    assert close(ours, theirs.to(dtype), dtype)
+    assert not ours[3].any()
+    unread = logits.clone()
+    cross_entropy_(unread, targets, 0.25, False)
+    assert torch.equal(unread, logits)
+
+
+def test_the_twin_is_the_gradient():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(5, 9, dtype=torch.float64, requires_grad=True), torch.tensor([1, 2, IGNORED, 0, 8])
+    F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").backward()
+    overwritten = logits.detach().clone()
+    cross_entropy_twin_(overwritten, targets, 1.0, True)
+    assert logits.grad is not None and torch.allclose(overwritten, logits.grad, atol=1e-12)
+
+
+@needs_native
+def test_the_native_kernels_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch):
+    import baleen.model.fused as fused
+
+    called = []
+    monkeypatch.setattr(fused, "_call", lambda name, *_: called.append(name))
+    x = torch.ones(2, 4)
+    rms_norm(x, torch.ones(4), 1e-6, FP32)
+    swiglu(x, x)
+    cross_entropy_(x, torch.zeros(2, dtype=torch.long), 1.0, True)
+    rms_norm(x.double(), torch.ones(4), 1e-6, torch.float64)  # the twin's
+    assert called == ["rms_norm", "swiglu", "cross_entropy"]
+
+
+@needs_native
+def test_equal_runs_are_equal_bit_for_bit():
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 64), torch.rand(64)
+    runs = [gradients(lambda x, w: rms_norm(x, w, 1e-6, FP32), [x, weight])[1] for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
