@@ -317,13 +317,31 @@ class ScheduleConfig(Strict):
 class CostConfig(Strict):
     """What the ledger writes beside the hours. usd_per_device_hour 0: the rate of the hardware table."""
 
+class ParallelConfig(Strict):
+    """How a run is spread over the processes that torchrun starts. It may change when a run is resumed.
+
+    Data parallelism is what pipeline leaves: world / pipeline ranks with sequences of their own. Experts are spread
+    over `expert` of them. `zero` 0 keeps whole replicas, 1 shards optimizer state, 2 gradients too, 3 weights too,
+    over `shard` data-parallel ranks (0: all of them; less: HSDP).
+    """
+
+    world: Count = 0  # processes this recipe is made for; 0: any number
+    pipeline: Positive = 1
+    expert: Positive = 1
+    shard: Count = 0
+    zero: Literal[0, 1, 2, 3] = 1
+    schedule: Literal["1f1b", "zbv", "dualpipev"] = "dualpipev"
+    dispatch: Literal["wide", "fp8"] = "wide"  # what tokens travel in: as computed, or E4M3 and back in BF16 (V3 §3.3)
+    timeout_seconds: Positive = 600  # after which a silent rank is taken for hanging
+
+
     project: str = "default"
     purpose: Literal["research", "ablation", "failed", "final"] = "research"
     usd_per_device_hour: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class Recipe(Strict):
-    """A whole run: [model], [data], [train], [schedule], [cost]."""
+    """A whole run: [model], [data], [train], [schedule], [parallel], [cost]."""
 
     name: str = "recipe"
     model: ModelConfig
@@ -333,6 +351,7 @@ class Recipe(Strict):
     cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")
+    parallel: ParallelConfig = ParallelConfig()
     def _fits(self) -> Recipe:
         if self.train.seq_len > self.model.max_position_embeddings:
             raise ValueError(
