@@ -125,12 +125,17 @@ class Dispatcher(Protocol):
 
 
 def dispatch_locally(x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Sort the N * K (token, expert) pairs by expert, run the experts, add the results up by gate value. Drops none.
+    """Every expert is here. Drops no token."""
+    return weigh(apply_experts(x_Nd, routing.indices_NK, routing.load(), experts), routing)
 
-    Each expert's rows may be followed by a few that count for nothing, where its matmul wants rounded sizes.
+
+def apply_experts(x_Nd: Tensor, expert_NK: Tensor, load_E: Tensor, experts: Experts) -> Tensor:
+    """Each token through each of its K experts, [N, K, d]: the N * K pairs are sorted by expert and run in groups.
+
+    load_E: pairs of each expert. An expert's rows may be followed by a few that count for nothing, where its matmul
+    wants rounded sizes.
     """
-    N, K = routing.indices_NK.shape
-    expert_NK, load_E, align = routing.indices_NK, routing.load(), row_alignment(x_Nd)
+    (N, K), align = expert_NK.shape, row_alignment(x_Nd)
     padded_E = (load_E + align - 1) // align * align
     order = expert_NK.flatten().argsort(stable=True)
     shift_E = (padded_E - load_E).cumsum(0) - (padded_E - load_E)  # padding before each expert's rows
@@ -140,7 +145,11 @@ def dispatch_locally(x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor
     rows = int(padded_E.sum()) if align > 1 else N * K
     source = order.new_zeros(rows).index_copy_(0, slots, torch.arange(N * K, device=order.device) // K)
     y_Md = experts(spread_rows(x_Nd, source, slots.view(N, K)), padded_E.tolist() if on_cpu else padded_E)
-    y_NKd = collect_rows(y_Md, slots.view(N, K))
+    return collect_rows(y_Md, slots.view(N, K))
+
+
+def weigh(y_NKd: Tensor, routing: Routing) -> Tensor:
+    """The K results of each token added up by gate value: [N, K, d] -> [N, d]."""
     return (routing.weights_NK.to(y_NKd.dtype)[:, None] @ y_NKd).squeeze(1)
 
 

@@ -1,0 +1,97 @@
+"""Where each rank stands: pipeline x replicate x share x expert, the last axis running fastest.
+
+Neighbours in rank order share a node, so what talks most (the experts' all-to-all) lies innermost and what talks least
+(the pipeline) outermost, as in V3 (arXiv 2412.19437 §3.2): PP16, and within a stage EP64 over 8 nodes.
+
+    data = replicate * share * expert   ranks of one stage, each with sequences of its own
+    shard = share * expert              ranks over which FSDP spreads what it shards; `replicate` groups of them (HSDP)
+    replicas = replicate * share        ranks that hold the same routed experts
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from baleen.config import ModelConfig, ParallelConfig, UserError
+
+STAGES_PER_RANK = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
+
+
+class Grid(NamedTuple):
+    """Ranks along each axis."""
+
+    pipeline: int
+    replicate: int
+    share: int
+    expert: int
+
+    @property
+    def world(self) -> int:
+        return self.pipeline * self.data
+
+    @property
+    def data(self) -> int:
+        return self.replicate * self.share * self.expert
+
+    @property
+    def replicas(self) -> int:
+        return self.replicate * self.share
+
+
+def make_grid(parallel: ParallelConfig, model: ModelConfig, world: int) -> Grid:
+    """The grid of `world` ranks. Raises UserError, naming the nearest that works, where something does not divide."""
+    if parallel.world and parallel.world != world:
+        raise UserError(
+            f"the recipe is made for {parallel.world} processes and {world} were started: start {parallel.world}, or "
+            f"set parallel.world={world} and the degrees with it"
+        )
+    data = _divide(world, parallel.pipeline, "processes", "parallel.pipeline")
+    shard = parallel.shard or data
+    replicate = _divide(data, shard, "data-parallel ranks", "parallel.shard")
+    share = _divide(shard, parallel.expert, "ranks that share one copy of the weights", "parallel.expert")
+    _divide(model.n_routed_experts, parallel.expert, "routed experts", "parallel.expert")
+    return Grid(parallel.pipeline, replicate, share, parallel.expert)
+
+
+def _divide(number: int, by: int, what: str, key: str) -> int:
+    if number % by:
+        near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - by))
+        raise UserError(f"{number} {what} do not divide by {key} = {by}: the nearest that does is {near}")
+    return number // by
+
+
+class Mesh:
+    """The grid as process groups. Made by all ranks together."""
+
+    def __init__(self, grid: Grid, device_type: str):
+        self.grid = grid
+        axes = ("pipeline", "replicate", "share", "expert")
+        self._all: DeviceMesh = init_device_mesh(device_type, tuple(grid), mesh_dim_names=axes)
+        self.data: DeviceMesh = self._all[axes[1:]]._flatten("data")
+        self.shard: DeviceMesh = self._all["share", "expert"]._flatten("shard")
+        self.replicas: DeviceMesh = self._all["replicate", "share"]._flatten("replicas")
+        self.hybrid: DeviceMesh = _pair(self._all, self.shard) if grid.replicate > 1 else self.shard
+        self.hybrid_replicas: DeviceMesh = self._all["replicate", "share"] if grid.replicate > 1 else self._all["share"]
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self._all.get_local_rank("pipeline")
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.get_local_rank()
+
+    @property
+    def expert_rank(self) -> int:
+        return self._all.get_local_rank("expert")
+
+    @property
+    def pipeline_group(self) -> ProcessGroup:
+        return self._all.get_group("pipeline")
+
+    @property
+    def expert_group(self) -> ProcessGroup:
+        return self._all.get_group("expert")
