@@ -129,9 +129,11 @@ def import_(
 @app.command()
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Argument(help="A new directory.")],
-    to: Annotated[str, typer.Option(help="hf: for transformers, vLLM and SGLang.")] = "hf",
-    dtype: DtypeOption = None,
+    out: Annotated[Path, typer.Argument(help="A new directory, or a new file OUT.gguf.")],
+    to: Annotated[str, typer.Option(help="hf: for transformers, vLLM and SGLang; gguf: for llama.cpp.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="hf: fp32, bf16, fp16, fp8 or fp8-ue8m0; gguf: f32, f16, bf16 or q8_0.")
+    ] = None,
 ) -> None:
     """Hand a model on to other engines."""
     from baleen.interop.convert import export_checkpoint

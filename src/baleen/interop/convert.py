@@ -9,6 +9,7 @@ import torch
 
 from baleen.config import UserError, read_json
 from baleen.interop.checkpoint import Checkpoint
+from baleen.interop.gguf_export import export_gguf
 from baleen.interop.huggingface import ScaleFormat, copy_companions, write_weights
 from baleen.interop.load import model_path
 from baleen.interop.shards import Spec, new_directory, replaced_when_complete
@@ -43,10 +44,13 @@ def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None 
 
 
 def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Path:
-    """A run's model -> a directory for transformers, vLLM or SGLang (`hf`); returns `out`.
+    """A run's model -> a directory for transformers, vLLM and SGLang (`hf`) or a file for llama.cpp (`gguf`).
 
-    Raises UserError, and writes nothing, for an unknown target, if `out` is not empty, and as `import_checkpoint` does.
+    Returns `out`. Raises UserError, and writes nothing, for an unknown target, if `out` is not empty, and as
+    `import_checkpoint` and `export_gguf` do.
     """
     if to == "hf":
         return import_checkpoint(model_path(run), out, dtype=dtype)
-    raise UserError(f"--to {to} is unknown: take hf")
+    if to == "gguf":
+        return export_gguf(model_path(run), Path(out), dtype=dtype or "f32")
+    raise UserError(f"--to {to} is unknown: take hf or gguf")

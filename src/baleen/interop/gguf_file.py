@@ -22,6 +22,15 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
+def gguf_library() -> Any:
+    """The package gguf. Raises UserError if it is missing."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the package gguf: pip install 'baleen-lm[gguf]'") from None
+    return gguf
+
+
 class Damaged(Exception):
     """The bytes do not make a GGUF file."""
 
@@ -41,11 +50,7 @@ class GGUFFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            import gguf
-        except ImportError:
-            raise UserError("GGUF files need the package gguf: pip install 'baleen-lm[gguf]'") from None
-        self._gguf = gguf
+        self._gguf = gguf_library()
         try:
             with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 reader = _Reader(data)
