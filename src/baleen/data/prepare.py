@@ -25,7 +25,7 @@ from baleen.data.fim import cut_for_fim, fim_tokens
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
 from baleen.data.tokenizer import Tokenizer, train_tokenizer
 
-FORMAT_VERSION = 1  # raise it when the same settings would give other tokens
+FORMAT_VERSION = 2  # raise it when the same settings would give other tokens
 BATCH_DOCUMENTS = 512  # tokenised at once, on all cores
 # A book is one file: uncut it would be wholly in training or wholly held out. About eight rows of English a section.
 SECTION_CHARS_PER_TOKEN = 32
