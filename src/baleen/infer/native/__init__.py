@@ -1,0 +1,1 @@
+"""A whole decode step in one call of C++, for CPUs; PyTorch computes the same where nothing compiles."""

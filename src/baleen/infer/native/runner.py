@@ -1,0 +1,71 @@
+"""The forward of step.cpp behind the engine's `Runner`.
+
+Shapes: N tokens of a batch, M of them, d hidden, K experts of a token, Z = vocab_size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from baleen.infer.native.library import Library, Step
+from baleen.infer.native.weights import PANEL, Format, PackedModel
+from baleen.infer.runner import Result
+from baleen.model.cache import Batch, LatentPages
+from baleen.model.transformer import Transformer
+
+
+class NativeRunner:
+    """Reads and writes `pages`, float32 on the CPU; weights in `format`, packed here once."""
+
+    def __init__(self, library: Library, model: Transformer, pages: LatentPages, format: Format = "fp32"):
+        assert pages.latents.dtype == torch.float32 and pages.latents.is_contiguous() and not pages.latents.is_cuda
+        self.pages, self.config = pages, model.config
+        self._moe_layers = sum(model.config.is_moe_layer(i) for i in range(model.config.num_hidden_layers))
+        self._packed = PackedModel(library, model, format, model.config.max_position_embeddings)
+        self._library = library
+        self._forward = library.open(self._packed.struct)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_forward"):
+            self._library.close(self._forward)
+
+    def forward(self, batch: Batch) -> Result:
+        """The trunk."""
+        routes = torch.empty(self._moe_layers, len(batch.tokens), self.config.num_experts_per_tok, dtype=torch.long)
+        return Result(self._run(batch, -1, None, routes), list(routes))
+
+    def draft(self, depth: int, hidden_Nd: Tensor, batch: Batch) -> Tensor:
+        """MTP layer `depth` + 1."""
+        return self._run(batch, depth, hidden_Nd.contiguous(), None)
+
+    def logits(self, hidden_Md: Tensor) -> Tensor:
+        """[M, Z]."""
+        hidden_Md = hidden_Md.contiguous()
+        vocab = self.config.vocab_size
+        logits = torch.empty(len(hidden_Md), vocab + -vocab % PANEL)
+        step = Step(outputs=len(hidden_Md), threads=torch.get_num_threads(),
+                    hidden_in=hidden_Md.data_ptr(), logits=logits.data_ptr())  # fmt: skip
+        self._library.step(self._forward, ctypes.byref(step))
+        return logits[:, :vocab]
+
+    def _run(self, batch: Batch, depth: int, hidden_in: Tensor | None, routes: Tensor | None) -> Tensor:
+        hidden_Nd = torch.empty(len(batch.tokens), self.config.hidden_size)
+        ids, starts, counts = array("q", batch.tokens), array("q", batch.starts), array("q", batch.counts)
+        tables = array("q", [page for table in batch.tables for page in table])
+        table_at = array("q", accumulate(map(len, batch.tables), initial=0))
+        latents = self.pages.latents
+        step = Step(
+            tokens=len(ids), sequences=len(starts), threads=torch.get_num_threads(), mtp_depth=depth,
+            page_size=self.pages.page_size, ids=ids.buffer_info()[0], starts=starts.buffer_info()[0],
+            counts=counts.buffer_info()[0], tables=tables.buffer_info()[0], table_at=table_at.buffer_info()[0],
+            layer_step=latents[0].numel(), pages=latents.data_ptr(), hidden=hidden_Nd.data_ptr(),
+            hidden_in=None if hidden_in is None else hidden_in.data_ptr(),
+            routes=None if routes is None else routes.data_ptr(),
+        )  # fmt: skip
+        self._library.step(self._forward, ctypes.byref(step))
+        return hidden_Nd
