@@ -7,7 +7,6 @@ from torch import Tensor
 
 from baleen.model.fused import (
     IGNORED,
-    SOURCE,
     cross_entropy_,
     cross_entropy_twin_,
     rms_norm,
@@ -15,7 +14,9 @@ from baleen.model.fused import (
     swiglu,
     swiglu_twin,
 )
+from baleen.model.grouped import combine_rows, sum_rows_twin
 from baleen.model.native.library import load_library
+from baleen.model.native.training import SOURCE
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
@@ -104,7 +105,7 @@ def test_the_native_kernels_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatc
     import baleen.model.fused as fused
 
     called = []
-    monkeypatch.setattr(fused, "_call", lambda name, *_: called.append(name))
+    monkeypatch.setattr(fused, "call", lambda name, *_: called.append(name))
     x = torch.ones(2, 4)
     rms_norm(x, torch.ones(4), 1e-6, FP32)
     swiglu(x, x)
@@ -119,3 +120,23 @@ def test_equal_runs_are_equal_bit_for_bit():
     x, weight = torch.randn(100, 64), torch.rand(64)
     runs = [gradients(lambda x, w: rms_norm(x, w, 1e-6, FP32), [x, weight])[1] for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("d", [24, 300])
+def test_combine_rows(dtype: torch.dtype, d: int):
+    torch.manual_seed(0)
+    y, weights = torch.randn(29, d).to(dtype), torch.rand(8, 3)
+    slots = torch.randperm(29)[:24].view(8, 3)  # five rows stand nowhere
+    ours, our_grads = gradients(lambda y, w: combine_rows(y, slots, w), [y, weights])
+    theirs, their_grads = gradients(lambda y, w: sum_rows_twin(y, slots, w), [y.float(), weights])
+    assert close(ours, theirs.to(dtype), dtype)
+    assert close(our_grads[0], their_grads[0].to(dtype), dtype) and close(our_grads[1], their_grads[1], dtype)
+
+
+def test_combine_rows_passes_gradcheck():
+    y, weights = torch.randn(9, 4, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
+    slots = torch.tensor([[8, 0], [3, 5], [1, 2]])
+    inputs = (y.requires_grad_(), weights.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y, w: combine_rows(y, slots, w), inputs)

@@ -7,34 +7,20 @@ Shapes: N rows, d their width, Z = vocab_size.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from baleen.model.native.library import load_library
+from baleen.model.native.training import call, serves
 
-SOURCE = Path(__file__).parent / "native" / "training.cpp"
 IGNORED = -100  # a target that is not learnt
 _NORMS = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)}
-_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_ARGUMENTS = {
-    "rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F],
-    "rms_norm_backward": [_P, _P, _I, _P, _P, _P, _P, _I, _I],
-    "swiglu": [_P, _P, _I, _P, _I, _I],
-    "swiglu_backward": [_P, _P, _P, _I, _P, _P, _I, _I, _I],
-    "cross_entropy": [_P, _P, _F, _P, _P, _I, _I, _I],
-}
 
 
 def rms_norm(x: Tensor, weight_d: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in fp32 at least and returned in `dtype`; any shape."""
-    if not (_serves(x) and weight_d.dtype is torch.float32 and (x.dtype, dtype) in _NORMS):
+    if not (serves(x) and weight_d.dtype is torch.float32 and (x.dtype, dtype) in _NORMS):
         return rms_norm_twin(x, weight_d, eps, dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight_d.requires_grad):
         return _RMSNorm.apply(x, weight_d, eps, dtype)  # type: ignore[return-value]
@@ -48,7 +34,7 @@ def rms_norm_twin(x: Tensor, weight_d: Tensor, eps: float, dtype: torch.dtype) -
 def swiglu(*gate_up: Tensor) -> Tensor:
     """silu(gate) * up: of gate [..., d] and up [..., d], or of both side by side as one tensor [..., 2d]."""
     first = gate_up[0]
-    if not (_serves(first) and all(part.dtype is first.dtype for part in gate_up)):
+    if not (serves(first) and all(part.dtype is first.dtype for part in gate_up)):
         return swiglu_twin(*gate_up)
     return _SwiGLU.apply(*gate_up)  # type: ignore[return-value]
 
@@ -63,12 +49,12 @@ def cross_entropy_(logits_NZ: Tensor, targets_N: Tensor, weight: float, learns: 
 
     Where it learns, the logits are overwritten by `weight` times their gradient.
     """
-    if not _serves(logits_NZ):
+    if not serves(logits_NZ):
         return cross_entropy_twin_(logits_NZ, targets_N, weight, learns)
     N, Z = logits_NZ.shape
     loss_N = torch.empty(N)
     room = torch.empty(torch.get_num_threads(), Z)
-    _call("cross_entropy", (logits_NZ.dtype,), logits_NZ, targets_N.contiguous(), weight, loss_N, room, learns, N, Z)
+    call("cross_entropy", (logits_NZ.dtype,), logits_NZ, targets_N.contiguous(), weight, loss_N, room, learns, N, Z)
     return loss_N.sum()
 
 
@@ -83,28 +69,6 @@ def cross_entropy_twin_(logits_NZ: Tensor, targets_N: Tensor, weight: float, lea
     return loss
 
 
-def _serves(x: Tensor) -> bool:
-    """Native kernels read plain fp32 or bf16 tensors of the CPU: no fake ones, no tracer's."""
-    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in _NAMES
-    return plain and x.numel() > 0 and not torch.compiler.is_compiling() and load_library(SOURCE) is not None
-
-
-def _call(name: str, dtypes: tuple[torch.dtype, ...], *arguments: Tensor | int | float) -> None:
-    """Run a kernel: tensors pass as pointers, int as int64_t, float as float."""
-    kernel = _kernel(name, dtypes)
-    kernel(torch.get_num_threads(), *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
-
-
-@functools.cache
-def _kernel(name: str, dtypes: tuple[torch.dtype, ...]):
-    library = load_library(SOURCE)
-    assert library is not None, "asked for without _serves"
-    function = getattr(library, "_".join((name, *(_NAMES[dtype] for dtype in dtypes))))
-    function.restype = None
-    function.argtypes = [ctypes.c_int, *_ARGUMENTS[name]]
-    return function
-
-
 def _rows(x: Tensor) -> Tensor:
     """[..., d] as [N, d] with contiguous rows; a view where it can be."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
@@ -115,7 +79,7 @@ def _normed(x: Tensor, weight_d: Tensor, eps: float, dtype: torch.dtype) -> tupl
     rows = _rows(x)
     N, d = rows.shape
     y, scale_N = torch.empty(x.shape, dtype=dtype), torch.empty(N)
-    _call("rms_norm", (x.dtype, dtype), rows, rows.stride(0), weight_d, y, scale_N, N, d, eps)
+    call("rms_norm", (x.dtype, dtype), rows, rows.stride(0), weight_d, y, scale_N, N, d, eps)
     return y, scale_N
 
 
@@ -134,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
         N, d = rows.shape
         grad_x, parts = torch.empty(x.shape, dtype=x.dtype), torch.zeros(torch.get_num_threads(), d)
         stride = rows.stride(0)
-        _call("rms_norm_backward", (x.dtype, grad.dtype), grad, rows, stride, weight_d, scale_N, grad_x, parts, N, d)
+        call("rms_norm_backward", (x.dtype, grad.dtype), grad, rows, stride, weight_d, scale_N, grad_x, parts, N, d)
         return grad_x, parts.sum(0), None, None
 
 
@@ -145,7 +109,7 @@ class _SwiGLU(torch.autograd.Function):
         (gates, ups), stride = _gate_and_up(gate_up)
         N, d = gates.shape
         out = torch.empty((*gate_up[0].shape[:-1], d), dtype=gates.dtype)
-        _call("swiglu", (gates.dtype,), gates, ups, stride, out, N, d)
+        call("swiglu", (gates.dtype,), gates, ups, stride, out, N, d)
         return out
 
     @staticmethod
@@ -156,7 +120,7 @@ class _SwiGLU(torch.autograd.Function):
         grads = tuple(torch.empty(part.shape, dtype=part.dtype) for part in gate_up)
         (grad_gates, grad_ups), grad_stride = _gate_and_up(grads)
         N, d = gates.shape
-        _call("swiglu_backward", (gates.dtype,), grad, gates, ups, stride, grad_gates, grad_ups, grad_stride, N, d)
+        call("swiglu_backward", (gates.dtype,), grad, gates, ups, stride, grad_gates, grad_ups, grad_stride, N, d)
         return grads
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baleen.model.native.training import call, serves
+
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor) -> Tensor:
     """Rows of group e times weight[e]ᵀ: [M, I] x [E, O, I] -> [M, O].
@@ -80,22 +82,53 @@ class _SpreadRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_Md: Tensor):  # type: ignore[override]
         (slots_NK,) = ctx.saved_tensors
-        return grad_Md.index_select(0, slots_NK.flatten()).view(*slots_NK.shape, -1).sum(1), None, None
+        return sum_rows(grad_Md.contiguous(), slots_NK, None), None, None
 
 
-class _CollectRows(torch.autograd.Function):
+class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_Md: Tensor, slots_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(slots_NK)
-        ctx.rows = y_Md.shape[0]
-        return y_Md.index_select(0, slots_NK.flatten()).view(*slots_NK.shape, -1)
+    def forward(ctx, y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_Md, slots_NK, weights_NK)
+        return sum_rows(y_Md, slots_NK, weights_NK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NKd: Tensor):  # type: ignore[override]
-        (slots_NK,) = ctx.saved_tensors
-        grad_Md = grad_NKd.new_zeros(ctx.rows, grad_NKd.shape[-1])
-        return grad_Md.index_copy_(0, slots_NK.flatten(), grad_NKd.flatten(0, 1)), None
+    def backward(ctx, grad_Nd: Tensor):  # type: ignore[override]
+        y_Md, slots_NK, weights_NK = ctx.saved_tensors
+        grad_Md = torch.zeros_like(y_Md)
+        if serves(y_Md) and weights_NK.dtype is torch.float32:
+            grad_weights, (N, K), d = torch.empty_like(weights_NK), slots_NK.shape, y_Md.shape[1]
+            operands = (grad_Nd.contiguous(), y_Md, slots_NK, weights_NK)
+            call("sum_rows_backward", (y_Md.dtype,), *operands, grad_Md, grad_weights, N, K, d)
+        else:
+            slots = slots_NK.flatten()
+            grad_NKd = weights_NK[..., None].to(grad_Nd.dtype) * grad_Nd[:, None]
+            grad_Md.index_copy_(0, slots, grad_NKd.flatten(0, 1).to(y_Md.dtype))
+            grad_weights = (y_Md[slots].view(*slots_NK.shape, -1) * grad_Nd[:, None]).sum(-1).to(weights_NK.dtype)
+        return grad_Md, None, grad_weights
+
+
+def combine_rows(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Row n is the sum over k of weights[n, k] * y[slots[n, k]]: [M, d] -> [N, d]; no place is taken twice."""
+    out: Tensor = _CombineRows.apply(y_Md, slots_NK, weights_NK)  # type: ignore[assignment]
+    return out
+
+
+def sum_rows(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    """The forward of `combine_rows`; without weights a plain sum. The terms are added up in fp32 at least."""
+    (N, K), d = slots_NK.shape, y_Md.shape[1]
+    if serves(y_Md) and (weights_NK is None or weights_NK.dtype is torch.float32):
+        out_Nd = y_Md.new_empty(N, d)
+        call("sum_rows", (y_Md.dtype,), y_Md, slots_NK, weights_NK, out_Nd, N, K, d)
+        return out_Nd
+    return sum_rows_twin(y_Md, slots_NK, weights_NK)
+
+
+def sum_rows_twin(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    y_NKd = y_Md[slots_NK.flatten()].view(*slots_NK.shape, -1)
+    if weights_NK is None:
+        return y_NKd.sum(1)
+    return (weights_NK.to(y_NKd.dtype)[:, None] @ y_NKd).squeeze(1)
 
 
 def spread_rows(x_Nd: Tensor, source_M: Tensor, slots_NK: Tensor) -> Tensor:
@@ -104,10 +137,4 @@ def spread_rows(x_Nd: Tensor, source_M: Tensor, slots_NK: Tensor) -> Tensor:
     Autograd's own backward would add rows one by one; this one gathers.
     """
     out: Tensor = _SpreadRows.apply(x_Nd, source_M, slots_NK)  # type: ignore[assignment]
-    return out
-
-
-def collect_rows(y_Md: Tensor, slots_NK: Tensor) -> Tensor:
-    """y[slots]: [M, d] -> [N, K, d]; no place is collected twice."""
-    out: Tensor = _CollectRows.apply(y_Md, slots_NK)  # type: ignore[assignment]
     return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from baleen.config import ModelConfig
 from baleen.model.fused import swiglu
-from baleen.model.grouped import collect_rows, grouped_linear, row_alignment, spread_rows
+from baleen.model.grouped import combine_rows, grouped_linear, row_alignment, spread_rows
 
 
 class MLP(nn.Module):
@@ -126,11 +126,11 @@ class Dispatcher(Protocol):
 
 def dispatch_locally(x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Every expert is here. Drops no token."""
-    return weigh(apply_experts(x_Nd, routing.indices_NK, routing.load(), experts), routing)
+    return apply_experts(x_Nd, routing.indices_NK, routing.weights_NK, routing.load(), experts)
 
 
-def apply_experts(x_Nd: Tensor, expert_NK: Tensor, load_E: Tensor, experts: Experts) -> Tensor:
-    """Each token through each of its K experts, [N, K, d]: the N * K pairs are sorted by expert and run in groups.
+def apply_experts(x_Nd: Tensor, expert_NK: Tensor, weights_NK: Tensor, load_E: Tensor, experts: Experts) -> Tensor:
+    """Each token through its K experts, weighted and added up, [N, d]: the N * K pairs run sorted by expert, in groups.
 
     load_E: pairs of each expert. An expert's rows may be followed by a few that count for nothing, where its matmul
     wants rounded sizes.
@@ -145,12 +145,7 @@ def apply_experts(x_Nd: Tensor, expert_NK: Tensor, load_E: Tensor, experts: Expe
     rows = int(padded_E.sum()) if align > 1 else N * K
     source = order.new_zeros(rows).index_copy_(0, slots, torch.arange(N * K, device=order.device) // K)
     y_Md = experts(spread_rows(x_Nd, source, slots.view(N, K)), padded_E.tolist() if on_cpu else padded_E)
-    return collect_rows(y_Md, slots.view(N, K))
-
-
-def weigh(y_NKd: Tensor, routing: Routing) -> Tensor:
-    """The K results of each token added up by gate value: [N, K, d] -> [N, d]."""
-    return (routing.weights_NK.to(y_NKd.dtype)[:, None] @ y_NKd).squeeze(1)
+    return combine_rows(y_Md, slots.view(N, K), weights_NK)
 
 
 class DeepseekMoE(nn.Module):

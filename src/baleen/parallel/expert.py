@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from baleen.model.grouped import collect_rows, spread_rows
-from baleen.model.moe import DeepseekMoE, Experts, Routing, apply_experts, weigh
+from baleen.model.grouped import combine_rows, spread_rows
+from baleen.model.moe import DeepseekMoE, Experts, Routing, apply_experts
 
 
 class ExpertParallel:
@@ -38,9 +38,10 @@ class ExpertParallel:
         arrived_Md = exchange(spread_rows(x_Nd, order // K, slots_NK), sent, arriving, self.group)
         local_E = torch.arange(load_RE.shape[1], device=order.device).expand_as(arriving_RE)
         expert_M = local_E.flatten().repeat_interleave(arriving_RE.flatten())
-        y_Md = apply_experts(arrived_Md, expert_M[:, None], arriving_RE.sum(0), experts)[:, 0]
+        alone_M1 = torch.ones(len(expert_M), 1, dtype=routing.weights_NK.dtype, device=order.device)
+        y_Md = apply_experts(arrived_Md, expert_M[:, None], alone_M1, arriving_RE.sum(0), experts)
         returned = exchange(y_Md, arriving, sent, self.group)
-        return weigh(collect_rows(returned, slots_NK), routing)
+        return combine_rows(returned, slots_NK, routing.weights_NK)
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

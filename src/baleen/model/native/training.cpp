@@ -46,6 +46,8 @@ inline float fast_exp(float x) {
     return p * power;
 }
 
+constexpr int64_t TILE = 256;
+
 struct Rows {
     int64_t first, last;
 };
@@ -167,35 +169,69 @@ void cross_entropy(int threads, T *logits, const int64_t *targets, float weight,
     }
 }
 
+// out[n] = sum over k of w[n, k] * y[slots[n, k]]; without w, of y[slots[n, k]].
+template <class T>
+void sum_rows(int threads, const T *y, const int64_t *slots, const float *w, T *out, int64_t N, int64_t K, int64_t d) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        float sum[TILE];
+        for (int64_t n = rows.first; n < rows.last; n++)
+            for (int64_t start = 0; start < d; start += TILE) {
+                int64_t width = d - start < TILE ? d - start : TILE;
+                for (int64_t i = 0; i < width; i++) sum[i] = 0;
+                for (int64_t k = 0; k < K; k++) {
+                    const T *row = y + slots[n * K + k] * d + start;
+                    float weight = w ? w[n * K + k] : 1.0f;
+#pragma omp simd
+                    for (int64_t i = 0; i < width; i++) sum[i] += weight * widen(row[i]);
+                }
+#pragma omp simd
+                for (int64_t i = 0; i < width; i++) narrow(sum[i], out[n * d + start + i]);
+            }
+    }
+}
+
+// The gradients of sum_rows with weights; rows of dy that are no slot stay as they are.
+template <class T>
+void sum_rows_backward(int threads, const T *dout, const T *y, const int64_t *slots, const float *w, T *dy, float *dw,
+                       int64_t N, int64_t K, int64_t d) {
+#pragma omp parallel num_threads(threads)
+    {
+        Rows rows = share(N);
+        for (int64_t n = rows.first; n < rows.last; n++)
+            for (int64_t k = 0; k < K; k++) {
+                const T *grad = dout + n * d, *row = y + slots[n * K + k] * d;
+                T *drow = dy + slots[n * K + k] * d;
+                float weight = w[n * K + k], dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int64_t i = 0; i < d; i++) {
+                    dot += widen(grad[i]) * widen(row[i]);
+                    narrow(weight * widen(grad[i]), drow[i]);
+                }
+                dw[n * K + k] = dot;
+            }
+    }
+}
+
 }  // namespace
 
-#define RMS_NORM(NAME, X, Y)                                                                                          \
-    void rms_norm_##NAME(int threads, const X *x, int64_t stride, const float *w, Y *y, float *scale, int64_t N, int64_t d,        \
-                         float eps) {                                                                                 \
-        rms_norm(threads, x, stride, w, y, scale, N, d, eps);                                                                  \
-    }                                                                                                                 \
-    void rms_norm_backward_##NAME(int threads, const Y *dy, const X *x, int64_t stride, const float *w, const float *scale, X *dx, \
-                                  float *parts, int64_t N, int64_t d) {                                               \
-        rms_norm_backward(threads, dy, x, stride, w, scale, dx, parts, N, d);                                                  \
-    }
-
-#define ELEMENTWISE(NAME, T)                                                                                          \
-    void swiglu_##NAME(int threads, const T *gate, const T *up, int64_t stride, T *out, int64_t N, int64_t d) {                    \
-        swiglu(threads, gate, up, stride, out, N, d);                                                                          \
-    }                                                                                                                 \
-    void swiglu_backward_##NAME(int threads, const T *dout, const T *gate, const T *up, int64_t stride, T *dgate, T *dup,          \
-                                int64_t dstride, int64_t N, int64_t d) {                                              \
-        swiglu_backward(threads, dout, gate, up, stride, dgate, dup, dstride, N, d);                                           \
-    }                                                                                                                 \
-    void cross_entropy_##NAME(int threads, T *logits, const int64_t *targets, float weight, float *loss, float *room, int learns,  \
-                              int64_t N, int64_t Z) {                                                                 \
-        cross_entropy(threads, logits, targets, weight, loss, room, learns, N, Z);                                             \
-    }
-
+// What Python finds: pointers to the kernels, by name and dtypes.
 extern "C" {
-RMS_NORM(float_float, float, float)
-RMS_NORM(float_bfloat16, float, bf16)
-RMS_NORM(bfloat16_bfloat16, bf16, bf16)
-ELEMENTWISE(float, float)
-ELEMENTWISE(bfloat16, bf16)
+auto *rms_norm_float_float = rms_norm<float, float>;
+auto *rms_norm_float_bfloat16 = rms_norm<float, bf16>;
+auto *rms_norm_bfloat16_bfloat16 = rms_norm<bf16, bf16>;
+auto *rms_norm_backward_float_float = rms_norm_backward<float, float>;
+auto *rms_norm_backward_float_bfloat16 = rms_norm_backward<float, bf16>;
+auto *rms_norm_backward_bfloat16_bfloat16 = rms_norm_backward<bf16, bf16>;
+auto *swiglu_float = swiglu<float>;
+auto *swiglu_bfloat16 = swiglu<bf16>;
+auto *swiglu_backward_float = swiglu_backward<float>;
+auto *swiglu_backward_bfloat16 = swiglu_backward<bf16>;
+auto *cross_entropy_float = cross_entropy<float>;
+auto *cross_entropy_bfloat16 = cross_entropy<bf16>;
+auto *sum_rows_float = sum_rows<float>;
+auto *sum_rows_bfloat16 = sum_rows<bf16>;
+auto *sum_rows_backward_float = sum_rows_backward<float>;
+auto *sum_rows_backward_bfloat16 = sum_rows_backward<bf16>;
 }

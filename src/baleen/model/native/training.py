@@ -1,0 +1,46 @@
+"""Calling the kernels of training.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from baleen.model.native.library import load_library
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F],
+    "rms_norm_backward": [_P, _P, _I, _P, _P, _P, _P, _I, _I],
+    "swiglu": [_P, _P, _I, _P, _I, _I],
+    "swiglu_backward": [_P, _P, _P, _I, _P, _P, _I, _I, _I],
+    "cross_entropy": [_P, _P, _F, _P, _P, _I, _I, _I],
+    "sum_rows": [_P, _P, _P, _P, _I, _I, _I],
+    "sum_rows_backward": [_P, _P, _P, _P, _P, _P, _I, _I, _I],
+}
+
+
+def serves(x: Tensor) -> bool:
+    """Native kernels read plain fp32 or bf16 tensors of the CPU: no fake ones, no tracer's."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in _NAMES
+    return plain and x.numel() > 0 and not torch.compiler.is_compiling() and load_library(SOURCE) is not None
+
+
+def call(name: str, dtypes: tuple[torch.dtype, ...], *arguments: Tensor | int | float | None) -> None:
+    """Run a kernel: tensors pass as pointers, None as a null one, int as int64_t, float as float."""
+    kernel = _kernel(name, dtypes)
+    kernel(torch.get_num_threads(), *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+@functools.cache
+def _kernel(name: str, dtypes: tuple[torch.dtype, ...]):
+    library = load_library(SOURCE)
+    assert library is not None, "asked for without serves"
+    pointer = ctypes.c_void_p.in_dll(library, "_".join((name, *(_NAMES[dtype] for dtype in dtypes))))
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int, *_ARGUMENTS[name])(pointer.value or 0)
+    return function
