@@ -187,7 +187,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Plan a run: layout, memory, step by link, hours, energy, dollars; or what a budget or a deadline buys."""
-    from baleen.cost.plan import make_plan, parse_request
+    from baleen.cost.plan import make_plan
+    from baleen.cost.plan_request import parse_request
     from baleen.cost.plan_table import plan_view
 
     request = parse_request(

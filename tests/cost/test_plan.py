@@ -4,7 +4,8 @@ import pytest
 
 from baleen.config import UserError
 from baleen.cost.flops import training_flops
-from baleen.cost.plan import make_plan, parse_request
+from baleen.cost.plan import make_plan
+from baleen.cost.plan_request import parse_request
 from baleen.cost.planned_model import load_model
 
 # A stated layout keeps the tests fast: nothing is searched.

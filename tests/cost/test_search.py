@@ -1,6 +1,7 @@
 import pytest
 
 from baleen.config import UserError
+from baleen.cost.bubble import bubble_seconds, least_wait
 from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import find_hardware
 from baleen.cost.layout import StatedLayout
@@ -10,12 +11,12 @@ from baleen.cost.search import (
     Conditions,
     divisible_layouts,
     explain_no_layout,
-    least_wait,
     search_layouts,
     user_layout,
     workload,
 )
-from baleen.cost.step import bubble_seconds, step_time
+from baleen.cost.simulator import Durations
+from baleen.cost.step import step_time
 
 H800 = find_hardware("h800")
 V3 = load_model("v3-671b")
@@ -50,7 +51,7 @@ def test_the_least_wait_is_below_the_bubble(schedule):
         for layout in divisible_layouts(DENSE, 16, conditions(), StatedLayout(pipeline=8, schedule=schedule))
         if layout.micro_batches(DENSE.batch) >= 16
     )
-    bubble = bubble_seconds(layout, layout.micro_batches(DENSE.batch), 1.0, 2.0, 1.0)
+    bubble = bubble_seconds(layout, layout.micro_batches(DENSE.batch), Durations(1.0, 2.0, 1.0))
     assert 0 < least_wait(layout, 1.0, 2.0) <= bubble
 
 

@@ -5,22 +5,17 @@ import pytest
 from baleen.config import ModelConfig, UserError
 from baleen.cost import kernels
 from baleen.cost.architecture import from_dims, from_model_config
+from baleen.cost.bubble import bubble_seconds, busy_seconds, stage_imbalance
 from baleen.cost.calibration import Calibration, shipped_calibration
+from baleen.cost.communication import exposed_seconds
 from baleen.cost.flops import training_flops
 from baleen.cost.hardware import find_hardware
 from baleen.cost.layout import Layout
-from baleen.cost.step import (
-    Workload,
-    bubble_seconds,
-    exposed_seconds,
-    ideal_seconds,
-    jitter_factor,
-    phase_seconds,
-    predict,
-    rooflines,
-    stage_imbalance,
-    step_time,
-)
+from baleen.cost.phases import published_step, schedule_phases
+from baleen.cost.schedule import schedule
+from baleen.cost.simulator import Durations, execute
+from baleen.cost.step import ideal_seconds, jitter_factor, least_seconds, predict, rooflines, step_time
+from baleen.cost.workload import Workload
 
 V3 = Workload(
     arch=from_model_config(ModelConfig()),
@@ -58,10 +53,24 @@ def test_the_chain_adds_up_and_only_grows():
 
 
 def test_phases_of_the_schedule_fill_the_step():
-    phases = phase_seconds(V3, shipped_calibration())
-    assert {"F", "B", "W", "F&B", "bubble", "optimizer"} <= set(phases)
-    assert sum(phases.values()) == pytest.approx(step_time(V3, shipped_calibration()).seconds)
-    assert phases["F&B"] > sum(phases.values()) / 2
+    step = step_time(V3, shipped_calibration())
+    phases = schedule_phases(V3, shipped_calibration(), step)
+    assert sum(phases.values()) == pytest.approx(step.seconds)
+    published = published_step("v3-671b", "h800", V3)
+    assert published is not None and set(phases) == set(published["phases"])
+    assert phases["1F1B"] == pytest.approx(published["phases"]["1F1B"], rel=0.1)
+
+
+def test_operations_that_run_alone_wait_for_their_all_to_all_and_pairs_do_not():
+    slow = V3.model_copy(update={"hardware": V3.hardware.model_copy(update={"network_gb_s": 30.0})})
+    fast, late = (schedule_phases(w, Calibration(), step_time(w, Calibration())) for w in (V3, slow))
+    assert late["1F"] > 1.2 * fast["1F"] and late["1B"] > 1.1 * fast["1B"]
+    assert late["1F1B"] == pytest.approx(fast["1F1B"], rel=0.01)
+
+
+def test_the_grouped_factor_lengthens_the_weight_gradient():
+    one, two = (schedule_phases(V3, c, step_time(V3, c))["1W"] for c in (Calibration(), Calibration({"grouped": 1.5})))
+    assert two > 1.1 * one
 
 
 def test_ideal_is_flops_over_peak():
@@ -77,25 +86,39 @@ def test_products_approach_the_achieved_rate_as_they_grow():
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(794e12, rel=0.02)
     thin = kernels.matmul_seconds(h100, "bf16", 1, 4096, 4096)  # one row: the weights come from memory
-    assert thin == pytest.approx(2 * 4096**2 / (3.35e12 * kernels.BANDWIDTH_SHARE), rel=0.01)
+    assert thin == pytest.approx(2 * 4096**2 / (3.35e12 * h100.streaming_share), rel=0.01)
 
 
 def test_communication_is_hidden_by_compute_only_as_far_as_there_is_compute():
     roof = rooflines(DENSE)
     constants = Calibration()
-    plenty = exposed_seconds(roof, DENSE, constants, compute=1e9)["data"]
-    none = exposed_seconds(roof, DENSE, constants, compute=0.0)["data"]
+    plenty = exposed_seconds(roof.traffic, DENSE, constants, compute=1e9)["data"]
+    none = exposed_seconds(roof.traffic, DENSE, constants, compute=0.0)["data"]
     assert plenty == pytest.approx(constants["data_exposed"] * roof.traffic.data)
     assert none == pytest.approx(roof.traffic.data)
 
 
 def test_bubble_is_that_of_the_executed_schedule():
-    plain = Layout(devices=8, pipeline=8)
-    assert bubble_seconds(plain, 64, 1.0, 2.0, 1.0) == pytest.approx(7 * 3.0)
-    assert bubble_seconds(plain, 640, 1.0, 2.0, 1.0) == pytest.approx(7 * 3.0)
-    assert bubble_seconds(Layout(devices=8), 64, 1.0, 2.0, 1.0) == 0
+    plain, times = Layout(devices=8, pipeline=8), Durations(1.0, 2.0, 1.0)
+    assert bubble_seconds(plain, 64, times) == pytest.approx(7 * 3.0)
+    assert bubble_seconds(plain, 640, times) == pytest.approx(7 * 3.0)
+    assert bubble_seconds(Layout(devices=8), 64, times) == 0
     interleaved = Layout(devices=8, pipeline=8, virtual_stages=4, schedule="interleaved")
-    assert bubble_seconds(interleaved, 64, 1.0, 2.0, 1.0) == pytest.approx(7 * 3.0 / 4)
+    assert bubble_seconds(interleaved, 64, times) == pytest.approx(7 * 3.0 / 4)
+
+
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
+def test_work_is_that_of_the_executed_schedule_with_its_pairs(name):
+    layout, times = Layout(devices=8, pipeline=8, schedule=name), Durations(1.0, 2.0, 1.0, overlap=0.8)
+    share = layout.pipeline / (2 * layout.pipeline if name == "dualpipev" else layout.pipeline)
+    executed = execute(schedule(name, 8, 40), Durations(share, 2 * share, share, overlap=0.8))
+    assert busy_seconds(layout, 40, times) == pytest.approx(sum(executed.busy_seconds) / 8)
+    assert busy_seconds(layout, 400, times) - busy_seconds(layout, 40, times) == pytest.approx(360 * 3 * 0.8)
+
+
+def test_the_bound_is_below_the_step():
+    for work in (V3, DENSE):
+        assert least_seconds(work, Calibration(), rooflines(work)) <= step_time(work, Calibration()).seconds
 
 
 def test_whole_layers_do_not_always_divide():

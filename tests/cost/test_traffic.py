@@ -33,12 +33,22 @@ def test_no_parallelism_no_traffic():
     alone = Layout(devices=1)
     assert expert_all_to_all(V3, alone, 8, "bf16") == (0, 0)
     assert tensor_bytes(V3, alone) == pipeline_bytes(V3, alone) == 0
-    assert data_bytes(StageParameters(1e9, 0), Layout(devices=1, zero=0), "bf16", 1) == 0
+    assert data_bytes(StageParameters(1e9, 0), Layout(devices=1, zero=0), "bf16", 1) == (0, 0)
 
 
 def test_data_parallel_bytes_by_sharding():
     held = StageParameters(1e9, 0)
-    sent = [data_bytes(held, Layout(devices=8, zero=z), "bf16", 1) for z in (0, 1, 3)]
+    sent = [data_bytes(held, Layout(devices=8, zero=z), "bf16", 1).shared for z in (0, 1, 3)]
     assert sent[0] == pytest.approx(2 * 7 / 8 * 4e9)  # all-reduce of FP32 gradients
     assert sent[1] == pytest.approx(7 / 8 * (4e9 + 2e9))  # scatter gradients, gather weights
     assert sent[2] == pytest.approx(7 / 8 * (2 * 2e9 + 4e9))  # gather twice, scatter once
+
+
+def test_the_two_copies_of_dualpipe_are_kept_alike_too():
+    held = StageParameters(1e9, 1e9)
+    one, two = (
+        data_bytes(held, Layout(devices=64, pipeline=4, expert=8, schedule=name), "bf16", 8)
+        for name in ("1f1b", "dualpipe")
+    )
+    assert one.shared == pytest.approx(15 / 16 * 6e9) and two.shared == pytest.approx(2 * 31 / 32 * 6e9)
+    assert one.experts == pytest.approx(1 / 2 * 6e9) and two.experts == pytest.approx(2 * 3 / 4 * 6e9)

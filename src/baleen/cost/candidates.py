@@ -1,33 +1,19 @@
-"""Layouts worth trying for a run, and the fastest of them that fits into memory."""
+"""Layouts worth trying for a run: all that divide and keep what is stated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from baleen.config import UserError
 from baleen.cost.architecture import Architecture
-from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import Hardware
 from baleen.cost.layout import Layout, Recompute, StatedLayout
-from baleen.cost.memory import RankMemory, rank_memory
-from baleen.cost.step import Rooflines, Workload, rooflines, seconds_without_bubble, step_time
 
-MEMORY_SHARE = 0.95  # of the device that a run may plan to fill: the rest is for the context and the allocator
 PIPELINES = (1, 2, 4, 8, 16, 32, 64)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "deepseek", "operators", "full")
-# More model parallelism than fits already only adds traffic and bubbles; this much more is still tried.
-WORTH_TRYING = 16
-
-
-class Choice(NamedTuple):
-    layout: Layout
-    memory: RankMemory
-    seconds: float
 
 
 def candidate_layouts(
@@ -66,71 +52,6 @@ def candidate_layouts(
                 continue
             if layout.data * micro <= batch:
                 yield layout
-
-
-def best_layout(
-    arch: Architecture,
-    hardware: Hardware,
-    devices: int,
-    *,
-    batch: int,
-    seq_len: int,
-    precision: str,
-    stated: StatedLayout | None = None,
-    calibration: Calibration | None = None,
-    must_fit: bool = True,
-    **conditions: object,
-) -> Choice:
-    """The fastest layout that fits; `conditions` are further fields of Workload.
-
-    Raises UserError where none does, saying by how much the leanest exceeds the device. With must_fit False the
-    leanest is returned instead: a published run did run.
-    """
-    calibration = calibration or Calibration()
-    capacity = hardware.memory_gb * 1e9 * MEMORY_SHARE
-    leanest: tuple[Workload, RankMemory] | None = None
-    fitting: list[tuple[float, int, Workload, RankMemory, Rooflines]] = []
-    smallest, settled = 0, set()
-    for layout in candidate_layouts(arch, hardware, devices, batch, stated or StatedLayout()):
-        model_parallel = layout.tensor * layout.pipeline
-        without_recompute = layout.model_copy(update={"recompute": "none"})
-        if smallest and model_parallel > WORTH_TRYING * smallest or without_recompute in settled:
-            continue
-        work = Workload(
-            arch=arch, hardware=hardware, layout=layout, precision=precision, seq_len=seq_len, global_batch=batch,
-            **conditions,  # type: ignore[arg-type]
-        )  # fmt: skip
-        try:
-            memory = rank_memory(
-                arch, layout, seq_len=seq_len, micro_batches=int(work.micro_batches), precision=precision, mtp=work.mtp
-            )
-        except UserError:
-            continue  # more stages than layers
-        if leanest is None or memory.total < leanest[1].total:
-            leanest = (work, memory)
-        if memory.total <= capacity:
-            smallest = smallest or model_parallel
-            settled.add(without_recompute)
-            roof = rooflines(work)
-            fitting.append((seconds_without_bubble(work, calibration, roof), len(fitting), work, memory, roof))
-    if leanest is None:
-        raise UserError(f"no layout divides {devices} devices and a batch of {batch} sequences: change one of them")
-    if not fitting:
-        if must_fit:
-            raise UserError(
-                f"no layout of {devices} {hardware.title} fits: the leanest, {leanest[0].layout}, needs "
-                f"{leanest[1].total / 1e9:.0f} GB of {capacity / 1e9:.0f} GB a device; take more devices or larger ones"
-            )
-        return Choice(leanest[0].layout, leanest[1], step_time(leanest[0], calibration).seconds)
-    best: Choice | None = None
-    for bound, _, work, memory, roof in sorted(fitting, key=lambda entry: entry[:2]):
-        if best is not None and bound >= best.seconds:  # the bubble is executed only where it can decide
-            break
-        seconds = step_time(work, calibration, roof).seconds
-        if best is None or seconds < best.seconds:
-            best = Choice(work.layout, memory, seconds)
-    assert best is not None
-    return best
 
 
 def _virtual_stages(arch: Architecture, pipeline: int, stated: StatedLayout) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ from typing import NamedTuple
 from baleen.config import UserError
 from baleen.cost.architecture import Architecture, from_dims
 from baleen.cost.calibration import Calibration
-from baleen.cost.candidates import best_layout
+from baleen.cost.candidates import candidate_layouts
 from baleen.cost.flops import parameters, training_flops
 from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.kernels import Attention
 from baleen.cost.layout import StatedLayout, parse_layout
 from baleen.cost.memory import RankMemory
-from baleen.cost.step import Workload
+from baleen.cost.ranking import rank
+from baleen.cost.workload import Workload
 
 COLUMNS = (
     "id", "type", "arch", "metric", "tier", "split", "tokens", "seq", "gpu", "n_gpus", "precision", "parallelism",
@@ -175,14 +176,20 @@ def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
         "balanced_routing": "balanced" in case.text["note"],
         "node_limit": NODE_LIMITS.get(case.text["arch"].split("+")[0]),
     }
-    choice = best_layout(
-        arch, hardware, devices, batch=batch, seq_len=seq_len, precision=precision, stated=stated,
-        calibration=calibration, must_fit=False, **conditions,
+    found = rank(
+        (
+            Workload(
+                arch=arch, hardware=hardware, layout=layout, precision=precision, seq_len=seq_len, global_batch=batch,
+                **conditions,
+            )
+            for layout in candidate_layouts(arch, hardware, devices, batch, stated)
+        ),
+        calibration,
     )  # fmt: skip
-    work = Workload(
-        arch=arch, hardware=hardware, layout=choice.layout, precision=precision, seq_len=seq_len, global_batch=batch,
-        **conditions,
-    )  # fmt: skip
+    choice = found.best[0] if found.best else found.leanest  # what does not fit by our count did run: as lean as can be
+    if choice is None:
+        raise UserError(f"no layout divides {devices} devices and a batch of {batch} sequences")
+    work = choice.work
     return Prepared(
         case=case,
         work=work,

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from baleen.config import Positive, Strict, UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 # Share of a dense peak that large matrix products reach where nobody has published a figure (0.78-0.87 elsewhere).
 USUAL_ACHIEVED_SHARE = 0.8
 # One precision's peak where the table has only another's: tensor cores halve from FP8 to BF16 to TF32.
@@ -41,6 +42,16 @@ class Hardware(Strict):
     nvlink_gb_s: PositiveFloat | None = None
     network_gb_s: PositiveFloat | None = None
     domain: Positive = 1  # devices that share the fast link
+    # What kernels and collectives make of those figures. The defaults hold where nobody published or measured better.
+    # A product of size n in one dimension reaches n / (n + half_size) of the achieved rate: tiles and waves not filled,
+    # start and end of the pipeline inside a kernel. At A100's 312 TFLOPS cuBLAS at 4096^3 reaches about 92 % of its
+    # best; the size grows with the root of the peak (H100 about 75 % at 4096^3, as published curves). Experts' grouped
+    # products have so many times that size, for every group leaves its own tiles and waves unfilled.
+    half_size: PositiveFloat = 110
+    grouped_half_size: PositiveFloat = 2.0
+    streaming_share: Share = 0.85  # of the memory's rate that kernels reach: BabelStream 0.85-0.93 on A100, H100
+    link_share: Share = 0.8  # of a link's rate that collectives reach: 160 of 200, 40 of 50 GB/s (2505.09343 §4)
+    overlapped_compute_share: Share = 112 / 132  # of the SMs, beside 20 that communicate (2412.19437 §3.2.2)
     op_overhead_us: Annotated[float, Field(ge=0)] = 0.0  # per operator, where it is measured (CPUs)
     purchase_usd: tuple[PositiveFloat, PositiveFloat] | None = None
     rental_usd_per_hour: tuple[PositiveFloat, PositiveFloat, str] | None = None

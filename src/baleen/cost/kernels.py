@@ -14,12 +14,7 @@ from baleen.cost.hardware import Hardware
 from baleen.cost.layout import Layout
 from baleen.cost.memory import STATE_BYTES, StageParameters
 
-# A product of size n in one dimension reaches n / (n + HALF_SIZE) of the rate of large ones (tiles and waves not
-# filled, start and end of the pipeline inside a kernel). 110 at A100's 312 TFLOPS: cuBLAS at 4096^3 about 92 % of its
-# best; the idle time is fixed, so the size grows with the rate (H100 BF16 about 75 % at 4096^3; as published curves).
-HALF_SIZE = 110
-HALF_SIZE_AT_FLOPS = 312e12
-GROUPED_HALF_SIZE = 2.0  # times that for experts' grouped products: every group leaves its own tiles and waves unfilled
+HALF_SIZE_AT_FLOPS = 312e12  # where Hardware.half_size holds; what is idle is idle for a fixed time
 # Kernels of attention's core: before FlashAttention; FlashAttention-2, which was written for A100 and is what PyTorch's
 # SDPA runs; and those written for each generation (FA-3, cuDNN 9).
 Attention = Literal["unfused", "flash2", "native"]
@@ -35,7 +30,6 @@ ATTENTION_SHARE = {
 }
 USUAL_ATTENTION_SHARE = (0.50, 0.40)
 ATTENTION_BACKWARD_FLOPS = 2.5  # of the forward: five products against two, the scores are computed again
-BANDWIDTH_SHARE = 0.85  # of the memory peak that streaming kernels reach (BabelStream on A100, H100: 0.85-0.93)
 # Unfused attention, before FlashAttention: bytes a score moves through memory, forward (mask, softmax, dropout)
 # and backward; counted from Megatron's kernels as arXiv 2205.05198 lists them.
 UNFUSED_SCORE_BYTES = (14, 20)
@@ -62,7 +56,8 @@ class Kernels(NamedTuple):
     grouped: Seconds
     attention: Seconds
     elementwise: Seconds
-    weight_gradient: float  # the part of matmul and grouped backward that is for the weights
+    weight_gradient: float  # the part of matmul's backward that is for the weights
+    grouped_weight_gradient: float  # the same of grouped
 
     def __add__(self, other: object) -> Kernels:
         assert isinstance(other, Kernels)
@@ -72,7 +67,13 @@ class Kernels(NamedTuple):
             self.attention + other.attention,
             self.elementwise + other.elementwise,
             self.weight_gradient + other.weight_gradient,
+            self.grouped_weight_gradient + other.grouped_weight_gradient,
         )
+
+    @property
+    def busy(self) -> Seconds:
+        """Forward and backward of all classes together."""
+        return self.matmul + self.grouped + self.attention + self.elementwise
 
     def times(self, factor: float) -> Kernels:
         return Kernels(
@@ -81,10 +82,11 @@ class Kernels(NamedTuple):
             self.attention.times(factor),
             self.elementwise.times(factor),
             self.weight_gradient * factor,
+            self.grouped_weight_gradient * factor,
         )
 
 
-NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0)
+NOTHING = Kernels(Seconds(), Seconds(), Seconds(), Seconds(), 0.0, 0.0)
 
 
 def matmul_seconds(
@@ -94,11 +96,11 @@ def matmul_seconds(
     n: float,
     k: float,
     operand_bytes: float = 2,
-    half_size: float = HALF_SIZE,
+    half_sizes: float = 1.0,
 ) -> float:
-    """One product [m, k] x [k, n] by the roofline."""
+    """One product [m, k] x [k, n] by the roofline; `half_sizes` times the device's half size in each dimension."""
     peak = hardware.peak_flops(precision)
-    half = half_size * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
+    half = half_sizes * hardware.half_size * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
     fill = m / (m + half) * n / (n + half) * k / (k + half)
     compute = 2 * m * n * k / (peak * hardware.achieved_share(precision) * fill)
     return max(compute, operand_bytes * (m * k + k * n + m * n) / _bandwidth(hardware))
@@ -108,7 +110,7 @@ def product(hardware: Hardware, precision: str, matmul: Matmul, tokens: float, e
     """A linear layer for `tokens` rows, forward, input and weight gradients; `experts` share the rows evenly."""
     rows, grouped = max(1.0, tokens / experts), matmul.part == "routed_experts"
     width = STATE_BYTES[precision].kept_linear_input
-    half = HALF_SIZE * (GROUPED_HALF_SIZE if grouped else 1.0)
+    half = hardware.grouped_half_size if grouped else 1.0
 
     def seconds(m: float, n: float, k: float) -> float:
         return experts * matmul_seconds(hardware, precision, m, n, k, width, half)
@@ -121,7 +123,8 @@ def product(hardware: Hardware, precision: str, matmul: Matmul, tokens: float, e
         grouped=time if grouped else Seconds(),
         attention=Seconds(),
         elementwise=Seconds(),
-        weight_gradient=weight_gradient,
+        weight_gradient=0.0 if grouped else weight_gradient,
+        grouped_weight_gradient=weight_gradient if grouped else 0.0,
     )
 
 
@@ -243,4 +246,4 @@ def _router_precision(hardware: Hardware) -> str:
 
 
 def _bandwidth(hardware: Hardware) -> float:
-    return hardware.memory_tb_s * 1e12 * BANDWIDTH_SHARE
+    return hardware.memory_tb_s * 1e12 * hardware.streaming_share

@@ -74,6 +74,16 @@ class Layout(Strict):
         return self.pipeline * (2 if folded else self.virtual_stages)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether the schedule runs a forward and a backward as one, each hiding the other's all-to-all."""
+        return self.pipeline > 1 and self.schedule in ("dualpipe", "dualpipev")
+
+    @property
+    def copies(self) -> int:
+        """How many times the weights are held along the pipeline: DualPipe's ranks hold a stage of each direction."""
+        return 2 if self.pipeline > 1 and self.schedule == "dualpipe" else 1
+
+    @property
     def expert_replicas(self) -> int:
         return self.stage_ranks // self.expert
 

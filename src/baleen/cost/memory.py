@@ -152,7 +152,7 @@ def rank_memory(
             f"has {arch.num_hidden_layers}"
         )
     state = STATE_BYTES[precision]
-    copies = 2 if layout.schedule == "dualpipe" and stages > 1 else 1
+    copies = layout.copies
     modules = arch.num_nextn_predict_layers if mtp else 0
     both_ends = 1 if arch.tie_word_embeddings and stages == 1 else 2
     # A pipeline is balanced by time, so the rank with the head holds fewer layers: the average rank is taken for the

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from baleen.config import Strict, UserError
 from baleen.cost.calibration import Calibration
-from baleen.cost.candidates import MEMORY_SHARE, PIPELINES, candidate_layouts
+from baleen.cost.candidates import PIPELINES, RECOMPUTE, candidate_layouts
 from baleen.cost.hardware import Hardware
-from baleen.cost.layout import Layout, Recompute, Schedule, StatedLayout, make_layout
-from baleen.cost.memory import RankMemory, rank_memory
+from baleen.cost.layout import Layout, Schedule, StatedLayout, make_layout
 from baleen.cost.planned_model import PlannedModel
+from baleen.cost.ranking import Found, rank
 from baleen.cost.schedule import check_counts
-from baleen.cost.step import StepTime, Workload, busy, exposed_seconds, kernel_seconds, rooflines, step_time
+from baleen.cost.workload import Workload
 
 # Schedules that the search tries where none is stated; plain 1F1B and interleaving come with "1f1b".
-SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb1p", "dualpipe")
-RECOMPUTE: tuple[Recompute, ...] = ("none", "operators", "deepseek", "full")
+SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 LAYOUT_WORDS = (
     r"(?P<degree>TP|PP|CP|EP|VP|DP)(?P<number>\d+)", r"ZeRO-?(?P<zero>[0-3])", r"(?P<fsdp>FSDP)", r"(?P<ddp>DDP)",
     r"(?P<schedule>1f1b|interleaved|zb1p|dualpipev|dualpipe)",
@@ -37,20 +35,6 @@ class Conditions(Strict):
     seq_len: int
     batch: int  # sequences
     mtp: bool
-
-
-class Candidate(NamedTuple):
-    layout: Layout
-    memory: RankMemory
-    step: StepTime
-
-
-class Found(NamedTuple):
-    """The fastest layouts that fit, best first, and the leanest of all tried (its memory in bytes)."""
-
-    best: list[Candidate]
-    leanest: tuple[float, Layout] | None
-    tried: int
 
 
 def user_layout(text: str) -> StatedLayout:
@@ -100,46 +84,9 @@ def search_layouts(
     stated: StatedLayout | None = None,
     top: int = 5,
 ) -> Found:
-    """Ranks every layout that keeps what is `stated`, divides devices, batch and experts, and fits into memory.
-
-    The bubble needs an executed schedule, so a layout is not executed if its time with the least wait it can have is
-    longer than that of the last of the `top`.
-    """
-    capacity = on.hardware.memory_gb * 1e9 * MEMORY_SHARE
-    leanest: tuple[float, Layout] | None = None
-    waiting = []
-    tried = 0
-    for layout in divisible_layouts(model, devices, on, stated or StatedLayout()):
-        work = workload(model, layout, on)
-        tried += 1
-        memory = rank_memory(
-            model.arch, layout, seq_len=on.seq_len, micro_batches=int(work.micro_batches), precision=on.precision,
-            mtp=on.mtp,
-        )  # fmt: skip
-        if leanest is None or memory.total < leanest[0]:
-            leanest = (memory.total, layout)
-        if memory.total > capacity:
-            continue
-        roof = rooflines(work)
-        count, kernels = work.micro_batches, kernel_seconds(roof, work, calibration)
-        compute = count * sum(busy(kernels)) + roof.optimizer
-        bound = compute + sum(exposed_seconds(roof, work, calibration, compute).values())
-        waiting.append((bound + least_wait(layout, *busy(kernels)), tried, work, memory, roof))
-    best: list[Candidate] = []
-    for bound, _, work, memory, roof in sorted(waiting):
-        if len(best) < top or bound < best[-1].step.seconds:
-            best.append(Candidate(work.layout, memory, step_time(work, calibration, roof)))
-            best = sorted(best, key=lambda candidate: candidate.step.seconds)[:top]
-    return Found(best, leanest, tried)
-
-
-def least_wait(layout: Layout, forward: float, backward: float) -> float:
-    """Seconds for which the mean rank must wait in any case: for the first micro-batch to reach it and, where nothing
-    is put off to the end, for the last one's gradient to leave through the ranks before it."""
-    ranks = layout.pipeline
-    distance = [min(r, ranks - 1 - r) if layout.schedule == "dualpipe" else r for r in range(ranks)]
-    passing = forward + (backward if layout.schedule in ("1f1b", "interleaved") else 0.0)
-    return sum(distance) / layout.chunks * passing
+    """Ranks every layout that keeps what is `stated`, divides devices, batch and experts, and fits into memory."""
+    layouts = divisible_layouts(model, devices, on, stated or StatedLayout())
+    return rank((workload(model, layout, on) for layout in layouts), calibration, top)
 
 
 def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated: StatedLayout) -> Iterator[Layout]:

@@ -77,28 +77,35 @@ def pipeline_bytes(arch: Architecture, layout: Layout) -> float:
     return layout.chunks / layout.pipeline * arch.hidden_size * BF16 / split
 
 
-def data_bytes(held: StageParameters, layout: Layout, precision: str, micro_batches: int) -> float:
-    """Bytes a rank sends per *step* to keep the data-parallel replicas alike.
+class DataBytes(NamedTuple):
+    """Bytes of a step by what is replicated: experts have fewer replicas, and those lie further apart."""
+
+    shared: float
+    experts: float
+
+
+def data_bytes(held: StageParameters, layout: Layout, precision: str, micro_batches: int) -> DataBytes:
+    """Bytes a rank sends per *step* to keep the data-parallel replicas, DualPipe's two copies among them, alike.
 
     DDP all-reduces gradients; ZeRO-1 and -2 scatter gradients and gather weights; FSDP gathers weights for every
     forward and backward of every micro-batch, and scatters gradients. Replicas of an HSDP shard all-reduce besides.
     """
-    state = STATE_BYTES[precision]
-    sent = 0.0
-    for parameters, ranks in (
-        (held.shared, layout.data * layout.context),
-        (held.experts, layout.expert_replicas),
-    ):
+    state, copies = STATE_BYTES[precision], layout.copies
+
+    def sent(parameters: float, ranks: int) -> float:
         share = (ranks - 1) / ranks
         gradient = min(state.gradient, 4) * parameters
         if layout.zero == 3:
             shard = min(ranks, layout.shard_ranks) or 1
             inside = (shard - 1) / shard
-            sent += inside * parameters * (2 * BF16 * micro_batches + state.gradient * micro_batches)
             replicas = ranks // shard
-            sent += 2 * (replicas - 1) / replicas * gradient / shard
-        elif layout.zero == 0:
-            sent += 2 * share * gradient
-        else:
-            sent += share * (gradient + BF16 * parameters)
-    return sent
+            gathered = inside * parameters * (2 * BF16 * micro_batches + state.gradient * micro_batches)
+            return gathered + 2 * (replicas - 1) / replicas * gradient / shard
+        if layout.zero == 0:
+            return 2 * share * gradient
+        return share * (gradient + BF16 * parameters)
+
+    return DataBytes(
+        sent(copies * held.shared, copies * layout.data * layout.context),
+        sent(copies * held.experts, copies * layout.expert_replicas),
+    )

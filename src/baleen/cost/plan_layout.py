@@ -1,0 +1,96 @@
+"""The layout of a planned model on a number of devices: the one asked for, the published one, or the fastest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from baleen.config import UserError
+from baleen.cost.assumptions import Assumptions
+from baleen.cost.failures import expected_goodput
+from baleen.cost.layout import StatedLayout
+from baleen.cost.plan_request import MOST_DEVICES, Request
+from baleen.cost.planned_model import PlannedModel, usual_batch
+from baleen.cost.ranking import MEMORY_SHARE, Candidate
+from baleen.cost.search import Conditions, explain_no_layout, search_layouts, user_layout
+
+# Layouts that the authors of a model published, taken where neither --layout nor --search asks for another.
+PUBLISHED_LAYOUTS = {
+    "v3-671b": ("PP16,EP64,ZeRO1,dualpipe,recompute-deepseek", "as published: arXiv 2412.19437 §3.2"),
+    "dsv3": ("PP16,EP64,ZeRO1,dualpipe,recompute-deepseek", "as published: arXiv 2412.19437 §3.2"),
+}
+
+
+class Chosen(NamedTuple):
+    """A model on a number of devices with its layouts, best first, and why the first was taken."""
+
+    model: PlannedModel
+    gpus: int
+    on: Conditions
+    layouts: list[Candidate]
+    layout_from: str
+    tokens_per_second: float  # of the whole run, goodput included
+    goodput: float
+
+
+def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int) -> Chosen:
+    """The layout of a model on `gpus` devices: the one asked for, the published one, or the best of a search."""
+    on = conditions(request, facts, model)
+    stated, how = StatedLayout(), "the fastest of all that fit"
+    if request.layout is not None:
+        stated, how = user_layout(request.layout), "as asked for; what it leaves open, the fastest that fits"
+    elif not request.search and model.name in PUBLISHED_LAYOUTS:
+        text, source = PUBLISHED_LAYOUTS[model.name]
+        if search_layouts(model, gpus, on, facts.calibration, user_layout(text), top=1).best:
+            stated, how = user_layout(text), source
+    found = search_layouts(model, gpus, on, facts.calibration, stated, top=5 if request.search else 1)
+    if not found.tried:
+        raise explain_no_layout(model, gpus, on, stated)
+    if not found.best:
+        assert found.leanest is not None
+        raise _too_large(facts, model, gpus, on, stated, found.leanest)
+    goodput = expected_goodput(gpus, facts.reliability)
+    rate = on.batch * on.seq_len / found.best[0].step.seconds * goodput
+    return Chosen(model, gpus, on, found.best, how, rate, goodput)
+
+
+def conditions(request: Request, facts: Assumptions, model: PlannedModel) -> Conditions:
+    hardware = facts.hardware
+    precision = request.precision or next(
+        name for name, peak in (("fp8", hardware.peak_fp8), ("bf16", hardware.peak_bf16), ("fp32", 1)) if peak
+    )
+    hardware.peak_flops(precision)  # raises UserError where the device has no such format
+    seq_len = request.seq_len or model.seq_len
+    if seq_len < 1:
+        raise UserError(f"--seq {seq_len} is no sequence length: give at least 1")
+    batch = request.batch or (model.batch if seq_len == model.seq_len else usual_batch(seq_len))
+    return Conditions(
+        hardware=hardware,
+        precision=precision,
+        seq_len=seq_len,
+        batch=batch,
+        mtp=model.arch.num_nextn_predict_layers > 0,
+    )
+
+
+def _too_large(
+    facts: Assumptions,
+    model: PlannedModel,
+    gpus: int,
+    on: Conditions,
+    stated: StatedLayout,
+    leanest: Candidate,
+) -> UserError:
+    """By how much nothing fits, and the nearest that does: another layout of these devices, or more of them."""
+    room, needed = on.hardware.memory_gb * 1e9 * MEMORY_SHARE, leanest.memory.total
+    near = f"no number of them up to {MOST_DEVICES:,} holds it; take devices with more memory or a smaller model"
+    tries = [(gpus, StatedLayout())]
+    tries += [(gpus * 2**k, wanted) for k in range(1, 18) for wanted in (stated, StatedLayout())]
+    for count, wanted in tries:
+        if count <= MOST_DEVICES and (best := search_layouts(model, count, on, facts.calibration, wanted, top=1).best):
+            near = f"the nearest that fits is {best[0].layout} on {count} of them"
+            break
+    return UserError(
+        f"{model.name} does not fit {gpus} x {on.hardware.title}: the leanest layout, {leanest.layout}, needs "
+        f"{needed / 1e9:.1f} GB a device, {(needed - room) / 1e9:.1f} GB more than the {room / 1e9:.1f} GB that may be "
+        f"filled; {near}"
+    )
