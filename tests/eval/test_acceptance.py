@@ -49,13 +49,13 @@ def test_greedy_counts_every_draft_once(tiny_model):
         new = ids[-1:]
         while len(ids) - len(prompt) < 20 and 3 not in new:
             hidden = model(torch.tensor([ids])).hidden_BTd
-            draft = int(
+            draft = len(ids) - len(prompt) < 19 and int(
                 model.logits(model.predict_ahead(0, hidden[:, :-1], torch.tensor([ids[1:]])).hidden_BTd[0, -1]).argmax()
             )
             start = len(ids)
             extend()
-            drafted += 1
-            if ids[-1] == draft:
+            drafted += draft is not False  # nothing is drafted for where an answer must end
+            if ids[-1] == draft and draft is not False:
                 accepted += 1
                 extend()
             new = ids[start:]

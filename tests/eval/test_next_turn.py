@@ -10,6 +10,7 @@ from baleen.data.document import Document, Message
 from baleen.data.tokenizer import train_tokenizer
 from baleen.eval import next_turn
 from baleen.eval.next_turn import _places, _scores, next_turn_accuracy
+from baleen.infer.engine import Engine
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def tokenizer(documents):
 def test_scores_are_log_likelihood_ratios(tiny_model, tokenizer, documents):
     model = tiny_model(dtype=torch.float64, vocab_size=tokenizer.vocab_size)
     history, turns = next(_places(documents, 1, random.Random(0)))
-    scores = _scores(model, tokenizer, history, turns, window=128)
+    scores = _scores(Engine(model, None), tokenizer, history, turns, window=128)
     before = tokenizer.encode_chat(history)
     role = "user" if history[-1].role == "assistant" else "assistant"
 
@@ -43,7 +44,7 @@ def test_scores_are_log_likelihood_ratios(tiny_model, tokenizer, documents):
 
     for turn, score in zip(turns, scores, strict=True):
         ids = tokenizer.encode_chat([*history, Message(role, turn)])[len(before) :]
-        assert score.item() == pytest.approx(log_likelihood(before, ids) - log_likelihood(before[:1], ids), rel=1e-6)
+        assert score == pytest.approx(log_likelihood(before, ids) - log_likelihood(before[:1], ids), rel=1e-6)
 
 
 def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):
@@ -54,13 +55,13 @@ def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):
 
 
 def test_accuracy_counts_the_first(monkeypatch, tiny_model, tokenizer, documents):
-    knows = torch.tensor([1.0] + [0.0] * 9)
-    monkeypatch.setattr(next_turn, "_scores", lambda *_: knows)
-    assert next_turn_accuracy(None, tokenizer, documents, contexts=5, window=64) == 1.0
-    monkeypatch.setattr(next_turn, "_scores", lambda *_: -knows)
-    assert next_turn_accuracy(None, tokenizer, documents, contexts=5, window=64) == 0.0
+    model, scores = tiny_model(vocab_size=tokenizer.vocab_size), [1.0] + [0.0] * 9
+    monkeypatch.setattr(next_turn, "_scores", lambda *_: scores)
+    assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == 1.0
+    scores[0] = -1.0
+    assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == 0.0
 
 
-def test_too_few_conversations(tokenizer, documents):
+def test_too_few_conversations(tiny_model, tokenizer, documents):
     with pytest.raises(UserError, match="heldout_fraction"):
-        next_turn_accuracy(None, tokenizer, documents[:1], contexts=5, window=64)
+        next_turn_accuracy(tiny_model(), tokenizer, documents[:1], contexts=5, window=64)

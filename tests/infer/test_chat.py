@@ -214,7 +214,7 @@ def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
     with torch.no_grad():  # the model says nothing but the user's marker
         engine.model.lm_head.weight.zero_()
         engine.model.model.norm.weight.zero_()
-    engine.tokenizer = MarkerFirst(engine.tokenizer)
+    engine = Engine(engine.model, MarkerFirst(engine.tokenizer))
     out = io.StringIO()
     stats = answer_once(engine, "hello", out, GREEDY)
     assert out.getvalue() == "\n" and stats.tokens == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import UserError
-from baleen.infer.decoder import Decoder
+from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 from baleen.model.transformer import Transformer
 
@@ -21,7 +21,7 @@ def mtp_acceptance(model: Transformer, prompts: Sequence[Sequence[int]], max_tok
 
     Each prompt (token ids) is continued until the model's end token or `max_tokens`; what the model then repeats
     counts too, so look at the text beside the number. Raises UserError without an MTP layer or without room for a
-    draft: a prompt must leave `max_tokens` of the context, and the answers must not all end with their first token.
+    draft: a prompt must leave `max_tokens` of the context, and the answers must not all end with their first tokens.
     """
     _check_mtp(model)
     context = model.config.max_position_embeddings
@@ -31,28 +31,16 @@ def mtp_acceptance(model: Transformer, prompts: Sequence[Sequence[int]], max_tok
             f"acceptance wants prompts of 1 to {context - max_tokens} tokens (a context of {context} less max_tokens = "
             f"{max_tokens}); the longest has {longest}, and none may be empty"
         )
-    greedy = SamplingParams(temperature=0, ignore_eos=True)
-    decoder = Decoder(model, prompts, [greedy] * len(prompts), depth=1)
-    counts = [0] * len(prompts)
-    drafted = accepted = 0
-    new_tokens = decoder.prefill()
-    while True:
-        counts = [count + len(tokens) for count, tokens in zip(counts, new_tokens, strict=True)]
-        going = [
-            row
-            for row, tokens in enumerate(new_tokens)
-            if counts[row] < max_tokens and model.config.eos_token_id not in tokens
-        ]
-        if not going:
-            break
-        if len(going) < len(counts):
-            decoder.select(going)
-            counts = [counts[row] for row in going]
-        new_tokens = decoder.step()
-        drafted += len(new_tokens)
-        accepted += sum(len(tokens) == 2 for tokens in new_tokens)
+    greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
+    generation = Engine(model, None).generate([Request(prompt, greedy) for prompt in prompts], speculate=1)
+    for _ in generation:
+        pass
+    (drafted,), (accepted,) = generation.stats.drafted, generation.stats.accepted
     if not drafted:
-        raise UserError(f"nothing was drafted: {len(prompts)} answers ended with their first token; give more prompts")
+        raise UserError(
+            f"nothing was drafted: {len(prompts)} answers ended with their first tokens; give more prompts, or room "
+            "for more tokens"
+        )
     return accepted / drafted
 
 

@@ -1,18 +1,39 @@
-"""Logits to tokens: temperature, top-k, top-p and min-p, with a random stream of its own for every request.
+"""Logits to tokens: bias, penalties, constraints, temperature, top-k, top-p and min-p, all places of a step at once.
 
-Shapes: B requests, K places of each (1, or the drafts to verify and one more), Z = vocab_size.
+A token is drawn by the Gumbel-max rule, argmax(logit / temperature + noise), with noise hashed from the request's seed,
+the place in its answer and the token's id. So what is drawn is a function of the distribution and these three alone:
+neither the batch nor the order of the work can change it, and a draft that is drawn with the noise of its place agrees
+with the trunk's own draw as often as two distributions can without knowing of each other (arXiv 2408.07978).
+
+Shapes: R places, Z = vocab_size, K candidates of a place.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from baleen.config import UserError
+
+NUCLEUS = 256  # candidates looked at first for top-k and top-p: sorting a whole vocabulary is slow and rarely needed
+_MASK = (1 << 64) - 1
+
+
+class Constraint(Protocol):
+    """A language that the answer must be in."""
+
+    def allowed(self, answer_ids: Sequence[int]) -> Tensor | None:
+        """bool [Z] or shorter (what is missing is not allowed): tokens that may follow these; None: all may.
+
+        At least one must be allowed, be it the end token.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,14 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability; 1 and 0 are off. seed: None takes
     one from the system. max_tokens: None is what the context leaves. stop: strings that end the answer and are cut
     from it. stop_ids: tokens that do so besides the tokenizer's end token. ignore_eos: go on after that one.
+    skip_special: leave control tokens out of the text; false shows all but the end token, for who parses them.
+
+    logit_bias: added to the logits of these tokens. presence_penalty, frequency_penalty: taken from the logit of every
+    token of the answer so far, once, and once for each time. constraint: keeps the answer in its language.
+
+    logprobs: report the log-probability of each token of the answer and of this many likeliest ones; prompt_logprobs:
+    of the prompt's tokens from position `prompt_logprobs_from` on, with which max_tokens may be 0. They are the
+    model's own: of its logits as they come. trace: report which experts each token of the answer went to.
     """
 
     temperature: float = 1.0
@@ -33,108 +62,172 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        least = 1 if self.prompt_logprobs is None else 0
         for good, fault in (
             (0.0 <= self.temperature <= 100.0, f"temperature is {self.temperature}: take one from 0 (greedy) to 100"),
             (0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}: take a share above 0 and up to 1 (off)"),
             (self.top_k >= 0, f"top_k is {self.top_k}: take a number of tokens, or 0 (off)"),
             (0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}: take a share from 0 (off) to 1"),
-            (self.max_tokens is None or self.max_tokens >= 1, f"max_tokens is {self.max_tokens}: take 1 or more"),
+            (
+                self.max_tokens is None or self.max_tokens >= least,
+                f"max_tokens is {self.max_tokens}: take 1 or more, or with prompt_logprobs 0",
+            ),
             (all(self.stop), "a stop string is empty: leave it out, or give the text to stop at"),
+            (
+                all(map(math.isfinite, (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values()))),
+                "a penalty or a logit_bias is not finite: take numbers such as -100 or 100",
+            ),
+            ((self.logprobs or 0) >= 0, f"logprobs is {self.logprobs}: take how many likeliest tokens to report"),
+            ((self.prompt_logprobs or 0) >= 0, f"prompt_logprobs is {self.prompt_logprobs}: take 0 or more"),
         ):
             if not good:
                 raise UserError(fault)
 
-
-class Sampler:
-    """The sampling parameters of B requests as tensors, and their random streams.
-
-    A request takes a fixed number of random numbers a step from the stream of its own seed, so what it draws does not
-    depend on what else is in the batch.
-    """
-
-    def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu"):
-        self._temperature_B = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-        self._top_k_B = torch.tensor([p.top_k for p in params], device=device)
-        self._top_p_B = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-        self._min_p_B = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
-        self._streams = [random.Random(p.seed) for p in params]  # None: the system's entropy
-        self._params = list(params)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these requests, in this order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self._top_k_B.device)
-        self._temperature_B, self._top_k_B = self._temperature_B[index], self._top_k_B[index]
-        self._top_p_B, self._min_p_B = self._top_p_B[index], self._min_p_B[index]
-        self._streams = [self._streams[row] for row in rows]
-        self._params = [self._params[row] for row in rows]
-
-    def uniforms(self, count: int) -> Tensor:
-        """The next `count` numbers of every stream, float64 [B, count] in [0, 1)."""
-        numbers = [[stream.random() for _ in range(count)] for stream in self._streams]
-        return torch.tensor(numbers, dtype=torch.float64).view(-1, count).to(self._top_k_B.device)
-
-    def probabilities(self, logits_BKZ: Tensor) -> Tensor:
-        """Logits -> the distribution that is drawn from, float64 [B, K, Z]; see `probabilities`.
-
-        Trunk and MTP layers both pass through here: speculation is lossless only if both are processed alike.
-        """
-        if all(p.temperature == 0 for p in self._params):
-            return one_hot_argmax(logits_BKZ)
-        return probabilities(
-            logits_BKZ,
-            self._temperature_B,
-            self._top_k_B if any(p.top_k for p in self._params) else None,
-            self._top_p_B if any(p.top_p < 1 for p in self._params) else None,
-            self._min_p_B if any(p.min_p for p in self._params) else None,
-        )
+    @property
+    def depends_on_answer(self) -> bool:
+        """Whether the tokens so far change the distribution otherwise than through the model."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.constraint is not None
 
 
-def probabilities(
-    logits_BKZ: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor | None = None,
-    top_p_B: Tensor | None = None,
-    min_p_B: Tensor | None = None,
-) -> Tensor:
-    """Divide by the temperature, then keep the top k, of those the fewest that reach top p, of those all with at least
-    min p times the probability of the best; renormalise. Temperature 0: all on the best token.
+class Place(NamedTuple):
+    """One place of one answer that wants a token."""
 
-    [B, K, Z] -> float64 [B, K, Z]. A processor that no request uses is None and costs nothing.
-    """
-    greedy_B11 = (temperature_B == 0)[:, None, None]
-    temperature_B11 = temperature_B[:, None, None].masked_fill(greedy_B11, 1.0)
-    probs = (logits_BKZ.double() / temperature_B11).softmax(-1)
-    if top_k_B is not None or top_p_B is not None:
-        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        if top_k_B is not None:
-            rank_Z = torch.arange(probs.shape[-1], device=probs.device)
-            beyond = (rank_Z >= top_k_B[:, None, None]) & (top_k_B > 0)[:, None, None]
-            sorted_probs = sorted_probs.masked_fill(beyond, 0.0)
-        if top_p_B is not None:
-            before = sorted_probs.cumsum(-1) - sorted_probs
-            enough = before >= top_p_B[:, None, None] * sorted_probs.sum(-1, keepdim=True)
-            enough &= (top_p_B < 1)[:, None, None]
-            sorted_probs = sorted_probs.masked_fill(enough, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs)
-    if min_p_B is not None:
-        least = min_p_B[:, None, None] * probs.amax(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0.0)
-    probs = probs / probs.sum(-1, keepdim=True)
-    return torch.where(greedy_B11, one_hot_argmax(logits_BKZ), probs)
+    params: SamplingParams
+    seed: int
+    answer: Sequence[int]  # the tokens before it; read only if params.depends_on_answer
+    index: int  # how many they are
 
 
-def one_hot_argmax(logits: Tensor) -> Tensor:
-    """Greedy choice as a distribution, float64, the shape of `logits`."""
-    return torch.zeros_like(logits, dtype=torch.float64).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+def choose(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    """One token a place, int64 [R]. The logits are not changed."""
+    logits_RZ = _adjusted(logits_RZ, places)
+    drawn = [r for r, place in enumerate(places) if place.params.temperature > 0]
+    if not drawn:
+        return logits_RZ.argmax(-1)
+    cut = [r for r in drawn if places[r].params.top_k or places[r].params.top_p < 1]
+    whole = [r for r in drawn if not (places[r].params.top_k or places[r].params.top_p < 1)]
+    greedy = [r for r, place in enumerate(places) if place.params.temperature == 0]
+    tokens_R = torch.empty(len(places), dtype=torch.long, device=logits_RZ.device)
+    if greedy:
+        tokens_R[greedy] = logits_RZ[greedy].argmax(-1)
+    for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_best)):
+        if rows:
+            some = [places[r] for r in rows]
+            chosen_RZ = logits_RZ if len(rows) == len(places) else logits_RZ[rows]
+            temperature_R1 = _column([p.params.temperature for p in some], logits_RZ.device)
+            tokens_R[rows] = draw(chosen_RZ.double() / temperature_R1, some)
+    return tokens_R
 
 
-def draw(weights_BZ: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row by the inverse of its distribution function; weights need not add up to 1. int64 [B]."""
-    cumulative_BZ = weights_BZ.cumsum(-1)
-    # u < 1 in float64 keeps the target below the total, so a token without weight is never drawn.
-    target_B1 = uniform_B[:, None] * cumulative_BZ[:, -1:]
-    return torch.searchsorted(cumulative_BZ, target_B1, right=True).squeeze(-1)
+def _draw_from_all(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    """Gumbel-max over the vocabulary, less what min_p forbids."""
+    device = scaled_RZ.device
+    scores_RZ = scaled_RZ + gumbel(_keys(places, device), torch.arange(scaled_RZ.shape[1], device=device))
+    if any(place.params.min_p for place in places):
+        least_R1 = scaled_RZ.amax(-1, keepdim=True) + _column([_log(p.params.min_p) for p in places], device)
+        scores_RZ = scores_RZ.masked_fill(scaled_RZ < least_R1, -math.inf)
+    return scores_RZ.argmax(-1)
+
+
+def _draw_from_best(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    """The top k; of those the fewest that reach top p; of those all with min p times the probability of the best."""
+    Z, device = scaled_RZ.shape[1], scaled_RZ.device
+    top_k = [min(place.params.top_k or Z, Z) for place in places]
+    top_k_R1, top_p_R1 = _column(top_k, device), _column([p.params.top_p for p in places], device)
+    total_R1 = scaled_RZ.logsumexp(-1, keepdim=True)
+    for width in (min(NUCLEUS, Z), Z):
+        best_RK, ids_RK = scaled_RZ.topk(width, dim=-1)
+        probs_RK = (best_RK - total_R1).exp()
+        inside_RK = torch.arange(width, device=device) < top_k_R1
+        reached_RK = (probs_RK * inside_RK).cumsum(-1)
+        # The share is one of the top k's sum: known if they are all here, and 1 if they are everything.
+        known_R1 = top_k_R1 <= width
+        goal_R1 = top_p_R1 * torch.where(known_R1, reached_RK[:, -1:], 1.0)
+        if bool((known_R1 | ((top_k_R1 == Z) & (top_p_R1 < 1) & (reached_RK[:, -1:] >= goal_R1))).all()):
+            break
+    inside_RK &= (reached_RK - probs_RK * inside_RK < goal_R1) | (top_p_R1 >= 1)
+    inside_RK &= probs_RK >= _column([place.params.min_p for place in places], device) * probs_RK[:, :1]
+    scores_RK = best_RK + gumbel(_keys(places, device), ids_RK)
+    at_R1 = scores_RK.masked_fill(~inside_RK, -math.inf).argmax(-1, keepdim=True)
+    return ids_RK.gather(1, at_R1).squeeze(1)
+
+
+def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    """With biases, penalties and constraints; a copy if there are any."""
+    rows: list[int] = []
+    ids: list[int] = []
+    values: list[float] = []
+    masks: dict[int, Tensor] = {}
+    for r, (params, _, answer, _) in enumerate(places):
+        changes = dict(params.logit_bias)
+        if params.presence_penalty or params.frequency_penalty:
+            for id, times in Counter(answer).items():
+                changes[id] = changes.get(id, 0.0) - params.presence_penalty - params.frequency_penalty * times
+        rows += [r] * len(changes)
+        ids += changes.keys()
+        values += changes.values()
+        mask = None if params.constraint is None else params.constraint.allowed(answer)
+        if mask is not None:
+            assert mask.any(), "the constraint allows no token, not even the end"
+            masks[r] = mask
+    if not rows and not masks:
+        return logits_RZ
+    logits_RZ = logits_RZ.clone()
+    if rows:
+        index = (torch.tensor(rows, device=logits_RZ.device), torch.tensor(ids, device=logits_RZ.device))
+        logits_RZ.index_put_(index, torch.tensor(values, dtype=logits_RZ.dtype, device=logits_RZ.device), True)
+    for r, mask in masks.items():
+        logits_RZ[r, len(mask) :] = -math.inf
+        logits_RZ[r, : len(mask)].masked_fill_(~mask[: logits_RZ.shape[1]].to(logits_RZ.device), -math.inf)
+    return logits_RZ
+
+
+# --- noise
+
+
+def gumbel(keys_R1: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64 [R, Z], for keys int64 [R, 1] and token ids [Z] or [R, Z]: splitmix64 of both."""
+    x = keys_R1 + ids * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
+        x *= _signed(factor)
+    x ^= (x >> 31) & ((1 << 33) - 1)
+    uniform = ((x >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _keys(places: Sequence[Place], device: torch.device) -> Tensor:
+    return torch.tensor([[_signed(mixed(mixed(p.seed) + p.index))] for p in places], device=device)
+
+
+def mixed(x: int) -> int:
+    """splitmix64: a bijection of 64 bits whose every output bit depends on every input bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share else -math.inf

@@ -1,113 +1,157 @@
 """Speculative decoding by multi-token prediction (arXiv 2412.19437 §2.2 and §5.4.3), without loss.
 
-The MTP layers draft D tokens, one forward of the trunk verifies them all, and what is kept follows the trunk's own
-distribution exactly (Leviathan et al., arXiv 2211.17192, Algorithm 1). Greedy decoding is the case of distributions
-with all weight on one token: a draft is kept if it is the trunk's own choice.
+The MTP layers draft the tokens that come next, one forward of the trunk verifies them all. Draft and trunk draw with
+the same noise (see sampler.py), and a draft is kept if it is what the trunk draws: so an answer is, token for token,
+the one that would have come without drafts, at every temperature, and what the MTP layers hold in the cache can make
+it slower but not different (arXiv 2408.07978; rejection sampling, arXiv 2211.17192, keeps somewhat more drafts but
+makes an answer depend on them).
 
-Shapes: B sequences, D drafts, T tokens of a window, S token places, d hidden, Z = vocab_size.
+Shapes: N tokens of all windows, d hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from baleen.infer.sampler import Sampler, draw
-from baleen.model.cache import LatentCache
-from baleen.model.transformer import Transformer
+from baleen.infer.runner import Runner
+from baleen.infer.sampler import Place, choose
+from baleen.model.cache import Batch
 
 
-def verify(
-    target_BKZ: Tensor, draft_BDZ: Tensor, drafts_BD: Tensor, accept_BD: Tensor, final_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """How many drafts are kept, and the token after them: (int64 [B], int64 [B]).
+@dataclass
+class Window:
+    """The positions of one sequence that the trunk has just read: `count` from `start` on.
 
-    target_BKZ: the trunk's distributions at the D places of the drafts and the one after, K = D + 1. draft_BDZ: those
-    the drafts were drawn from. accept_BD, final_B: uniform in [0, 1). Draft x is kept with probability
-    min(1, p(x) / q(x)); at the first that is not, the token comes from max(0, p - q), renormalised; after the last
-    place from p.
+    `place`: that of the first draft, if `wanted` drafts are to follow the tokens; then the window ends at the last but
+    one of them.
     """
-    B, D = drafts_BD.shape
-    p_BD = target_BKZ[:, :D].gather(-1, drafts_BD[..., None]).squeeze(-1)
-    q_BD = draft_BDZ.gather(-1, drafts_BD[..., None]).squeeze(-1)
-    kept_B = (accept_BD * q_BD < p_BD).long().cumprod(-1).sum(-1)
-    rows_B = torch.arange(B, device=kept_B.device)
-    p_BZ = target_BKZ[rows_B, kept_B]
-    q_BZ = F.pad(draft_BDZ, (0, 0, 0, 1))[rows_B, kept_B]  # nothing was drafted at the last place
-    residual_BZ = (p_BZ - q_BZ).clamp(min=0)
-    # p = q up to rounding can leave no residual, where a draft is refused by rounding too.
-    empty_B1 = residual_BZ.sum(-1, keepdim=True) == 0
-    return kept_B, draw(torch.where(empty_B1, p_BZ, residual_BZ), final_B)
+
+    tokens: Sequence[int]  # all that are known
+    start: int
+    row: int  # of the first position, among the trunk's hidden states
+    count: int
+    pages: Sequence[int]
+    place: Place | None = None
+    wanted: int = 0
+    tail_Td: Tensor | None = None  # the trunk's hidden states just before the window
+    drafts: list[int] = field(default_factory=list)
 
 
 class Drafter:
-    """Chains the MTP layers over the newest tokens and keeps their rows of the cache true.
+    """Chains the MTP layers over the newest tokens and keeps their rows of the cache.
 
     With n tokens known, layer k has row i from h^{k-1}_i and t_{i+k}, and drafts t_{n-1+k} at i = n - 2. Its rows from
-    i = n - k on rest on drafts: the next time it starts there again, and so no rejected draft leaves a trace. The one
-    input it then needs from before its predecessor's window, h^{k-1}_{n-k}, is carried over.
+    i = n - k on rest on drafts: so with layers beyond the first a window is begun as many positions earlier.
     """
 
-    def __init__(self, model: Transformer, depth: int, cache: LatentCache):
-        assert 1 <= depth <= len(model.mtp_layers)
-        self.model, self.depth, self._cache = model, depth, cache
-        self._window_BTd = torch.empty(0)
-        self._first_B = torch.empty(0)
-        self._carried: list[Tensor] = []  # h^k [B, d] for k = 1 .. depth - 1
+    def __init__(self, runner: Runner, depth: int):
+        assert depth >= 1
+        self.runner, self.depth = runner, depth
 
-    def observe(self, hidden_BTd: Tensor, first_B: Tensor) -> None:
-        """The trunk's hidden states from position first_B on, of all tokens that it has seen since the last call."""
-        self._window_BTd, self._first_B = hidden_BTd, first_B
-        if not self._carried:
-            self._carried = [hidden_BTd[:, 0] for _ in range(self.depth - 1)]  # not read: the first window starts at 0
+    def propose(self, hidden_Nd: Tensor, windows: Sequence[Window]) -> None:
+        """Read the windows; fill the `drafts` of those that want any, and every `tail_Td` for the window that follows.
 
-    def propose(self, tokens_BS: Tensor, lengths_B: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """Draft D tokens after the `lengths_B` known ones and write them to `tokens_BS`.
-
-        Every known token but the last must have been observed. Returns drafts [B, D] and the distributions they were
-        drawn from [B, D, Z].
+        hidden_Nd: the trunk's hidden states that the windows point into.
         """
-        uniforms_BD = sampler.uniforms(self.depth)
-        window_BTd, first_B = self._window_BTd, self._first_B
-        probs: list[Tensor] = []
-        carried: list[Tensor] = []
+        windows = sorted(windows, key=lambda w: w.count)
+        x_Nd = self._gather(hidden_Nd, windows)
+        starts = [w.start - (0 if w.tail_Td is None else len(w.tail_Td)) for w in windows]
+        counts = [w.start + w.count - start for w, start in zip(windows, starts, strict=True)]
+        self._keep_tails(x_Nd, windows, counts)
         for k in range(1, self.depth + 1):
-            if k > 1:
-                window_BTd, first_B = _extended(window_BTd, first_B, self._carried[k - 2])
-            positions_BT = first_B[:, None] + torch.arange(window_BTd.shape[1], device=first_B.device)
-            ids_BT = tokens_BS.gather(1, (positions_BT + k).clamp(max=tokens_BS.shape[1] - 1))
-            window_BTd = self.model.predict_ahead(
-                k - 1, window_BTd, ids_BT, positions_BT=positions_BT, cache=self._cache
-            ).hidden_BTd
-            logits_BZ = self.model.logits(_at(window_BTd, lengths_B - 2 - first_B))
-            probs.append(sampler.probabilities(logits_BZ[:, None]).squeeze(1))
-            drafted_B = draw(probs[-1], uniforms_BD[:, k - 1])
-            tokens_BS.scatter_(1, (lengths_B - 1 + k)[:, None], drafted_B[:, None])
-            if k < self.depth:
-                carried.append(_at(window_BTd, (lengths_B - 1 - k - first_B).clamp(min=0)))
-        self._carried = carried
-        places_BD = lengths_B[:, None] + torch.arange(self.depth, device=lengths_B.device)
-        return tokens_BS.gather(1, places_BD), torch.stack(probs, 1)
+            known = [len(w.tokens) + len(w.drafts) for w in windows]
+            readable = [max(0, min(c, n - k - s)) for c, n, s in zip(counts, known, starts, strict=True)]
+            readable = [n if w.place is None or w.wanted >= k else 0 for n, w in zip(readable, windows, strict=True)]
+            if not any(readable):
+                return
+            if readable != counts:
+                pieces = x_Nd.split(counts)
+                x_Nd = torch.cat([piece[:n] for piece, n in zip(pieces, readable, strict=True)])
+                pairs = [(w, s, n) for w, s, n in zip(windows, starts, readable, strict=True) if n]
+                windows, starts, counts = map(list, zip(*pairs, strict=True))
+            tokens = [
+                id
+                for w, s, n in zip(windows, starts, counts, strict=True)
+                for id in _piece(w.tokens, w.drafts, s + k, n)
+            ]
+            x_Nd = self.runner.draft(k - 1, x_Nd, Batch(tokens, starts, counts, [w.pages for w in windows]))
+            self._draw(x_Nd, windows, counts, k)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these sequences, in this order."""
-        self._window_BTd, self._first_B = self._window_BTd[rows], self._first_B[rows]
-        self._carried = [carried_Bd[rows] for carried_Bd in self._carried]
+    def _draw(self, x_Nd: Tensor, windows: Sequence[Window], counts: Sequence[int], k: int) -> None:
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        drawing = [(w, end - 1) for w, end in zip(windows, ends, strict=True) if w.place is not None]
+        if not drawing:
+            return
+        last_Bd = x_Nd if len(drawing) == len(x_Nd) else x_Nd[[row for _, row in drawing]]
+        places = [w.place._replace(index=w.place.index + k - 1) for w, _ in drawing if w.place is not None]
+        chosen = choose(self.runner.logits(last_Bd), places).tolist()
+        for (w, _), id in zip(drawing, chosen, strict=True):
+            w.drafts.append(id)
+
+    def _gather(self, hidden_Nd: Tensor, windows: Sequence[Window]) -> Tensor:
+        if any(w.tail_Td is not None for w in windows):
+            parts = [(w.tail_Td, hidden_Nd[w.row : w.row + w.count]) for w in windows]
+            return torch.cat([part for pair in parts for part in pair if part is not None])
+        rows = [row for w in windows for row in range(w.row, w.row + w.count)]
+        return hidden_Nd if rows == list(range(len(hidden_Nd))) else hidden_Nd[rows]
+
+    def _keep_tails(self, x_Nd: Tensor, windows: Sequence[Window], counts: Sequence[int]) -> None:
+        if self.depth > 1:
+            for w, rows_Td in zip(windows, x_Nd.split(list(counts)), strict=True):
+                w.tail_Td = rows_Td[-(self.depth - 1) :]
 
 
-def _extended(window_BTd: Tensor, first_B: Tensor, carried_Bd: Tensor) -> tuple[Tensor, Tensor]:
-    """The window from one position earlier, but not before 0, with the carried state in front.
+def _piece(tokens: Sequence[int], drafts: Sequence[int], start: int, count: int) -> list[int]:
+    """`count` tokens from `start` on of the known ones and the drafts behind them."""
+    if start + count <= len(tokens):
+        return list(tokens[start : start + count])
+    return [*tokens[start:], *drafts][:count] if start < len(tokens) else list(drafts[start - len(tokens) :][:count])
 
-    One wider for all rows: where it can't begin earlier, the last place repeats, beyond all known tokens.
+
+class Payoff:
+    """Whether drafting pays, by the clock: tokens a second with drafts against without, for each size of batch.
+
+    Sizes are told apart by powers of two. Both ways are tried first; later the slower one again in a few steps of
+    every hundred, since acceptance changes with the text. Answers do not depend on it.
     """
-    B, T, d = window_BTd.shape
-    joined_BTd = torch.cat((carried_Bd[:, None], window_BTd), 1)
-    start_B1 = (first_B == 0).long()[:, None]
-    index_BT = (start_B1 + torch.arange(T + 1, device=first_B.device)).clamp(max=T)
-    return joined_BTd.gather(1, index_BT[..., None].expand(B, T + 1, d)), (first_B - 1).clamp(min=0)
+
+    TRIAL, PERIOD, MEMORY = 6, 150, 0.98
+
+    def __init__(self) -> None:
+        self._tallies: dict[int, _Tally] = {}
+
+    def drafts(self, rows: int) -> bool:
+        """Whether a step that moves `rows` answers on should draft for the next."""
+        tally = self._tally(rows)
+        turn = tally.steps % self.PERIOD
+        if tally.steps < 2 * self.TRIAL:
+            return tally.steps < self.TRIAL
+        faster = tally.rate(True) >= tally.rate(False)
+        return faster if turn >= self.TRIAL else not faster
+
+    def observe(self, rows: int, drafted: bool, tokens: int, seconds: float) -> None:
+        """A step without prompts: whether it drafted, and the tokens it brought, verified drafts included."""
+        tally = self._tally(rows)
+        tally.steps += 1
+        if drafted == tally.last:  # a step after a change verifies what it did not pay for, or pays for the next
+            tally.tokens[drafted] = tally.tokens[drafted] * self.MEMORY + tokens
+            tally.seconds[drafted] = tally.seconds[drafted] * self.MEMORY + seconds
+        tally.last = drafted
+
+    def _tally(self, rows: int) -> _Tally:
+        return self._tallies.setdefault(rows.bit_length(), _Tally())
 
 
-def _at(window_BTd: Tensor, index_B: Tensor) -> Tensor:
-    """[B, T, d] at one place a row -> [B, d]."""
-    return window_BTd[torch.arange(len(index_B), device=index_B.device), index_B]
+@dataclass
+class _Tally:
+    steps: int = 0
+    last: bool | None = None
+    tokens: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    seconds: dict[bool, float] = field(default_factory=lambda: {False: 1e-9, True: 1e-9})
+
+    def rate(self, drafted: bool) -> float:
+        return self.tokens[drafted] / self.seconds[drafted]

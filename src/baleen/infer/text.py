@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from baleen.data.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Bytes of tokens -> text, a character as soon as it is whole; special tokens are left out.
+    """Bytes of tokens -> text, a character as soon as it is whole; special tokens are left out unless asked for.
 
     Bytes that can no longer become a character turn into U+FFFD, exactly as when all bytes are decoded at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
@@ -27,8 +28,9 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
     def _bytes(self, id: int) -> bytes:
-        is_special = self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False)
-        return b"" if is_special else self._tokenizer.token_bytes(id)
+        if self._skip_special and self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False):
+            return b""
+        return self._tokenizer.token_bytes(id)
 
 
 class StopMatcher:
@@ -66,3 +68,41 @@ class StopMatcher:
         """Length of the longest end of `text` that begins `stop`."""
         longest = min(len(text), len(stop) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Answer:
+    """The text side of one request: what its tokens say (nothing, without a tokenizer), and when it ends."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        end_ids: Iterable[int],
+        stops: Sequence[str],
+        max_tokens: int,
+        skip_special: bool = True,
+    ):
+        self.max_tokens, self.count = max_tokens, 0
+        self._end_ids = frozenset(end_ids)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, skip_special)
+        self._matcher = StopMatcher(stops)
+
+    def feed(self, tokens: Sequence[int]) -> tuple[str, int, Literal["stop", "length"] | None]:
+        """Take tokens up to the one that ends the answer: (text, how many were taken, why it ends here)."""
+        text, used = "", 0
+        reason: Literal["stop", "length"] | None = "length" if self.count == self.max_tokens else None
+        while reason is None and used < len(tokens):
+            token = tokens[used]
+            used += 1
+            if token in self._end_ids:
+                reason = "stop"
+            else:
+                if self._detokenizer is not None:
+                    text += self._matcher.feed(self._detokenizer.feed([token]))
+                if self._matcher.stopped:
+                    reason = "stop"
+                elif self.count + used == self.max_tokens:
+                    reason = "length"
+        self.count += used
+        if reason is not None and self._detokenizer is not None:
+            text += self._matcher.feed(self._detokenizer.flush()) + self._matcher.flush()
+        return text, used, reason

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
-from baleen.model.cache import LatentCache
+from baleen.model.cache import CacheView
+from baleen.model.fused import rms_norm
 from baleen.model.rope import rotate, softmax_scale
 
 # Released code builds the norms of the latents with this epsilon, whatever rms_norm_eps says.
@@ -26,8 +27,8 @@ class Context(NamedTuple):
     positions_BT: Tensor
     cos: Tensor  # [B, T, P/2]
     sin: Tensor
-    mask: Tensor | None  # [B, 1, T, S] bool, True where a query sees a key; None: plainly causal
-    cache: LatentCache | None
+    mask: Tensor | None  # [B, 1, T, T] bool, True where a query sees a key; None: plainly causal
+    cache: CacheView | None  # then B is 1, T counts the tokens of all sequences, and who sees what the cache knows
 
 
 class RMSNorm(nn.Module):
@@ -38,9 +39,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """In the dtype that the matmuls behind it compute in: under autocast each of them would cast again."""
-        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         device = x.device.type
-        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return rms_norm(x, self.weight, self.eps, dtype)
 
 
 class LatentAttention(nn.Module):
@@ -70,14 +71,29 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(H * config.v_head_dim, d, bias=bias)  # W^O
 
     def forward(self, x_BTd: Tensor, context: Context) -> Tensor:
-        """[B, T, d] -> [B, T, d]; with a cache, the new latents are written to it and all visible ones attended."""
+        """[B, T, d] -> [B, T, d]."""
         q_nope_BTHN, q_rope_BTHP = self._queries(x_BTd, context)
-        latents_BSC = self._latents(x_BTd, context)
-        if context.cache is not None:
-            latents_BSC = context.cache.update(self.layer_idx, latents_BSC, context.positions_BT)
-        absorb = context.cache is not None and self.prefers_absorbed(x_BTd.shape[1], latents_BSC.shape[1])
-        attend = self._absorbed if absorb else self._naive
-        return self.o_proj(attend(q_nope_BTHN, q_rope_BTHP, latents_BSC.to(x_BTd.dtype), context.mask).flatten(2))
+        latents_BTC = self._latents(x_BTd, context)
+        if context.cache is None:
+            out_BTHV = self._naive(q_nope_BTHN, q_rope_BTHP, latents_BTC, context.mask)
+        else:
+            out_BTHV = self._cached(q_nope_BTHN[0], q_rope_BTHP[0], latents_BTC[0], context.cache)[None]
+        return self.o_proj(out_BTHV.flatten(2))
+
+    def _cached(self, q_nope_NHX: Tensor, q_rope_NHP: Tensor, latents_NC: Tensor, cache: CacheView) -> Tensor:
+        """Keep the new latents, then let every sequence attend to its own; returns [N, H, V]."""
+        cache.write(self.layer_idx, latents_NC)
+        outs = []
+        for segment in cache.segments:
+            latents_BSC = cache.read(self.layer_idx, segment).to(latents_NC.dtype)
+            q_nope = q_nope_NHX[segment.tokens].unflatten(0, segment.shape)
+            q_rope = q_rope_NHP[segment.tokens].unflatten(0, segment.shape)
+            if self.prefers_absorbed(segment.shape[1], segment.visible):
+                out = self._absorbed(q_nope, q_rope, latents_BSC, None if segment.sees_all else segment.mask_B1TS)
+            else:
+                out = self._naive(q_nope, q_rope, latents_BSC, None if segment.is_causal else segment.mask_B1TS)
+            outs.append(out.flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _queries(self, x_BTd: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Eq. 6-9: q^C and the rotated q^R."""
@@ -105,7 +121,7 @@ class LatentAttention(nn.Module):
         return out.transpose(1, 2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor, mask: Tensor | None) -> Tensor:
-        """The same over the latents as one shared key and value head; returns [B, T, H, V]."""
+        """The same over the latents as one shared key and value head, all of them without a mask; [B, T, H, V]."""
         cfg = self.config
         w_HXR = self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1))
         w_uk_HNR, w_uv_HVR = w_HXR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], 1)

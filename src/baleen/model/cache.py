@@ -1,65 +1,152 @@
-"""The latent cache of MLA: per token and layer only c^KV (after its norm) and the rotated k^R are kept.
+"""The latent cache of MLA, in pages: per token and layer only c^KV (after its norm) and the rotated k^R are kept.
 
-Shapes: B sequences, T new tokens, S cached tokens, C = kv_lora_rank + qk_rope_head_dim.
+Shapes: B sequences, N new tokens of all of them, T new tokens of one, S visible tokens, P pages of a sequence,
+C = kv_lora_rank + qk_rope_head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from baleen.config import ModelConfig
 
 
-class LatentCache:
-    """Latents of `batch_size` sequences, [layers, B, S, C]; the MTP layers' rows follow the trunk's.
+@dataclass(frozen=True)
+class Batch:
+    """New tokens of B sequences, one sequence after the other, whatever their number.
+
+    Sequence b brings `counts[b]` tokens, which stand at positions `starts[b]`, `starts[b]` + 1, ...; its position p is
+    kept in page `tables[b][p // page_size]`. Most economical if sequences of equal count are neighbours.
+    """
+
+    tokens: Sequence[int]  # N
+    starts: Sequence[int]  # B
+    counts: Sequence[int]  # B
+    tables: Sequence[Sequence[int]]  # B, each of P pages or more
+
+    def positions(self) -> list[int]:
+        """Of all N tokens."""
+        pairs = zip(self.starts, self.counts, strict=True)
+        return [position for start, count in pairs for position in range(start, start + count)]
+
+
+class LatentPages:
+    """Memory for the latents of all sequences: [layers, pages, page_size, C]; the MTP layers' rows follow the trunk's.
 
     A token is written at its position, and a query sees the positions up to its own. So a sequence is shortened by
     continuing it from an earlier position: what a rejected draft has written lies beyond every query until it is
-    overwritten.
+    overwritten. Which page belongs to whom is the caller's business.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        batch_size: int,
-        max_len: int,
+        count: int,
         *,
+        page_size: int = 16,
         mtp: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.config = config
+        self.page_size = page_size
         layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-        self.latents = torch.zeros(layers, batch_size, max_len, config.latent_dim, dtype=dtype, device=device)
-        self.visible = 0
-        self._batch = torch.arange(batch_size, device=device)[:, None]
+        self.latents = _zeros((layers, count, page_size, config.latent_dim), dtype, torch.device(device))
 
     @property
-    def max_len(self) -> int:
-        return self.latents.shape[2]
+    def count(self) -> int:
+        return self.latents.shape[1]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token of one sequence takes, over all layers."""
         return self.latents.shape[0] * self.latents.shape[3] * self.latents.element_size()
 
-    def reserve(self, positions_BT: Tensor) -> None:
-        """Make the cache reach the last of these positions; called once a forward, before the layers write."""
-        self.visible = int(positions_BT.max()) + 1
-        if self.visible > self.max_len:
-            layers, batch, _, channels = self.latents.shape
-            grown = self.latents.new_zeros(layers, batch, max(self.visible, 2 * self.max_len), channels)
-            grown[:, :, : self.max_len] = self.latents
-            self.latents = grown
+    def view(self, batch: Batch) -> CacheView:
+        """What one forward over this batch writes and sees."""
+        return CacheView(self, batch)
 
-    def update(self, layer_idx: int, latents_BTC: Tensor, positions_BT: Tensor) -> Tensor:
-        """Write new latents of one layer at their positions; returns all visible ones, [B, S, C]."""
-        layer = self.latents[layer_idx]
-        layer[self._batch, positions_BT] = latents_BTC.to(layer.dtype)
-        return layer[:, : self.visible]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these sequences (indices or a mask over B), in this order."""
-        self.latents = self.latents[:, rows]
-        self._batch = torch.arange(self.latents.shape[1], device=self.latents.device)[:, None]
+class Segment(NamedTuple):
+    """Neighbouring sequences with equally many new tokens: their attention is one dense computation."""
+
+    tokens: slice  # of the N
+    shape: tuple[int, int]  # B, T
+    pages: Tensor | slice  # [B * P], or of one sequence whose pages lie side by side
+    visible: int  # S
+    mask_B1TS: Tensor  # True where a query sees a key
+    is_causal: bool  # plainly so: T = S
+    sees_all: bool
+
+
+class CacheView:
+    """The pages as one forward sees them; its tokens are the model's input as [1, N]."""
+
+    def __init__(self, pages: LatentPages, batch: Batch):
+        device, size = pages.latents.device, pages.page_size
+        self._flat = pages.latents.flatten(1, 2)
+        self._pages = pages.latents
+        positions = batch.positions()
+        slots = [
+            table[p // size] * size + p % size
+            for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True)
+            for p in range(start, start + count)
+        ]
+        self.positions_N = torch.tensor(positions, device=device)
+        self._slots_N = torch.tensor(slots, device=device)
+        self.segments = self._segments(batch, size)
+
+    def write(self, layer_idx: int, latents_NC: Tensor) -> None:
+        """Keep the new latents of one layer."""
+        self._flat[layer_idx].index_copy_(0, self._slots_N, latents_NC.to(self._flat.dtype))
+
+    def read(self, layer_idx: int, segment: Segment) -> Tensor:
+        """What the sequences of a segment can see, [B, S, C]; beyond a sequence's own end: anything."""
+        B, _ = segment.shape
+        layer = self._pages[layer_idx]
+        if isinstance(segment.pages, slice):
+            return layer[segment.pages].flatten(0, 1)[None, : segment.visible]
+        gathered = layer.index_select(0, segment.pages)
+        return gathered.view(B, -1, gathered.shape[-1])[:, : segment.visible]
+
+    def _segments(self, batch: Batch, size: int) -> list[Segment]:
+        device, segments, first = self._slots_N.device, [], 0
+        for T, members in groupby(range(len(batch.counts)), key=lambda b: batch.counts[b]):
+            rows = list(members)
+            tokens = slice(first, first + len(rows) * T)
+            first = tokens.stop
+            ends = [batch.starts[b] + T for b in rows]
+            visible = max(ends)
+            width = -(-visible // size)
+            # A sequence that ends earlier reads its own last page again, behind the mask.
+            tables = [[*(t := list(batch.tables[b][:width])), *t[-1:] * (width - len(t))] for b in rows]
+            pages = _neighbours(tables[0]) if len(rows) == 1 else None
+            if pages is None:
+                pages = torch.tensor(tables, device=device).flatten()
+            positions_BT = self.positions_N[tokens].view(len(rows), T)
+            mask = (torch.arange(visible, device=device) <= positions_BT[..., None])[:, None]
+            is_level = min(ends) == visible
+            segments.append(
+                Segment(tokens, (len(rows), T), pages, visible, mask, is_level and visible == T, is_level and T == 1)
+            )
+        return segments
+
+
+def _neighbours(pages: list[int]) -> slice | None:
+    """The slice that reads these pages without a copy, if there is one."""
+    first = pages[0]
+    return slice(first, first + len(pages)) if pages == list(range(first, first + len(pages))) else None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On CPUs memory that takes room only once it is written to, which torch.zeros does at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    element = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(int(np.prod(shape)) * element, dtype=np.uint8)).view(dtype).view(shape)

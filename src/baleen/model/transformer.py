@@ -1,7 +1,7 @@
 """The whole network: embedding, L decoder layers, final norm, output head, D MTP layers.
 
 Parameter names are those of the released checkpoints; the MTP layers are model.layers.{L}, {L+1}, ...
-Shapes: B batch, T tokens, S visible tokens, d hidden, Z = vocab_size.
+Shapes: B batch, T tokens, d hidden, Z = vocab_size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from baleen.config import ModelConfig
 from baleen.model.attention import Context, RMSNorm
-from baleen.model.cache import LatentCache
+from baleen.model.cache import CacheView
 from baleen.model.layer import DecoderLayer
 from baleen.model.moe import DeepseekMoE, Gate, Routing
 from baleen.model.mtp import MTPLayer
@@ -85,12 +85,12 @@ class Transformer(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: CacheView | None = None,
     ) -> Output:
         """The trunk over token ids.
 
-        positions_BT: default 0, 1, 2, ... With a cache, where the new tokens stand; they are written to it.
-        document_ids_BT: tokens attend only within their own document (not with a cache).
+        positions_BT: default 0, 1, 2, ... document_ids_BT: tokens attend only within their own document.
+        cache: in place of both; input_ids_BT are the tokens of its batch, [1, N], and are written to it.
         """
         context = self._context(input_ids_BT, positions_BT, document_ids_BT, cache)
         x_BTd, routings = self.model.embed_tokens(input_ids_BT), []
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: CacheView | None = None,
     ) -> Output:
         """MTP layer k = depth + 1 (Eq. 21-23): h^{k-1}_i with t_{i+k} -> h^k_i, from which t_{i+k+1} is predicted.
 
@@ -125,18 +125,17 @@ class Transformer(nn.Module):
         return self.lm_head(hidden)
 
     def _context(
-        self, ids_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: LatentCache | None
+        self, ids_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: CacheView | None
     ) -> Context:
         B, T = ids_BT.shape
         mask = None
-        if positions_BT is None:
+        if cache is not None:
+            assert B == 1 and positions_BT is None and document_ids_BT is None, "the cache knows who is who"
+            positions_BT = cache.positions_N[None]
+        elif positions_BT is None:
             positions_BT = torch.arange(T, device=ids_BT.device).expand(B, T)
         if document_ids_BT is not None:
-            assert cache is None, "documents are told apart in training only"
             same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             mask = (same & same.new_ones(T, T).tril())[:, None]
-        if cache is not None:
-            cache.reserve(positions_BT)
-            mask = (torch.arange(cache.visible, device=ids_BT.device) <= positions_BT[..., None])[:, None]
         cos, sin = self.model.rotary(positions_BT, self.model.norm.weight.dtype)
         return Context(positions_BT, cos, sin, mask, cache)

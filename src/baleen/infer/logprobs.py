@@ -1,0 +1,27 @@
+"""Log-probabilities of given tokens and of the likeliest, for all places at once.
+
+Shapes: M places, Z = vocab_size, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baleen.infer.request import Logprob
+
+
+def logprobs_of(logits_MZ: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Logprob]:
+    """Of token `ids[m]` at place m, with its `tops[m]` likeliest tokens."""
+    if not ids:
+        return []
+    log_probs_MZ = logits_MZ.to(torch.promote_types(logits_MZ.dtype, torch.float32)).log_softmax(-1)
+    chosen = log_probs_MZ.gather(1, torch.tensor(ids, device=logits_MZ.device)[:, None])[:, 0].tolist()
+    values_MK, ids_MK = log_probs_MZ.topk(min(max(tops), logits_MZ.shape[1]))
+    likeliest = [
+        tuple(zip(best[:top], values[:top], strict=True))
+        for best, values, top in zip(ids_MK.tolist(), values_MK.tolist(), tops, strict=True)
+    ]
+    return [Logprob(*parts) for parts in zip(ids, chosen, likeliest, strict=True)]
