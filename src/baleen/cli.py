@@ -107,6 +107,49 @@ def chat_(
 
 
 @app.command()
+def serve(
+    runs: Annotated[list[str], typer.Argument(help="Runs, Hugging Face directories, GGUF files or `smollm2`.")],
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="BALEEN_API_KEY", help="What clients must send.")] = None,
+    cors: Annotated[list[str], typer.Option(help="Origin of a web page elsewhere that may ask.")] = [],  # noqa: B006
+    speculate: Annotated[bool, typer.Option(help="Let the MTP layers draft while it pays.")] = True,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 256,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache of a model holds.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 8 * 2**20,
+    max_prompt_tokens: Annotated[int, typer.Option(help="0: what the model's context holds.")] = 0,
+    max_choices: Annotated[int, typer.Option(help="Answers of one request: n times its prompts.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Answers that wait.")] = 1024,
+    queue_seconds: Annotated[float, typer.Option(help="How long they wait at most.")] = 60.0,
+    request_seconds: Annotated[float, typer.Option(help="How long a request takes at most.")] = 600.0,
+    grace_seconds: Annotated[float, typer.Option(help="What answers get when the server is told to stop.")] = 20.0,
+) -> None:
+    """Serve models to browsers and to every program that speaks the OpenAI API."""
+    from baleen.serve.limits import Limits
+    from baleen.serve.server import Address
+    from baleen.serve.server import serve as run_server
+
+    limits = Limits(
+        body_bytes=max_body_bytes,
+        prompt_tokens=max_prompt_tokens,
+        choices=max_choices,
+        queue=max_queue,
+        queue_seconds=queue_seconds,
+        request_seconds=request_seconds,
+        grace_seconds=grace_seconds,
+    )
+    run_server(
+        runs,
+        Address(host, port, api_key, tuple(cors)),
+        limits,
+        speculate="auto" if speculate else 0,
+        max_batch=max_batch,
+        cache_tokens=cache_tokens,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write report.html: curves, expert load, samples and cost of a run on one page."""
     from baleen.eval.report import write_report

@@ -33,9 +33,11 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """Baleen's own: `trace` asks for each token's experts, and for speed, energy and cost of the answer."""
+    """Baleen's own. trace: answer with each token's experts, and with speed, energy and cost. fit: leave out the oldest
+    turns of a conversation that is too long (the answer says how many)."""
 
     trace: bool = False
+    fit: bool = False
 
 
 class Sampling(Strict):
@@ -54,8 +56,8 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    baleen: Extension = Extension()
     user: str | None = None
+    baleen: Extension = Extension()
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> Sampling:
@@ -133,7 +135,7 @@ class ToolMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """The fields that are always null are those of the official client's own answers, which come back in the history."""
+    """The fields that are always null are those of the official client's answers, which come back in a history."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -270,7 +272,7 @@ class TokenizeRequest(Strict):
 class RenderRequest(Strict):
     """POST /render, for the chat page: Markdown to sanitised HTML."""
 
-    text: str = Field(max_length=200_000)
+    text: str
 
 
 # --- answers

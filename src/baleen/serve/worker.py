@@ -1,0 +1,204 @@
+"""The thread on which all engines run, and the way to it from the event loop.
+
+Commands go in by a queue and are obeyed between two steps; what a step brings goes out in one call into the loop.
+Engines with work take turns, a step each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Self
+
+from baleen.config import UserError
+from baleen.cost.energy import Meter
+from baleen.infer.engine import Busy, Engine, Event, Request
+from baleen.serve.errors import ApiError, BadRequest
+
+OnStep = Callable[[int, float], None]  # tokens that a step brought, and its seconds
+
+
+class Arrival(NamedTuple):
+    """What a step brought one answer of a flight, and the answer's share of what the step took.
+
+    All answers that a step brings something share it alike. joules: None where nobody knows.
+    """
+
+    index: int
+    event: Event
+    seconds: float
+    joules: float | None
+
+
+class Flight:
+    """The answers to one request of the API: iterate for arrivals inside `async with`, which frees them at its end.
+
+    Iteration raises ApiError where the engine refuses, gives up or fails, and after `seconds`.
+    """
+
+    def __init__(self, worker: Worker, model: str, requests: Sequence[Request], seconds: float):
+        self._worker, self.model, self.requests, self._seconds = worker, model, list(requests), seconds
+        self._arrivals: asyncio.Queue[Arrival | ApiError] = asyncio.Queue()
+        self._unfinished = len(self.requests)
+
+    async def __aenter__(self) -> Self:
+        late = ApiError(408, f"the answer took longer than {self._seconds:g} seconds", code="request_timeout")
+        self._alarm = asyncio.get_running_loop().call_later(self._seconds, self.deliver, late)
+        self._worker.take_off(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._alarm.cancel()
+        if self._unfinished:
+            self._worker.drop(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Arrival:
+        if not self._unfinished:
+            raise StopAsyncIteration
+        arrival = await self._arrivals.get()
+        if isinstance(arrival, ApiError):
+            raise arrival
+        if arrival.event.finish_reason == "timeout":
+            raise ApiError(429, "the server is busy: the request waited too long in its queue", code="queue_timeout")
+        self._unfinished -= arrival.event.finish_reason is not None
+        return arrival
+
+    def deliver(self, arrival: Arrival | ApiError) -> None:
+        """In the event loop only."""
+        self._arrivals.put_nowait(arrival)
+
+
+class Worker:
+    """Owns the engines from `start` to `stop`: nobody else may touch them, but to read their counters.
+
+    devices, meter: what a step's time and energy are counted by. on_step is called after each step, on the thread.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], *, devices: int, meter: Meter, on_step: OnStep):
+        self._engines, self._devices, self._meter, self._on_step = dict(engines), devices, meter, on_step
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._places: dict[tuple[str, int], tuple[Flight, int]] = {}  # (model, the engine's id) -> whose answer it is
+        self._unshared: dict[str, tuple[float, float]] = dict.fromkeys(engines, (0.0, 0.0))
+        self._busy_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.failed = False
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step under way; answers that are not finished fail."""
+        self.expire()
+        self._commands.put(None)
+        self._thread.join()
+
+    def take_off(self, flight: Flight) -> None:
+        self._commands.put(lambda: self._submit(flight))
+
+    def drop(self, flight: Flight) -> None:
+        """Free what is left of a flight before the next step."""
+        self._commands.put(lambda: self._abort(flight))
+
+    def expire(self) -> None:
+        """Let all answers under way fail, for the server is stopping."""
+        self._commands.put(lambda: self._fail_all(ApiError(503, "the server is stopping", code="shutting_down")))
+
+    # --- on the thread
+
+    def _run(self) -> None:
+        while True:
+            busy = [name for name, engine in self._engines.items() if engine.has_work]
+            if not self._obey(wait=not busy):
+                return
+            for name in busy:
+                try:
+                    self._step(name)
+                except Exception:  # a fault of ours: no answer of the engine can be trusted any more
+                    traceback.print_exc(file=sys.stderr)
+                    self.failed = True
+                    self._fail_all(engine_failed())
+
+    def _obey(self, wait: bool) -> bool:
+        """Carry out the commands that are there, waiting for the first if told to; False to end."""
+        try:
+            command = self._commands.get(block=wait)
+            while command is not None:
+                command()
+                command = self._commands.get_nowait()
+            return False
+        except queue.Empty:
+            return True
+
+    def _step(self, name: str) -> None:
+        started, joules_before = time.perf_counter(), self._meter.joules(self._busy_seconds * self._devices)
+        events = self._engines[name].step()
+        seconds = time.perf_counter() - started
+        self._busy_seconds += seconds
+        joules_after = self._meter.joules(self._busy_seconds * self._devices)
+        self._on_step(sum(len(event.token_ids) for event in events), seconds)
+        known = joules_before is not None and joules_after is not None
+        spent, burnt = self._unshared[name]
+        spent, burnt = spent + seconds, burnt + (joules_after - joules_before if known else 0.0)  # type: ignore[operator]
+        if not events:  # part of a prompt: it is shared by those to whom the next step brings something
+            self._unshared[name] = (spent, burnt)
+            return
+        self._unshared[name] = (0.0, 0.0)
+        mail = []
+        for event in events:
+            place = name, event.request
+            flight, index = self._places[place]
+            if event.finish_reason is not None:
+                del self._places[place]
+            mail.append((flight, Arrival(index, event, spent / len(events), burnt / len(events) if known else None)))
+        self._post(mail)
+
+    def _submit(self, flight: Flight) -> None:
+        if self.failed:
+            self._post([(flight, engine_failed())])
+            return
+        engine = self._engines[flight.model]
+        try:
+            for index, request in enumerate(flight.requests):
+                self._places[flight.model, engine.submit(request)] = (flight, index)
+        except Busy:
+            self._refuse(flight, ApiError(429, "the server is busy: its queue is full", code="queue_full"))
+        except UserError as error:
+            self._refuse(flight, BadRequest(str(error)))
+
+    def _refuse(self, flight: Flight, error: ApiError) -> None:
+        self._abort(flight)
+        self._post([(flight, error)])
+
+    def _abort(self, flight: Flight) -> None:
+        for place, (owner, _) in list(self._places.items()):
+            if owner is flight:
+                del self._places[place]
+                self._engines[place[0]].abort(place[1])
+
+    def _fail_all(self, error: ApiError) -> None:
+        flights = {id(flight): flight for flight, _ in self._places.values()}
+        for flight in flights.values():
+            self._refuse(flight, error)
+
+    def _post(self, mail: Sequence[tuple[Flight, Arrival | ApiError]]) -> None:
+        assert self._loop is not None
+
+        def deliver() -> None:
+            for flight, arrival in mail:
+                flight.deliver(arrival)
+
+        self._loop.call_soon_threadsafe(deliver)
+
+
+def engine_failed() -> ApiError:
+    return ApiError(500, "the engine failed, and the server's log says how: start it anew", code="engine_failed")

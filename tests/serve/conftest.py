@@ -1,0 +1,97 @@
+"""Servers on real sockets, in a thread, over a tiny random model or over a script."""
+
+import contextlib
+import socket
+import threading
+
+import pytest
+import torch
+from scripted_engine import ScriptedEngine
+
+from baleen.config import ModelConfig
+from baleen.cost.money import rate_card
+from baleen.data.tokenizer import train_tokenizer
+from baleen.infer.engine import Engine
+from baleen.model.transformer import Transformer
+from baleen.serve.app import create_app
+from baleen.serve.limits import Limits
+from baleen.serve.models import Models, Served
+from baleen.serve.server import Server, make_service
+
+WORDS = "the cat sat on a mat and so did the dog, which saw naïve café birds: 1 2 3 {} [] over hills and far away "
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4,
+    "topk_group": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}  # fmt: skip
+CONFIG = ModelConfig(**SHAPE)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer([WORDS * 3], 310)
+
+
+@pytest.fixture(scope="session")
+def make_engine(tokenizer):
+    """The real engine over a tiny random network; rows of the embedding that no token uses are biased away."""
+
+    def make(**options):
+        torch.manual_seed(0)
+        model = Transformer(CONFIG).eval()
+        model.init_weights(0)
+        return Engine(model, tokenizer, **{"cache_tokens": 8192, "max_queue": 1024, "speculate": 1, **options})
+
+    return make
+
+
+@contextlib.contextmanager
+def running(engines, *, limits=None, **options):
+    """A server over {name: engine}; yields it with `.url`, `.port` and `.service`."""
+    models = Models([Served(name, engine) for name, engine in engines.items()])
+    service = make_service(models, limits or Limits(), devices=1, rate=rate_card("cpu"))
+    ready = threading.Event()
+    server = Server(create_app(service, **options), service, started=ready.set)
+    door = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    server.port, server.service = door.getsockname()[1], service
+    server.url = f"http://127.0.0.1:{server.port}"
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def tiny(make_engine):
+    """The server over a tiny random model that most tests talk to."""
+    engine = make_engine()
+    with running({"tiny": engine, "other": make_engine()}) as server:
+        yield server
+        assert engine.pages.in_use == 0
+
+
+@pytest.fixture
+def scripted(tokenizer):
+    """Makes a server whose model `script` says a text, or what a function of the prompt's text returns."""
+    with contextlib.ExitStack() as stack:
+
+        def make(answer, *, limits=None, pause=0.0, per_step=1, **options):
+            def ids(prompt_ids):
+                script = answer
+                if callable(answer):
+                    script = answer(tokenizer.decode(prompt_ids, skip_special=False))
+                return tokenizer.encode(script, allow_special=True) if isinstance(script, str) else script
+
+            engine = ScriptedEngine(CONFIG, tokenizer, ids, pause=pause, per_step=per_step)
+            server = stack.enter_context(running({"script": engine}, limits=limits, **options))
+            server.engine = engine
+            return server
+
+        yield make
