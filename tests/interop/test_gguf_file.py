@@ -152,14 +152,9 @@ sys.path.insert(0, {here!r})
 from test_gguf_file import gguf_mutated
 from baleen.config import UserError
 from baleen.interop.gguf_file import GGUFFile
-from baleen.interop.llama import open_llama
 path, count = Path({path!r}), {count}
+{attempt}
 rng, refused, whole = random.Random(11), 0, path.read_bytes()
-def attempt():
-    source = open_llama(path)
-    for name in source.shape.tensors():
-        source.read(name)
-    source.tokenizer()
 attempt()
 header = min(info.offset for info in GGUFFile(path).tensors.values())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -171,15 +166,29 @@ for _ in range(count):
         refused += 1
 print(refused, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+ATTEMPT = """
+from baleen.interop.llama import open_llama
+def attempt():
+    source = open_llama(path)
+    for name in source.shape.tensors():
+        source.read(name)
+    source.tokenizer()
+"""
+
+
+def fuzz(path, count: int, attempt: str) -> tuple[int, int]:
+    """How many of `count` mutated files were refused, and by how many KiB the process grew."""
+    code = FUZZ.format(here=__file__.rpartition("/")[0], path=str(path), count=count, attempt=attempt)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    refused, grown_kib = map(int, out.stdout.split())
+    return refused, grown_kib
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_gguf_files_are_refused_in_little_memory(tmp_path, llama_gguf, count):
     llama_gguf()
-    code = FUZZ.format(here=__file__.rpartition("/")[0], path=str(tmp_path / "llama.gguf"), count=count)
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-3000:]
-    refused, grown_kib = map(int, out.stdout.split())
+    refused, grown_kib = fuzz(tmp_path / "llama.gguf", count, ATTEMPT)
     assert refused >= 0.5 * count  # the rest changed letters of tokens, or a field nobody asks for
     assert grown_kib < 50_000
 

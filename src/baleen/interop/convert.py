@@ -9,9 +9,10 @@ import torch
 
 from baleen.config import UserError, read_json
 from baleen.interop.checkpoint import Checkpoint
+from baleen.interop.gguf_checkpoint import GGUFCheckpoint
 from baleen.interop.gguf_export import export_gguf
-from baleen.interop.huggingface import ScaleFormat, copy_companions, write_weights
-from baleen.interop.load import model_path
+from baleen.interop.huggingface import ScaleFormat, copy_companions, write_generation, write_weights
+from baleen.interop.load import GGUF, model_path
 from baleen.interop.shards import Spec, new_directory, replaced_when_complete
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,18 +21,20 @@ LLAMA_FAMILY = {"llama", "mistral"}
 
 
 def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
-    """A Hugging Face `deepseek_v3` directory -> one that Baleen and every other engine loads; returns `out`.
+    """A Hugging Face `deepseek_v3` directory or a `deepseek2` GGUF file -> a directory that every engine loads.
 
-    Stacked experts are taken apart, FP8 becomes the dtype of the embedding, one shard becomes several or several one.
-    dtype: None (as it is), fp32, bf16, fp16, fp8 or fp8-ue8m0. Raises UserError, and writes nothing, for what
-    `Checkpoint` refuses, for a Llama-family source (that is `baleen upcycle`'s) and if `out` is not empty.
+    Returns `out`. Stacked experts are taken apart, FP8 becomes the dtype of the embedding, one shard becomes several or
+    several one. dtype: None (as it is; float32 from GGUF), fp32, bf16, fp16, fp8 or fp8-ue8m0. Raises UserError, and
+    writes nothing, for what `Checkpoint` and `GGUFCheckpoint` refuse, for a Llama-family source (that is
+    `baleen upcycle`'s) and if `out` is not empty.
     """
     source, out = Path(source), new_directory(out)
     if (source / "config.json").is_file():
         kind = read_json(source / "config.json").get("model_type")
         if kind in LLAMA_FAMILY:
             raise UserError(f"{source} is a {kind} model: `baleen upcycle {source} {out}` makes a V3 model of it")
-    checkpoint = Checkpoint(model_path(source))
+    path = model_path(source)
+    checkpoint = GGUFCheckpoint(path) if path.suffix == GGUF else Checkpoint(path)
     if dtype is not None and dtype not in DTYPES | FP8:
         raise UserError(f"dtype {dtype!r} is unknown: take one of {', '.join(DTYPES | FP8)}")
     wide = DTYPES.get(dtype) if dtype else None
@@ -39,7 +42,11 @@ def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None 
     with replaced_when_complete(out) as aside:
         scales = cast("ScaleFormat | None", FP8.get(dtype or ""))
         write_weights(aside, checkpoint.config, checkpoint.tensors(), specs, fp8=scales)
-        copy_companions(checkpoint.directory, aside)
+        if isinstance(checkpoint, GGUFCheckpoint):
+            checkpoint.tokenizer().save(aside)
+            write_generation(aside, checkpoint.config)
+        else:
+            copy_companions(checkpoint.directory, aside)
     return out
 
 
@@ -52,5 +59,8 @@ def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype
     if to == "hf":
         return import_checkpoint(model_path(run), out, dtype=dtype)
     if to == "gguf":
-        return export_gguf(model_path(run), Path(out), dtype=dtype or "f32")
+        path = model_path(run)
+        if path.suffix == GGUF:
+            raise UserError(f"{path} is a GGUF file already: to change its dtype, `baleen import` it first")
+        return export_gguf(path, Path(out), dtype=dtype or "f32")
     raise UserError(f"--to {to} is unknown: take hf or gguf")

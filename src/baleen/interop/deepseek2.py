@@ -63,6 +63,10 @@ class GGUFLayout:
         self.names = self._ours.originals()
         self._latent_scale = math.sqrt(config.rms_norm_eps / LATENT_NORM_EPS)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of ours."""
+        return self._ours.shape(name)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the file, rows first, as PyTorch counts."""
         out: dict[str, tuple[int, ...]] = {}

@@ -59,11 +59,17 @@ class GGUFFile:
         except (Damaged, OSError, ValueError) as error:
             raise UserError(f"{self.path} is damaged or not GGUF: {error}") from None
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in float32. Raises UserError if it is missing, not finite, or of an unknown quantisation."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor in float32, or tensor[index] of it.
+
+        Raises UserError if it is missing, not finite, or of an unknown quantisation.
+        """
         if name not in self.tensors:
             raise UserError(f"{self.path} lacks {name}")
         info = self.tensors[name]
+        if index is not None:
+            nbytes = info.nbytes // info.shape[0]
+            info = TensorInfo(info.kind, info.shape[1:], info.offset + index * nbytes, nbytes)
         kind = self._gguf.GGMLQuantizationType(info.kind)
         with self.path.open("rb") as file:
             file.seek(info.offset)
@@ -78,10 +84,13 @@ class GGUFFile:
         return torch.from_numpy(numbers.reshape(info.shape))
 
     def field(self, key: str, kind: type, default: Any = None) -> Any:
-        """A metadata value. Raises UserError if it is missing without a default, or of another type."""
+        """A metadata value. Raises UserError if it is missing without a default, or of another type.
+
+        A float is the shortest decimal that was rounded to the float32 in the file: 1e-06, not 9.999999974752427e-07.
+        """
         value = self.fields.get(key, default)
-        if kind is float and isinstance(value, int):
-            value = float(value)
+        if kind is float and isinstance(value, int | float):
+            value = float(str(np.float32(value)))
         if not isinstance(value, kind) and not (value is default is not None):
             raise UserError(f"{self.path} has {key} = {str(value)[:40]!r}: Baleen needs a {kind.__name__}")
         return value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from baleen.config import UserError, read_json
 from baleen.data.tokenizer import DIGIT, V3_PRETOKENS, Tokenizer, pretokens
@@ -49,7 +49,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     if len(types) != len(tokens) or any(len(pair) != 2 for pair in merges) or len(set(tokens)) != len(tokens):
         raise UserError(f"{file.path} has a tokenizer whose lists do not fit each other")
     try:
-        vocabulary = {token: id for id, token in enumerate(tokens)}
+        vocabulary = {token: id for id, token in enumerate(tokens) if types[id] != UNUSED}
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{file.path} has a tokenizer that `tokenizers` cannot build: {error}") from None
@@ -63,6 +63,11 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         id = file.field(f"tokenizer.ggml.{name}_token_id", int, -1)
         if 0 <= id < len(tokens):
             settings[key] = tokens[id]
+    if file.field("tokenizer.ggml.add_bos_token", bool, False) and "bos_token" in settings:
+        bos = settings["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
     return Tokenizer(backend, settings, file.field("tokenizer.chat_template", str, "") or None)
 
 

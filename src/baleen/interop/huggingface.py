@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -94,7 +95,7 @@ def save_model(
     specs = {name: Spec(kind, tuple(tensor.shape)) for name, tensor in model_stream(model)}
     with replaced_when_complete(Path(directory)) as aside:
         write_weights(aside, model.config, model_stream(model), specs, fp8=fp8, max_shard_bytes=max_shard_bytes)
-        write_json(aside / "generation_config.json", _generation(model.config, generation or {}))
+        write_generation(aside, model.config, generation or {})
         if tokenizer is not None:
             tokenizer.save(aside)
         if card is not None:
@@ -143,9 +144,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(config: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def write_generation(directory: Path, config: ModelConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """generation_config.json: where answers begin and end, and `settings` such as {"temperature": 0.6}."""
     sampling = {"do_sample": True} if settings.keys() & {"temperature", "top_p", "top_k", "min_p"} else {}
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id} | sampling | dict(settings)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    write_json(directory / "generation_config.json", ends | sampling | dict(settings))
 
 
 def _kept_wide(name: str, spec: Spec) -> Spec:

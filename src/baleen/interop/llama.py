@@ -160,8 +160,7 @@ class GGUFLlama:
             num_key_value_heads=file.field("llama.attention.head_count_kv", int, heads),
             head_dim=file.field("llama.attention.key_length", int, hidden // heads),
             max_position_embeddings=file.field("llama.context_length", int),
-            # a float32 in the file: the shortest decimal that it stands for
-            rms_norm_eps=float(f"{file.field('llama.attention.layer_norm_rms_epsilon', float):.7g}"),
+            rms_norm_eps=file.field("llama.attention.layer_norm_rms_epsilon", float),
             tie_word_embeddings="output.weight" not in file.tensors,
             bos_token_id=file.field("tokenizer.ggml.bos_token_id", int, 0),
             eos_token_id=file.field("tokenizer.ggml.eos_token_id", int, 0),

@@ -1,4 +1,4 @@
-"""One way in: a run, a Hugging Face directory or the name of a model to talk to becomes model and tokenizer."""
+"""One way in: a run, a Hugging Face directory, a GGUF file or a model's name becomes model and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from baleen.config import UserError
 from baleen.data.tokenizer import Tokenizer
 from baleen.interop import smollm2
 from baleen.interop.checkpoint import PICKLES
-from baleen.interop.huggingface import load_model
+from baleen.interop.gguf_checkpoint import GGUFCheckpoint
+from baleen.interop.huggingface import load_model, model_from_stream
 from baleen.model.transformer import Transformer
+
+GGUF = ".gguf"
 
 
 class Loaded(NamedTuple):
@@ -22,11 +25,16 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Loaded:
-    """The model at `path`: a run directory (its model/), a Hugging Face directory, or `smollm2`.
+    """The model at `path`: a run directory (its model/), a Hugging Face directory, a GGUF file, or `smollm2`.
 
-    The model is in evaluation mode; `dtype` None: as on disk. Raises UserError where there is nothing to load.
+    The model is in evaluation mode; `dtype` None: as on disk, float32 from GGUF. Raises UserError where there is
+    nothing to load.
     """
     path = model_path(path)
+    if path.suffix == GGUF:
+        checkpoint = GGUFCheckpoint(path)
+        model = model_from_stream(checkpoint.config, checkpoint.tensors(), dtype or checkpoint.dtype, device)
+        return Loaded(model.eval(), checkpoint.tokenizer(), path)
     return Loaded(load_model(path, dtype=dtype, device=device).eval(), Tokenizer.load(path), path)
 
 
@@ -39,8 +47,8 @@ def model_path(path: str | Path) -> Path:
         return path / "model"
     if (path / "config.json").is_file():
         return path
-    if path.suffix == ".gguf":
-        raise UserError(f"{path} is a GGUF file: `baleen upcycle {path} OUT` makes a V3 model of a Llama")
+    if path.suffix == GGUF and path.is_file():
+        return path
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code when it is opened: Baleen reads safetensors")
     if (path / "recipe.toml").is_file():

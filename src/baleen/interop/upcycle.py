@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import LongRope, ModelConfig, UserError
-from baleen.interop.huggingface import write_json, write_weights
+from baleen.interop.huggingface import write_generation, write_weights
 from baleen.interop.llama import LlamaShape, LlamaSource, open_llama
 from baleen.interop.names import CORRECTION_BIAS, Layout
 from baleen.interop.shards import Spec, new_directory, replaced_when_complete
@@ -63,10 +63,7 @@ def upcycle(
     tokenizer = llama.tokenizer()
     with replaced_when_complete(out) as aside:
         write_weights(aside, config, upcycled_stream(llama, config, seed), specs)
-        write_json(
-            aside / "generation_config.json",
-            {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
-        )
+        write_generation(aside, config)
         tokenizer.save(aside)
     return out
 
