@@ -28,6 +28,9 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def to_toml(self) -> str:
+        return tomli_w.dumps(without_null(self.model_dump()))
+
 
 T = TypeVar("T", bound=BaseModel)
 Count = Annotated[int, Field(ge=0)]
@@ -314,9 +317,6 @@ class ScheduleConfig(Strict):
         return knots
 
 
-class CostConfig(Strict):
-    """What the ledger writes beside the hours. usd_per_device_hour 0: the rate of the hardware table."""
-
 class ParallelConfig(Strict):
     """How a run is spread over the processes that torchrun starts. It may change when a run is resumed.
 
@@ -335,6 +335,9 @@ class ParallelConfig(Strict):
     timeout_seconds: Positive = 600  # after which a silent rank is taken for hanging
 
 
+class CostConfig(Strict):
+    """What the ledger writes beside the hours. usd_per_device_hour 0: the rate of the hardware table."""
+
     project: str = "default"
     purpose: Literal["research", "ablation", "failed", "final"] = "research"
     usd_per_device_hour: Annotated[float, Field(ge=0.0)] = 0.0
@@ -348,10 +351,10 @@ class Recipe(Strict):
     data: DataConfig = DataConfig()
     train: TrainConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
     cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")
-    parallel: ParallelConfig = ParallelConfig()
     def _fits(self) -> Recipe:
         if self.train.seq_len > self.model.max_position_embeddings:
             raise ValueError(
@@ -369,9 +372,6 @@ class Recipe(Strict):
                 f"({self.train.seq_len}): take {-(-self.train.batch_tokens // self.train.seq_len) * self.train.seq_len}"
             )
         return self
-
-    def to_toml(self) -> str:
-        return tomli_w.dumps(_without_null(self.model_dump()))
 
 
 def knot_position(when: float | str, total_tokens: int) -> float:
@@ -402,6 +402,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), sources
 
     Raises UserError on an unknown name or key (naming the nearest known one), a wrong type or an impossible shape.
     """
+    return read_recipe(Recipe, name_or_path, overrides, sources)
+
+
+def read_recipe(
+    kind: type[T], name_or_path: str | Path, overrides: Sequence[str] = (), sources: Sequence[str] = ()
+) -> T:
+    """As `load_recipe`, for a recipe of that kind: pretraining's, or post-training's with its stages."""
     path = Path(name_or_path)
     if path.suffix == ".toml" and path.is_file():
         raw, where = path.read_bytes(), str(path)
@@ -419,7 +426,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), sources
     for override in overrides:
         _apply_override(tables, override)
     tables.setdefault("name", path.stem)
-    return _validated(Recipe, tables, where)
+    if "stages" in tables and kind is Recipe:
+        raise UserError(f"{where} is a recipe of stages: run it with `baleen sft`, `baleen rl` or `baleen distill`")
+    return _validated(kind, tables, where)
 
 
 def _replace_sources(raw: dict[str, Any], sources: Sequence[str]) -> None:
@@ -439,10 +448,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = text
     *sections, leaf = key.split(".")
     for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise UserError(f"--set {override!r}: {section} is a value, not a section")
+        raw = _section_of(raw, section, override)
     raw[leaf] = value
+
+
+def _section_of(raw: dict[str, Any], section: str, override: str) -> dict[str, Any]:
+    """raw[section], where a list's sections go by number: stages.0.train."""
+    inner = raw.setdefault(section, {})
+    if isinstance(inner, list):
+        numbered = {str(number): item for number, item in enumerate(inner)}
+        inner = numbered if all(isinstance(item, dict) for item in inner) else None
+    if not isinstance(inner, dict):
+        raise UserError(f"--set {override!r}: {section} is a value, not a section")
+    return inner
 
 
 def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
@@ -480,11 +498,12 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(part)
 
 
-def _without_null(value: Any) -> Any:
+def without_null(value: Any) -> Any:
+    """For TOML, which has no null: 0 stands for it."""
     if isinstance(value, dict):
-        return {k: 0 if v is None else _without_null(v) for k, v in value.items()}
+        return {k: 0 if v is None else without_null(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_null(v) for v in value]
+        return [without_null(v) for v in value]
     return value
 
 

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from baleen.config import Recipe, UserError, load_recipe
+from baleen.config import Strict, UserError, read_recipe
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 BEFORE_TRAINING = {RECIPE, "run_id", "data", "tensorboard", "wandb"}  # what a run makes until its first step
 
 
-def open_run(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
+def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
     """Claim `run_dir` for this recipe, or find it claimed by the same one and resumed.
 
     A claim under which no step was trained, as bad input leaves it, is taken over.
@@ -23,7 +23,7 @@ def open_run(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
     """
     file = run_dir / RECIPE
     if file.is_file():
-        other = load_recipe(file) != recipe
+        other = read_recipe(type(recipe), file) != recipe
         names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
         if names <= BEFORE_TRAINING and (not other or "run_id" in names):  # without run_id it is a user's own file
             write_aside(file, recipe.to_toml())

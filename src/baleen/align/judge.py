@@ -1,0 +1,177 @@
+"""Rewards are run in a process of their own: a verifier may raise, hang or print what it likes, and the run goes on.
+
+A verdict that failed is worth 0 and is counted by kind: raised, timed_out (the process is replaced), not_finite. The
+process reaches no network: a reward that tries raises. It is no sandbox against malice; name only functions you trust.
+
+Requests and replies are lines of JSON: {"load": spec} -> {} and {"reward": spec, "arguments": [prompt, completion,
+answer]} -> {"value": x}, or {"error": text} to either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import selectors
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from baleen.align.rewards import REWARDS, Reward
+from baleen.config import UserError
+
+START_SECONDS = 60.0  # for the process to come up and to import a reward
+
+
+class Verdict(NamedTuple):
+    value: float
+    failure: str | None = None  # raised, timed_out or not_finite; the value is 0 then
+
+
+class Judge:
+    """Scores answers by named rewards, each within `seconds`. A context manager, which ends the process."""
+
+    def __init__(self, specs: Sequence[str], seconds: float):
+        self.seconds = seconds
+        self.failures: Counter[str] = Counter()
+        self.last_error = ""
+        self._specs = [absolute(spec) for spec in specs]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Raises UserError if a reward cannot be loaded."""
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def score(self, spec: str, prompt: str, completion: str, answer: str) -> Verdict:
+        """One reward of one completion."""
+        if self._process is None:
+            self._start()
+        reply = self._ask({"reward": absolute(spec), "arguments": [prompt, completion, answer]}, self.seconds)
+        if reply is None:
+            self._stop()
+            return self._failed("timed_out", f"{spec} took more than {self.seconds:g} s, or ended its process")
+        if "error" in reply:
+            return self._failed("raised", f"{spec}: {reply['error']}")
+        if not math.isfinite(reply["value"]):
+            return self._failed("not_finite", f"{spec} gave {reply['value']}")
+        return Verdict(reply["value"])
+
+    def _failed(self, kind: str, error: str) -> Verdict:
+        self.failures[kind] += 1
+        self.last_error = error
+        return Verdict(0.0, kind)
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "baleen.align.judge"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        for spec in self._specs:
+            reply = self._ask({"load": spec}, START_SECONDS)
+            if reply is None or "error" in reply:
+                self._stop()
+                reason = "its module does not finish importing" if reply is None else reply["error"]
+                raise UserError(f"the reward {spec!r} cannot be loaded: {reason}")
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The reply, or None if none came in time."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
+        line = process.stdout.readline()  # a reply is written at once
+        return json.loads(line) if line else None
+
+
+def absolute(spec: str) -> str:
+    """FILE.py:FUNCTION with the file's whole path, so that the process finds it."""
+    file, separator, function = spec.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{function}" if separator and file.endswith(".py") else spec
+
+
+def load_reward(spec: str) -> Reward:
+    """A name of REWARDS, reasoning_gym:TASK, or FILE.py:FUNCTION, which is imported: it is trusted code.
+
+    Raises UserError if there is no such reward.
+    """
+    if spec in REWARDS:
+        return REWARDS[spec]
+    where, _, name = spec.rpartition(":")
+    if where == "reasoning_gym":
+        return _gym_reward(name)
+    if not where.endswith(".py"):
+        raise UserError(f"there is no reward {spec!r}: take {', '.join(REWARDS)}, accuracy, or FILE.py:FUNCTION")
+    if not Path(where).is_file():
+        raise UserError(f"{where} is missing")
+    module_spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function: Reward | None = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{where} has no function {name}")
+    return function
+
+
+def _gym_reward(task: str) -> Reward:
+    gym = importlib.import_module("reasoning_gym")
+    from baleen.align.rewards import answer_of
+
+    score = gym.get_score_answer_fn(task)
+
+    def reward(prompt: str, completion: str, answer: str) -> float:
+        return float(score(answer_of(completion), json.loads(answer)))
+
+    return reward
+
+
+def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"):
+        raise PermissionError("a reward may not use the network")
+
+
+def serve() -> None:
+    """The process's loop: answers on the true stdout, so that what a reward prints goes to stderr."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.addaudithook(_refuse_network)
+    loaded: dict[str, Reward] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            spec = request.get("load") or request["reward"]
+            if spec not in loaded:
+                loaded[spec] = load_reward(spec)
+            reply = {} if "load" in request else {"value": float(loaded[spec](*request["arguments"]))}
+        except Exception as error:  # whatever a user's function raises
+            reply = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,230 @@
+"""Questions without end whose answers can be checked: what a model is taught to reason on.
+
+A task makes questions from a random stream; `worked` is a solution in words, for cold starts. Whether a question is for
+training or for testing is decided by a hash of its prompt, so the two sets share none, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from baleen.config import Strict, UserError
+
+Split = Literal["train", "test"]
+TEST_SHARE = 8  # one question in so many is for testing
+PATIENCE = 20_000  # questions drawn in vain before a task counts as exhausted
+# fmt: off
+WORDS = (
+    "anchor", "albatross", "baleen", "barnacle", "compass", "current", "dolphin", "driftwood", "estuary", "glacier",
+    "harbour", "horizon", "iceberg", "jellyfish", "kelp", "krill", "lagoon", "lantern", "lobster", "mussel", "narwhal",
+    "ocean", "octopus", "pebble", "pelican", "penguin", "plankton", "sailor", "seashell", "starfish", "walrus", "whale",
+)
+# fmt: on
+
+Level = Annotated[int, Field(ge=1, le=1000)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`answer` is what the verifier is given; `worked` and `solution` are the thought and the words that solve it."""
+
+    prompt: str
+    answer: str
+    verifier: str  # a name of rewards.REWARDS, or reasoning_gym:TASK
+    worked: str
+    solution: str
+
+    @property
+    def completion(self) -> str:
+        """The worked solution as an assistant's turn."""
+        return f"<think>{self.worked}</think><answer>{self.solution}</answer>"
+
+    @property
+    def is_for_testing(self) -> bool:
+        return int.from_bytes(blake2b(self.prompt.encode(), digest_size=8).digest()) % TEST_SHARE == 0
+
+
+class ChainSum(Strict):
+    """`3+8-2=`: the thought is the running partial sums, never negative."""
+
+    name: Literal["chain_sum"] = "chain_sum"
+    terms: tuple[Level, Level] = (2, 5)  # fewest and most
+    digits: Annotated[int, Field(ge=1, le=6)] = 1
+
+    def question(self, rng: random.Random) -> Question:
+        smallest, largest = 10 ** (self.digits - 1), 10**self.digits - 1
+        total = rng.randint(smallest, largest)
+        prompt, partial = str(total), []
+        for _ in range(_within(rng, self.terms) - 1):
+            term = rng.randint(smallest, largest)
+            minus = term <= total and rng.random() < 0.5
+            total += -term if minus else term
+            prompt += f"{'-' if minus else '+'}{term}"
+            partial.append(str(total))
+        return Question(f"{prompt}=", str(total), "number", " ".join(partial), str(total))
+
+
+class Countdown(Strict):
+    """Reach a target from given numbers, each used once at most: the thought is the way the target was made."""
+
+    name: Literal["countdown"] = "countdown"
+    numbers: tuple[Level, Level] = (3, 3)  # fewest and most
+    largest: Annotated[int, Field(ge=2, le=100)] = 10
+
+    def question(self, rng: random.Random) -> Question:
+        given = [rng.randint(1, self.largest) for _ in range(_within(rng, self.numbers))]
+        value, expression, steps = given[0], str(given[0]), []
+        for number in given[1:]:
+            operators = ["+", "*"] + ["-"] * (value > number) + ["/"] * (value % number == 0)
+            operator = rng.choice(operators)
+            result = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[operator]
+            steps.append(f"{value}{operator}{number}={result}")
+            inner = f"({expression})" if operator in "*/" and not expression.isdigit() else expression
+            value, expression = result, f"{inner}{operator}{number}"
+        shown = " ".join(map(str, rng.sample(given, len(given))))
+        prompt = f"Make {value} from {shown}"
+        return Question(prompt, json.dumps([value, given]), "countdown", " ".join(steps), expression)
+
+
+class Comparison(Strict):
+    """The larger of two numbers of the same length: the thought is the first digits that differ."""
+
+    name: Literal["comparison"] = "comparison"
+    digits: tuple[Level, Level] = (2, 6)
+
+    def question(self, rng: random.Random) -> Question:
+        digits = _within(rng, self.digits)
+        one, two = (rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(2))
+        if one == two:
+            two = one - 1 if one % 10 else one + 1
+        a, b = next((a, b) for a, b in zip(str(one), str(two), strict=True) if a != b)
+        larger = str(max(one, two))
+        return Question(f"{one} or {two}, which is larger?", larger, "number", f"{a}{'>' if a > b else '<'}{b}", larger)
+
+
+class LetterCounting(Strict):
+    """How often a letter stands in a word: the thought spells the word, counting."""
+
+    name: Literal["letter_counting"] = "letter_counting"
+    words: tuple[Level, Level] = (1, 2)  # joined by spaces
+
+    def question(self, rng: random.Random) -> Question:
+        text = " ".join(rng.choice(WORDS) for _ in range(_within(rng, self.words)))
+        letter = rng.choice(text.replace(" ", ""))
+        count, spelled = 0, []
+        for character in text:
+            count += character == letter
+            spelled.append(f"{character}{count}")
+        prompt = f'How many "{letter}" are in "{text}"?'
+        return Question(prompt, str(count), "number", " ".join(spelled), str(count))
+
+
+class Sorting(Strict):
+    """Numbers in ascending order: the thought takes the least, again and again."""
+
+    name: Literal["sorting"] = "sorting"
+    numbers: tuple[Level, Level] = (3, 6)
+    digits: Annotated[int, Field(ge=1, le=6)] = 1
+
+    def question(self, rng: random.Random) -> Question:
+        left = [rng.randint(0, 10**self.digits - 1) for _ in range(_within(rng, self.numbers))]
+        prompt, ordered, steps = f"Sort {' '.join(map(str, left))}", sorted(left), []
+        for number in ordered:
+            left.remove(number)
+            steps.append(f"{number}:{' '.join(map(str, left))}")
+        solution = " ".join(map(str, ordered))
+        return Question(prompt, solution, "sorting", "\n".join(steps), solution)
+
+
+class ReasoningGym(Strict):
+    """Any task of the package reasoning-gym, with its own verifier; it brings answers, but no worked solutions."""
+
+    name: Literal["reasoning_gym"] = "reasoning_gym"
+    task: str
+    options: dict[str, Any] = {}
+
+    def question(self, rng: random.Random) -> Question:
+        gym = _reasoning_gym()
+        try:
+            entry = gym.create_dataset(self.task, size=1, seed=rng.randrange(2**31), **self.options)[0]
+        except (ValueError, TypeError, AssertionError) as error:
+            raise UserError(f"reasoning-gym cannot make the task {self.task!r}: {error}") from None
+        answer = str(entry["answer"])
+        kept = {"question": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
+        return Question(entry["question"], json.dumps(kept, default=str), f"reasoning_gym:{self.task}", "", answer)
+
+
+Task = Annotated[
+    ChainSum | Countdown | Comparison | LetterCounting | Sorting | ReasoningGym, Field(discriminator="name")
+]
+
+
+class Mixture(Strict):
+    """Several tasks, drawn from evenly."""
+
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Mixture:
+        for task in self.tasks:
+            for key, value in task:
+                if isinstance(value, tuple) and value[0] > value[1]:
+                    raise ValueError(f"{task.name}: {key} is {list(value)}: write the fewest first, then the most")
+        return self
+
+    def question(self, rng: random.Random) -> Question:
+        return rng.choice(self.tasks).question(rng)
+
+
+def questions(tasks: Sequence[Task], split: Split, seed: int) -> Iterator[Question]:
+    """An endless stream of questions of that split; the same for the same seed. Training questions may come again.
+
+    Raises UserError if the tasks have no question of that split.
+    """
+    mixture, rng = Mixture(tasks=tuple(tasks)), random.Random(f"{split} {seed}")
+    in_vain = 0
+    while in_vain < PATIENCE:
+        question = mixture.question(rng)
+        if question.is_for_testing == (split == "test"):
+            in_vain = 0
+            yield question
+        else:
+            in_vain += 1
+    raise UserError(f"the tasks have no question for the split {split!r}: make them harder, or more varied")
+
+
+def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Question]:
+    """`count` different questions. Raises UserError if the tasks have fewer."""
+    found: dict[str, Question] = {}
+    in_vain = 0
+    stream = questions(tasks, split, seed)
+    while len(found) < count and in_vain < PATIENCE:
+        question = next(stream)
+        in_vain = in_vain + 1 if question.prompt in found else 0
+        found.setdefault(question.prompt, question)
+    if len(found) < count:
+        raise UserError(
+            f"the tasks have about {len(found)} questions for the split {split!r}, fewer than {count}: ask for fewer, "
+            "or make the tasks harder"
+        )
+    return list(islice(found.values(), count))
+
+
+def _within(rng: random.Random, limits: tuple[int, int]) -> int:
+    return rng.randint(*limits)
+
+
+def _reasoning_gym() -> Any:
+    try:
+        return importlib.import_module("reasoning_gym")
+    except ModuleNotFoundError:
+        raise UserError("tasks of reasoning-gym need that package: pip install 'baleen-lm[rl]'") from None

@@ -1,0 +1,111 @@
+"""A verifier may raise, hang, give nonsense or call home: it is worth nothing, is counted, and the run goes on."""
+
+from itertools import islice
+
+import pytest
+
+from baleen.align.judge import Judge
+from baleen.align.tasks import ReasoningGym, questions
+from baleen.config import UserError
+
+REWARD = """
+import json, math, os, socket, sys, time, urllib.request
+
+def fine(prompt, completion, answer):
+    print("words on stdout disturb nothing")
+    return len(completion) + 0.5
+
+def raises(prompt, completion, answer):
+    raise KeyError("no such thing")
+
+def hangs(prompt, completion, answer):
+    if completion == "hang":
+        while True:
+            time.sleep(1)
+    return 1
+
+def dies(prompt, completion, answer):
+    os._exit(3)
+
+def nan(prompt, completion, answer):
+    return math.nan
+
+def infinite(prompt, completion, answer):
+    return -math.inf
+
+def nothing(prompt, completion, answer):
+    return None
+
+def calls_home(prompt, completion, answer):
+    urllib.request.urlopen("http://127.0.0.1:9/", timeout=1)
+    return 1
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(REWARD)
+    return path
+
+
+def test_whatever_goes_wrong_is_nothing_and_counted(file):
+    names = ["fine", "raises", "hangs", "dies", "nan", "infinite", "nothing", "calls_home"]
+    spec = {name: f"{file}:{name}" for name in names}
+    with Judge(list(spec.values()), 0.5) as judge:
+
+        def score(name, completion="abc"):
+            return judge.score(spec[name], "2+2=", completion, "4")
+
+        assert score("fine") == (3.5, None)
+        assert score("raises") == (0.0, "raised")
+        assert "no such thing" in judge.last_error
+        assert score("nan") == (0.0, "not_finite")
+        assert score("infinite") == (0.0, "not_finite")
+        assert score("nothing") == (0.0, "raised")
+        assert score("calls_home") == (0.0, "raised")
+        assert "network" in judge.last_error
+        assert score("hangs", "fine") == (1.0, None)
+        assert score("hangs", "hang") == (0.0, "timed_out")
+        assert score("dies") == (0.0, "timed_out")
+        assert score("fine") == (3.5, None)  # a new process took over
+        assert judge.failures == {"raised": 3, "timed_out": 2, "not_finite": 2}
+
+
+def test_built_in_rewards_run_there_too():
+    with Judge(["number", "format"], 5.0) as judge:
+        assert judge.score("number", "2+2=", "<think>a</think><answer>4</answer>", "4").value == 1
+        assert judge.score("format", "2+2=", "4", "4").value == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("acuracy", "there is no reward 'acuracy'"),
+        ("missing.py:f", "is missing"),
+        ("{file}:no_such", "has no function no_such"),
+    ],
+)
+def test_an_unknown_reward_is_named_before_anything_runs(spec, message, file):
+    with pytest.raises(UserError, match=message), Judge([spec.format(file=file)], 5.0):
+        pass
+
+
+def test_a_module_that_does_not_import_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere")
+    with pytest.raises(UserError, match="no_such_module_anywhere"), Judge([f"{tmp_path}/broken.py:f"], 5.0):
+        pass
+
+
+@pytest.mark.slow
+def test_any_task_of_reasoning_gym_brings_its_own_verifier():
+    pytest.importorskip("reasoning_gym")
+    tasks = [ReasoningGym(task="chain_sum"), ReasoningGym(task="prime_factorization")]
+    asked = list(islice(questions(tasks, "train", 0), 8))
+    with Judge(sorted({q.verifier for q in asked}), 20.0) as judge:
+        for q in asked:
+            right = f"<think>so</think><answer>{q.solution}</answer>"
+            assert judge.score(q.verifier, q.prompt, right, q.answer) == (1.0, None)
+        factors = next(q for q in asked if q.verifier.endswith("prime_factorization"))
+        wrong = "<think>so</think><answer>no number at all</answer>"
+        assert judge.score(factors.verifier, factors.prompt, wrong, factors.answer).value < 1  # its scorer may raise

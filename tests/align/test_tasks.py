@@ -1,0 +1,100 @@
+"""Every generated question is answered by its own worked solution, and training shares no question with testing."""
+
+import random
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baleen.align.rewards import REWARDS, answer_of, format_
+from baleen.align.tasks import (
+    ChainSum,
+    Comparison,
+    Countdown,
+    LetterCounting,
+    Sorting,
+    distinct_questions,
+    questions,
+)
+from baleen.config import UserError
+
+TASKS = [
+    ChainSum(terms=(2, 6)),
+    ChainSum(terms=(2, 3), digits=2),
+    Countdown(numbers=(2, 4)),
+    Comparison(digits=(1, 5)),
+    LetterCounting(words=(1, 3)),
+    Sorting(numbers=(1, 6), digits=2),
+]
+by_name = pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}")
+
+
+@by_name
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_the_worked_solution_is_right_and_well_formed(task, seed):
+    question = task.question(random.Random(seed))
+    verifier = REWARDS[question.verifier]
+    assert verifier(question.prompt, question.completion, question.answer) == 1
+    assert format_(question.prompt, question.completion, question.answer) == 1
+    wrong = question.completion.replace(f"<answer>{question.solution}", f"<answer>{question.solution}7")
+    assert verifier(question.prompt, wrong, question.answer) == 0
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_a_chain_sum_is_what_python_reckons(seed):
+    question = ChainSum(terms=(2, 6), digits=2).question(random.Random(seed))
+    assert eval(question.prompt.rstrip("=")) == int(question.answer)
+    assert question.worked.split()[-1] == question.answer
+    assert all(int(partial) >= 0 for partial in question.worked.split())
+
+
+@by_name
+@given(seeds=st.tuples(st.integers(0, 2**32), st.integers(0, 2**32)))
+@settings(max_examples=10, deadline=None)
+def test_training_and_testing_share_no_question(task, seeds):
+    train = {q.prompt for q in islice(questions([task], "train", seeds[0]), 60)}
+    test = {q.prompt for q in islice(questions([task], "test", seeds[1]), 20)}
+    assert not train & test
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=10, deadline=None)
+def test_questions_depend_on_the_seed_alone(seed):
+    first, again = (list(islice(questions(TASKS, "train", seed), 20)) for _ in range(2))
+    assert first == again
+    assert first != list(islice(questions(TASKS, "train", seed + 1), 20))
+
+
+def test_difficulty_follows_the_limits():
+    terms = {q.prompt.count("+") + q.prompt.count("-") + 1 for q in islice(questions([TASKS[0]], "train", 0), 300)}
+    assert terms == {2, 3, 4, 5, 6}
+
+
+def test_distinct_questions_are_distinct_and_a_small_task_says_so():
+    prompts = [q.prompt for q in distinct_questions([ChainSum()], "test", 0, 200)]
+    assert len(set(prompts)) == 200
+    with pytest.raises(UserError, match="fewer than 200"):
+        distinct_questions([Comparison(digits=(1, 1))], "test", 0, 200)
+
+
+def test_a_task_without_a_question_of_the_split_ends():
+    class Same(ChainSum):
+        def question(self, rng):
+            return ChainSum().question(random.Random(1))
+
+    split = "train" if Same().question(random.Random(0)).is_for_testing else "test"
+    with pytest.raises(UserError, match="no question for the split"):
+        next(questions([Same()], split, 0))
+
+
+def test_a_range_that_is_upside_down_is_refused():
+    with pytest.raises(ValueError, match="fewest first"):
+        next(questions([Sorting(numbers=(5, 3))], "train", 0))
+
+
+def test_the_prompt_never_gives_the_answer_form_away():
+    question = Countdown().question(random.Random(3))
+    assert question.solution not in question.prompt and answer_of(question.completion) == question.solution
