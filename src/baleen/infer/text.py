@@ -28,9 +28,8 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
     def _bytes(self, id: int) -> bytes:
-        if self._skip_special and self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False):
-            return b""
-        return self._tokenizer.token_bytes(id)
+        is_special = self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False)
+        return b"" if is_special and self._skip_special else self._tokenizer.token_bytes(id)
 
 
 class StopMatcher:
