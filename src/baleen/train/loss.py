@@ -5,17 +5,31 @@ Shapes: B sequences, T positions, N = B * T, d hidden, Z = vocab_size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from baleen.config import ModelConfig
 from baleen.model.fused import IGNORED, cross_entropy_
-from baleen.model.moe import sequence_balance_loss
-from baleen.model.transformer import Transformer
+from baleen.model.moe import Routing, sequence_balance_loss
+from baleen.model.transformer import Output, Transformer
+from baleen.train.precision import Precision, computing_in
 
 ROWS_AT_ONCE = 1024
+
+
+class PredictsAhead(Protocol):
+    """What is needed behind the trunk: a Transformer, or the last stage of one that is cut into a pipeline."""
+
+    config: ModelConfig
+    lm_head: nn.Linear
+
+    def predict_ahead(
+        self, depth: int, hidden_BTd: Tensor, next_ids_BT: Tensor, *, document_ids_BT: Tensor | None
+    ) -> Output: ...
 
 
 class Loss(NamedTuple):
@@ -40,11 +54,28 @@ def training_loss(
     MTP layer k reads h^{k-1}_i with t_{i+k} and predicts t_{i+k+1}; the last k positions have no such target.
     document_ids [B, T + 1]: attention stays within a document. loss_mask [B, T + 1]: 0 where a token is not learnt.
     """
-    targets = tokens if loss_mask is None else tokens.masked_fill(loss_mask == 0, IGNORED)
     T = tokens.shape[1] - 1
     documents = None if document_ids is None else document_ids[:, :T]
     hidden, routings = model(tokens[:, :T], document_ids_BT=documents)
-    main = cross_entropy(hidden, model.lm_head.weight, targets[:, 1:])
+    weights = {"mtp_loss_weight": mtp_loss_weight, "balance_loss_weight": balance_loss_weight}
+    return prediction_loss(model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights)
+
+
+def prediction_loss(
+    model: PredictsAhead,
+    hidden: Tensor,
+    routings: list[Routing],
+    tokens: Tensor,
+    *,
+    mtp_loss_weight: float,
+    balance_loss_weight: float,
+    document_ids: Tensor | None,
+    loss_mask: Tensor | None,
+) -> Loss:
+    """The part of `training_loss` behind the trunk, whose output is hidden [B, T, d]."""
+    targets = tokens if loss_mask is None else tokens.masked_fill(loss_mask == 0, IGNORED)
+    T, head = tokens.shape[1] - 1, model.lm_head.weight
+    main = cross_entropy(hidden, head, targets[:, 1:])
     mtp = main.new_zeros(())
     depth = model.config.num_nextn_predict_layers if mtp_loss_weight else 0
     for k in range(1, depth + 1):
@@ -52,12 +83,47 @@ def training_loss(
         output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
         hidden = output.hidden_BTd
         routings = routings + output.routings
-        mtp = mtp + cross_entropy(hidden, model.lm_head.weight, targets[:, k + 1 :]) / depth
+        mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :]) / depth
     counted = routings if balance_loss_weight else []
     balances = [sequence_balance_loss(r, tokens.shape[0], model.config.num_experts_per_tok) for r in counted]
     balance = torch.stack(balances).sum() if balances else 0 * main
     total = main + mtp_loss_weight * mtp + balance_loss_weight * balance
     return Loss(total, main.detach(), mtp.detach(), balance.detach(), [routing.load() for routing in routings])
+
+
+class Objective(NamedTuple):
+    """What one step minimises, and the precision to compute it in."""
+
+    mtp_loss_weight: float
+    balance_loss_weight: float
+    precision: Precision
+
+    def computing(self, device: torch.device) -> AbstractContextManager[None]:
+        """The precision of forward passes."""
+        return computing_in(self.precision, device)
+
+    def of_model(
+        self, model: Transformer, tokens: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None
+    ) -> Loss:
+        """`training_loss` in this precision."""
+        weights = {"mtp_loss_weight": self.mtp_loss_weight, "balance_loss_weight": self.balance_loss_weight}
+        with self.computing(tokens.device):
+            return training_loss(model, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights)
+
+    def of_hidden(
+        self,
+        model: PredictsAhead,
+        hidden: Tensor,
+        routings: list[Routing],
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        loss_mask: Tensor | None,
+    ) -> Loss:
+        """`prediction_loss` in the precision of the caller."""
+        weights = {"mtp_loss_weight": self.mtp_loss_weight, "balance_loss_weight": self.balance_loss_weight}
+        return prediction_loss(
+            model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights
+        )
 
 
 def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor) -> Tensor:

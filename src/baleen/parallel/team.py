@@ -1,0 +1,232 @@
+"""Workers that train one model together: data and expert parallel (Team), and with a pipeline besides (PipelineTeam)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
+
+from baleen.config import ModelConfig, ParallelConfig, UserError
+from baleen.model.moe import Gate
+from baleen.model.transformer import Transformer
+from baleen.parallel.expert import shard_experts
+from baleen.parallel.mesh import STAGES_PER_RANK, Grid, Mesh
+from baleen.parallel.shard import shard, synchronise
+from baleen.parallel.stage import Objective, Stage, Told, split_layers
+from baleen.parallel.worker import MicroBatch, Totals
+
+EMBEDDING = "model.embed_tokens.weight"
+PipelineSchedule = PipelineScheduleSingle | PipelineScheduleMulti
+TORCH_SCHEDULES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
+
+
+def join(model: Transformer, parallel: ParallelConfig, grid: Grid) -> Team:
+    """This process's worker, of all that call this together; of `model`, alike everywhere, it takes its part."""
+    mesh = Mesh(grid, model.device.type)
+    if grid.expert > 1:
+        shard_experts(model, mesh.expert_group)
+    return (PipelineTeam if grid.pipeline > 1 else Team)(model, parallel, mesh)
+
+
+class Team:
+    """A Worker with a whole model, its experts and weights spread over the ranks of the mesh."""
+
+    def __init__(self, model: Transformer, parallel: ParallelConfig, mesh: Mesh):
+        self.parallel, self.mesh = parallel, mesh
+        self.config: ModelConfig = model.config
+        self.device = model.device
+        self.rank, self.world = dist.get_rank(), mesh.grid.world
+        self.data_rank, self.data_ranks = mesh.data_rank, mesh.grid.data
+        self.parts: list[nn.Module] = self._cut(model)
+        for part in self.parts:
+            shard(part, mesh, parallel.zero)
+        self._whole = {name: p for part in self.parts for name, p in part.named_parameters()}
+        self.parameters = {name: _local_parameter(p) for name, p in self._whole.items()}
+
+    def _cut(self, model: Transformer) -> list[nn.Module]:
+        return [model]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of shards, the part that lies here: what an optimizer works on."""
+        yield from self.parameters.items()
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        return dict(enumerate(self.model.gates))
+
+    @property
+    def model(self) -> Transformer:
+        """The whole model; whoever calls it, all ranks must."""
+        (model,) = self.parts
+        assert isinstance(model, Transformer), "a pipeline has no whole model"
+        return model
+
+    def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
+        self._drop_gradients()
+        told = []
+        for number, (tokens, document_ids, loss_mask, share) in enumerate(micro_batches, 1):
+            synchronise(self.model, self.parallel.zero, last=number == len(micro_batches))
+            loss = objective.of_model(self.model, tokens, document_ids, loss_mask)
+            (loss.total * share).backward()
+            told.append((list(self.gates), Told(torch.tensor([share]), loss.main, loss.mtp, loss.balance, loss.loads)))
+        self._bring_gradients()
+        return self._totals(told)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._whole.values():
+            parameter.grad = None
+
+    def _bring_gradients(self) -> None:
+        """From the shards, which FSDP fills, to what the optimizer reads."""
+        for name, parameter in self._whole.items():
+            self.parameters[name].grad = None if parameter.grad is None else local(parameter.grad)
+
+    def _totals(self, told: list[tuple[list[int], Told]]) -> Totals:
+        """Sums over micro-batches and ranks; `told` names the gates that each list of loads is of."""
+        config = self.config
+        moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_layers_with_mtp))
+        loads_GE = torch.zeros(moe_layers, config.n_routed_experts, dtype=torch.int64, device=self.device)
+        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for gates, (share, *values, loads) in told:
+            losses += torch.stack(values).double() * share.to(losses)
+            for gate, load in zip(gates, loads, strict=False):  # fewer where the MTP layers are left out
+                loads_GE[gate] += load
+        dist.all_reduce(losses)
+        dist.all_reduce(loads_GE)
+        main, mtp, balance = losses.tolist()
+        return Totals(main, mtp, balance, list(loads_GE))
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """The norm is that of all gradients once, wherever they lie: shards add up, copies are not counted again."""
+        grads = [(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name, grad in grads:
+            square += torch.linalg.vector_norm(grad, dtype=torch.float64).square() / self.copies(name)
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for _, grad in grads:
+            grad.mul_(scale.to(grad.dtype))
+        return norm
+
+    def copies(self, name: str) -> int:
+        """Ranks that hold the same piece of this parameter, and of its gradient after a step."""
+        if self.parallel.zero:
+            return self.mesh.grid.replicate
+        return self.mesh.grid.replicas if ".experts." in name else self.mesh.grid.data
+
+    def sum(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.mesh.data.get_group())
+        return total.item()
+
+
+class PipelineTeam(Team):
+    """A Worker with one or two stages of the model, run by PyTorch's pipeline schedules.
+
+    `model` is cut up: it must not be used as a whole any more.
+    """
+
+    parts: list[Stage]  # type: ignore[assignment]
+
+    def _cut(self, model: Transformer) -> list[nn.Module]:
+        parallel, ranks, rank = self.parallel, self.mesh.grid.pipeline, self.mesh.pipeline_rank
+        if parallel.zero > 1:
+            raise UserError(
+                f"parallel.zero={parallel.zero} would move weights or gradients for every micro-batch of a pipeline: "
+                "take parallel.zero=1, as V3 does, or 0"
+            )
+        self.stages = ranks * STAGES_PER_RANK[parallel.schedule]
+        folded = self.stages > ranks  # V-shaped: the last stage returns to the first rank
+        self._copied_embedding = bool(model.config.num_nextn_predict_layers) and not folded
+        self._dtype = model.lm_head.weight.dtype
+        self._ends = self._groups_of_ends()
+        self._schedules: dict[tuple[int, ...], PipelineSchedule] = {}
+        layers = split_layers(model.config, self.stages)
+        self.here = [rank, self.stages - 1 - rank] if folded else [rank]
+        return [
+            Stage(model, layers[s], first=s == 0, last=s == self.stages - 1, lends_embedding=folded) for s in self.here
+        ]
+
+    def _groups_of_ends(self) -> dist.ProcessGroup | None:
+        """This rank with the one at the other end of its pipeline, if it stands at an end and MTP embeds there."""
+        grid, mine = self.mesh.grid, None
+        for d in range(grid.data if self._copied_embedding else 0):
+            ends = [d, (grid.pipeline - 1) * grid.data + d]
+            group = dist.new_group(ends)
+            mine = group if self.rank in ends else mine
+        return mine
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        dense = self.config.first_k_dense_replace
+        return {layer - dense: gate for stage in self.parts for layer, gate in stage.gates.items()}
+
+    def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
+        self._drop_gradients()
+        for stage in self.parts:
+            stage.objective, stage.told = objective, []
+        columns = list(zip(*micro_batches, strict=True))
+        tokens, documents, masks = (None if c[0] is None else torch.cat(c) for c in columns[:3])
+        given = {"tokens": tokens, "share": torch.tensor(columns[3], dtype=torch.float64, device=self.device)}
+        given |= {name: rows for name, rows in (("document_ids", documents), ("loss_mask", masks)) if rows is not None}
+        arguments = [tokens] if self.parts[0].first else []
+        target = tokens if self.parts[-1].last else None  # the loss is taken in the stage; this is for form's sake
+        self._schedule(micro_batches).step(*arguments, target=target, return_outputs=False, **given)
+        self._bring_gradients()
+        self._add_up_embedding()
+        dense = self.config.first_k_dense_replace
+        return self._totals([([layer - dense for layer in s.gates], told) for s in self.parts for told in s.told])
+
+    def _schedule(self, micro_batches: list[MicroBatch]) -> PipelineSchedule:
+        """The schedule for this many micro-batches of this shape."""
+        B, width = micro_batches[0].tokens.shape
+        key = (len(micro_batches), B, width)
+        if key not in self._schedules:
+            hidden = torch.empty(B, width - 1, self.config.hidden_size, dtype=self._dtype, requires_grad=True)
+            tokens, loss = micro_batches[0].tokens, torch.empty((), dtype=self._dtype, requires_grad=True)
+            stages = [
+                PipelineStage(
+                    part,
+                    index,
+                    self.stages,
+                    self.device,
+                    input_args=tokens if part.first else hidden,
+                    output_args=loss if part.last else hidden,
+                    group=self.mesh.pipeline_group,
+                )
+                for index, part in zip(self.here, self.parts, strict=True)
+            ]
+            kind = get_schedule_class(TORCH_SCHEDULES[self.parallel.schedule])
+            self._schedules[key] = kind(
+                stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
+                n_microbatches=len(micro_batches),
+                loss_fn=lambda loss, target: loss,
+                scale_grads=False,
+            )
+        return self._schedules[key]
+
+    def _add_up_embedding(self) -> None:
+        """Both copies of the embedding get the sum of their gradients, and so stay alike."""
+        if self._ends is not None:
+            weight = self.parameters[EMBEDDING]
+            if weight.grad is None:  # where the MTP layers are left out
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad, group=self._ends)
+
+    def copies(self, name: str) -> int:
+        return super().copies(name) * (2 if self._copied_embedding and name == EMBEDDING else 1)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,103 @@
+"""What one process does in a training step: alone, or together with others on a mesh.
+
+A worker holds the whole model or a part of it. Every rank's loss is its share of the whole batch's, so gradients,
+losses and expert counts add up over ranks, and each rank ends a step with the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from baleen.model.moe import Gate
+from baleen.model.transformer import Transformer
+from baleen.parallel.stage import Objective
+
+
+class MicroBatch(NamedTuple):
+    """Sequences that pass the model at once, [B, T + 1] each, and their share of the step's loss."""
+
+    tokens: Tensor
+    document_ids: Tensor | None
+    loss_mask: Tensor | None
+    share: float
+
+
+class Totals(NamedTuple):
+    """Of a step, over all ranks: losses in nats a token, tokens per expert of every gate that took part, [E] each."""
+
+    main: float
+    mtp: float
+    balance: float
+    loads: list[Tensor]
+
+
+class Worker(Protocol):
+    rank: int
+    world: int
+    data_rank: int  # which share of a batch is this rank's, of data_ranks
+    data_ranks: int
+    device: torch.device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those held here, under their names in the whole model."""
+        ...
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """Those held here, by their place among all gates of the model."""
+        ...
+
+    def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
+        """Gradients of all micro-batches of all ranks."""
+        ...
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm over all ranks is at most max_norm; returns it before that."""
+        ...
+
+    def sum(self, value: float) -> float:
+        """Over the ranks that hold different sequences."""
+        ...
+
+
+class Alone:
+    """One process with the whole model."""
+
+    rank = data_rank = 0
+    world = data_ranks = 1
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        return dict(enumerate(self.model.gates))
+
+    def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
+        main = mtp = balance = 0.0
+        loads: list[Tensor] = []
+        for tokens, document_ids, loss_mask, share in micro_batches:
+            loss = objective.of_model(self.model, tokens, document_ids, loss_mask)
+            (loss.total * share).backward()
+            main += loss.main.item() * share
+            mtp += loss.mtp.item() * share
+            balance += loss.balance.item() * share
+            loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
+        return Totals(main, mtp, balance, loads)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def sum(self, value: float) -> float:
+        return value
