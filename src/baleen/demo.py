@@ -59,7 +59,7 @@ def run_demo(run_dir: Path, minutes: float, console: Console) -> dict[str, Any]:
     trained = train(recipe, run_dir, resume=(run_dir / "recipe.toml").is_file())
     if trained["status"] == "stopped":
         return trained
-    with run_stage(recipe, run_dir, "eval"):
+    with run_stage(recipe.cost, run_dir, "eval"):
         console.print("\nmeasuring what it learnt ...")
         learnt = measure(recipe, run_dir, trained)
     card = cost_card(run_dir)

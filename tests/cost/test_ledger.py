@@ -223,3 +223,11 @@ def test_a_plan_is_carried_along(tmp_path):
     with stage(tmp_path / "a", plan={"usd": 3.0}):
         pass
     assert [json.dumps(row["plan"]) for row in rows_of(tmp_path / "a")] == ['{"usd": 3.0}'] * 2
+
+
+def test_the_parts_of_a_stage_stand_in_its_rows(tmp_path):
+    with Ledger.open(tmp_path / "r").stage("rl", devices=2, device_name="cpu", rate=RATE) as running:
+        running.progress(tokens=70, productive_seconds=4.0, parts={"rollout": 3.0, "update": 1.0})
+    rows, _ = read_rows(running.ledger.path)
+    assert rows[-1]["productive_device_seconds_by_part"] == {"rollout": 6.0, "update": 2.0}
+    assert "productive_device_seconds_by_part" not in rows[0]  # nothing was done yet

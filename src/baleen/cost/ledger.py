@@ -124,6 +124,7 @@ class Stage:
     meter: Meter | None
     tokens: int = 0
     productive_seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
     status: str = "running"
     stage_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     parent: str | None = None
@@ -146,9 +147,13 @@ class Stage:
             self._catch_sigterm()
         return self
 
-    def progress(self, *, tokens: int, productive_seconds: float) -> None:
-        """Tokens trained and wall seconds of steps that count, since this stage began. Cheap: call it each step."""
+    def progress(self, *, tokens: int, productive_seconds: float, parts: Mapping[str, float] | None = None) -> None:
+        """Tokens trained and wall seconds of steps that count, since this stage began. Cheap: call it each step.
+
+        parts: the productive seconds by what they went into, such as {"rollout": 3.0, "update": 1.0}.
+        """
         self.tokens, self.productive_seconds = tokens, productive_seconds
+        self.parts = dict(parts or {})
 
     def interrupted(self) -> None:
         """Say that the stage ends because somebody stopped it, for loops that end without an exception."""
@@ -233,6 +238,8 @@ class Stage:
             "status": self.status,
             "parent": self.parent,
         }
+        if self.parts:
+            row["productive_device_seconds_by_part"] = {k: s * self.devices for k, s in self.parts.items()}
         if self.plan is not None:
             row["plan"] = dict(self.plan)
         append_row(self.ledger.path, row)

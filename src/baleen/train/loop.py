@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.config import Recipe
+from baleen.config import CostConfig, Recipe
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Ledger, Stage, StageName
@@ -55,9 +55,9 @@ def train(
     open_run(run_dir, recipe, resume=resume)
     tracker = open_tracker(track, run_dir, recipe.model_dump())
     keep_freed_memory()
-    with run_stage(recipe, run_dir, "data"):
+    with run_stage(recipe.cost, run_dir, "data"):
         prepared = _prepare(recipe, run_dir, display)
-    with run_stage(recipe, run_dir, "pretrain") as stage, display, _Interruption() as interruption:
+    with run_stage(recipe.cost, run_dir, "pretrain") as stage, display, Interruption() as interruption:
         run = _Run(recipe, run_dir, prepared, stage, display)
         metrics = Metrics(run_dir, run.trainer.counters.step)
         last_step = math.inf if max_steps is None else max_steps
@@ -78,9 +78,9 @@ def train(
         where = "and saved" if saved else f"and NOT saved; step {run.saved_step} is the last that is"
         display.say(f"stopped at step {run.trainer.counters.step} {where}; go on with --resume")
         return run.summary("stopped", None)
-    with run_stage(recipe, run_dir, "eval"):
+    with run_stage(recipe.cost, run_dir, "eval"):
         heldout = run.heldout_bpb()
-    with run_stage(recipe, run_dir, "export"):
+    with run_stage(recipe.cost, run_dir, "export"):
         run.export(heldout)
     return run.summary("done", heldout)
 
@@ -259,27 +259,27 @@ def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
     )
 
 
-def run_stage(recipe: Recipe, run_dir: Path, name: StageName) -> Stage:
+def run_stage(cost: CostConfig, run_dir: Path, name: StageName) -> Stage:
     """The ledger's stage: a device is a GPU, or a thread of the CPU."""
     gpu = device().type == "cuda"
     device_name = torch.cuda.get_device_name() if gpu else "cpu"
-    return Ledger.open(run_dir, project=recipe.cost.project).stage(
+    return Ledger.open(run_dir, project=cost.project).stage(
         name,
-        purpose=recipe.cost.purpose,
+        purpose=cost.purpose,
         devices=1 if gpu else torch.get_num_threads(),
         device_name=device_name,
-        rate=rate_card(device_name, recipe.cost.usd_per_device_hour),
+        rate=rate_card(device_name, cost.usd_per_device_hour),
     )
 
 
-class _Interruption:
+class Interruption:
     """Turns the first Ctrl-C or SIGTERM into a wish that is read between steps; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.wanted = False
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> _Interruption:
+    def __enter__(self) -> Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old[number] = signal.signal(number, self._wish)
         return self

@@ -63,7 +63,7 @@ class Trainer:
         self.schedules = Schedules(recipe)
         self.precision: Precision = resolve_precision(recipe.train.precision, model.device)
         self.counters = Counters()
-        self.ema = {n: t.detach().clone() for n, t in _weights(model).items()} if recipe.train.ema_decay else {}
+        self.ema = {n: t.detach().clone() for n, t in weights_of(model).items()} if recipe.train.ema_decay else {}
 
     @property
     def position(self) -> float:
@@ -90,7 +90,7 @@ class Trainer:
             for gate, load in zip(self.model.gates, result.loads, strict=False):
                 gate.update_bias(load, self.schedules.bias_update_speed(position))
             if self.ema:
-                weights, step = _weights(self.model), self.counters.step
+                weights, step = weights_of(self.model), self.counters.step
                 decay = min(train.ema_decay, (1 + step) / (10 + step))  # else short runs average their random start
                 for name, average in self.ema.items():
                     average.lerp_(weights[name], 1 - decay)
@@ -135,7 +135,7 @@ class Trainer:
         return total
 
     def checkpoint(self) -> Checkpoint:
-        tensors = {"model": _weights(self.model), "optimizer": self.optimizer.state_tensors()}
+        tensors = {"model": weights_of(self.model), "optimizer": self.optimizer.state_tensors()}
         if self.ema:
             tensors["ema"] = self.ema
         state = {
@@ -182,7 +182,7 @@ def environment(precision: Precision) -> dict[str, Any]:
     }
 
 
-def _weights(model: Transformer) -> dict[str, Tensor]:
+def weights_of(model: Transformer) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, a tied matrix once."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
