@@ -280,6 +280,7 @@ class TrainConfig(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0.0)
+    embedding_lr_scale: float = Field(1.0, gt=0.0)  # of lr; under muP it does not shrink with width (arXiv 2203.03466)
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0)

@@ -36,6 +36,16 @@ def test_adamw_takes_everything_and_decays_matrices_only(tiny_model):
     assert (decayed["weight_decay"], plain["weight_decay"], decayed["betas"]) == (0.2, 0.0, (0.8, 0.9))
 
 
+def test_the_embedding_has_a_learning_rate_of_its_own(tiny_model):
+    model = tiny_model()
+    optimizer = optimizer_of(model, embedding_lr_scale=5.0, weight_decay=0.2)
+    decayed, plain, embedding = optimizer.parts[0].param_groups
+    assert names_in(model, embedding) == {"model.embed_tokens.weight"}
+    optimizer.step(0.01)
+    assert [group["lr"] for group in (decayed, plain, embedding)] == [0.01, 0.01, 0.05]
+    assert [group["lr"] * group["weight_decay"] for group in (decayed, embedding)] == pytest.approx([0.002, 0.002])
+
+
 def test_muon_takes_the_matrices_between_hidden_states(tiny_model):
     model = tiny_model()
     adamw, muon = optimizer_of(model, optimizer="muon").parts

@@ -16,12 +16,16 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in named.items() if config.optimizer == "muon" and _is_hidden_matrix(n, p)}
-        decayed = [p for n, p in named.items() if n not in hidden and p.ndim >= 2]
+        apart = {n for n in named if config.embedding_lr_scale != 1.0 and n.endswith("embed_tokens.weight")}
+        decayed = [p for n, p in named.items() if n not in hidden | apart and p.ndim >= 2]
         plain = [p for n, p in named.items() if n not in hidden and p.ndim < 2]
-        adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-        )  # fmt: skip
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        if apart:
+            embedding = [named[n] for n in apart]
+            scale = config.embedding_lr_scale
+            # Decoupled decay is a share of the learning rate; the share of each weight stays what it is elsewhere.
+            groups.append({"params": embedding, "lr_scale": scale, "weight_decay": config.weight_decay / scale})
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if hidden:
             stacked = [named[n] for n in sorted(hidden) if n.endswith("gate_up_proj")]
@@ -35,7 +39,7 @@ class Optimizer:
     def step(self, lr: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             part.step()
 
     def zero_grad(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baleen.config import Recipe, UserError
 from baleen.data.loader import Batch, Loader
+from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
 from baleen.train.checkpoint import Checkpoint
 from baleen.train.loss import training_loss
@@ -179,6 +180,7 @@ def environment(precision: Precision) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "precision": precision,
+        "kernels": kernels(),
     }
 
 

@@ -25,6 +25,12 @@ _ARGUMENTS = {
 }
 
 
+def kernels() -> str:
+    """Which kernels run on this machine's CPU: the native library's name, which tells its build, or `pytorch`."""
+    library = load_library(SOURCE)
+    return "pytorch" if library is None else Path(library._name).stem
+
+
 def serves(x: Tensor) -> bool:
     """Native kernels read plain fp32 or bf16 tensors of the CPU: no fake ones, no tracer's."""
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in _NAMES
