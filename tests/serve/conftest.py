@@ -82,16 +82,16 @@ def scripted(tokenizer):
     """Makes a server whose model `script` says a text, or what a function of the prompt's text returns."""
     with contextlib.ExitStack() as stack:
 
-        def make(answer, *, limits=None, pause=0.0, per_step=1, **options):
+        def make(answer, *, engine=ScriptedEngine, limits=None, pause=0.0, per_step=1, **options):
             def ids(prompt_ids):
                 script = answer
                 if callable(answer):
                     script = answer(tokenizer.decode(prompt_ids, skip_special=False))
                 return tokenizer.encode(script, allow_special=True) if isinstance(script, str) else script
 
-            engine = ScriptedEngine(CONFIG, tokenizer, ids, pause=pause, per_step=per_step)
-            server = stack.enter_context(running({"script": engine}, limits=limits, **options))
-            server.engine = engine
+            made = engine(CONFIG, tokenizer, ids, pause=pause, per_step=per_step)
+            server = stack.enter_context(running({"script": made}, limits=limits, **options))
+            server.engine = made
             return server
 
         yield make
