@@ -2,304 +2,204 @@
 
 import { Answer } from "./answer.js";
 import { Api } from "./api.js";
-import { add, exportText, importText, newConversation, newId, pathTo, show, shownPath } from "./conversation.js";
+import { add, newConversation, show, shownPath } from "./conversation.js";
 import { byId, download, element, icon, toast } from "./dom.js";
 import { count, parameters } from "./figures.js";
 import { listenForKeys } from "./keys.js";
+import { Library } from "./library.js";
 import { listenForCopies } from "./markdown.js";
 import { Mixture } from "./mixture.js";
+import { Panel } from "./panel.js";
+import { Scroller } from "./scroller.js";
 import { showSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { Store } from "./store.js";
 import { Thread } from "./thread.js";
-import { Trace } from "./trace.js";
 
-const NEAR_END = 80; // pixels
 const SAVE_EVERY = 1000; // ms, of an answer on its way
+const PAINT_EVERY = 150; // ms, of its mixture
 const STARTERS = ["Hi, how are you?", "What did you do today?", "Tell me a story", "What can you do?"];
 
-const state = {
-  store: null,
-  models: [],
-  conversations: new Map(),
-  current: newConversation(),
-  running: new Map(), // id of the node -> Answer
-  traces: new Map(), // id of the node -> Trace, or null if it has none
-  inspected: null,
-  panel: null, // "settings", "mixture" or null
-};
-
 const api = new Api(askForKey);
-const scroller = byId("scroller");
+const library = new Library();
+const panel = new Panel();
 const prompt = byId("prompt");
-const mixture = new Mixture(byId("panel-body"));
+const scroller = new Scroller(byId("scroller"), byId("thread"), byId("to-end"));
+const mixture = new Mixture(panel.body);
 const thread = new Thread(byId("thread"), {
   render: (text) => api.render(text),
   edit: (node, text) => send(text, node.parent),
   regenerate: (node) => answer(node.parent),
-  show: (node) => (show(state.current, node), save(state.current), draw()),
-  inspect: (node) => (state.panel === "mixture" && state.inspected === node ? closePanel() : openMixture(node)),
-  traceOf: (node) => state.traces.get(node.id) ?? null,
+  show: (node) => (show(current, node), save(current), draw()),
+  inspect: (node) => (panel.view === "mixture" && inspected === node ? panel.close() : openMixture(node)),
+  traceOf: (node) => library.trace(node),
   isRunning: (conversation) => Boolean(runningIn(conversation)),
-  speedOf: (node) => state.running.get(node.id)?.speed ?? 0,
+  speedOf: (node) => running.get(node.id)?.speed ?? 0,
   announce,
 });
 const sidebar = new Sidebar({
   open: (conversation) => (open(conversation), closeSidebar()),
-  rename: (conversation, title) => ((conversation.title = title), save(conversation)),
+  rename: (conversation, title) => ((conversation.title = title), save(conversation), drawTitle()),
   exportOne: (conversation) => exportAll([conversation]),
   remove,
 });
+const running = new Map(); // id of an answer's node -> Answer
+
+let models = [];
+let current = newConversation();
+let inspected = null; // the answer whose mixture is shown
 
 // --- what a person does
 
 /** Adds a message and asks for its answer. */
-function send(text, parent = state.current.leaf) {
-  if (!modelOfCurrent()) return toast("No model is there to answer: is the server running?");
-  const node = add(state.current, parent, "user", { content: text });
-  state.conversations.set(state.current.id, state.current);
-  answer(node.id);
+function send(text, parent = current.leaf) {
+  if (!model()) return toast("No model is there to answer: is the server running?");
+  answer(add(current, parent, "user", { content: text }).id);
 }
 
 function answer(parent) {
-  const [conversation, model] = [state.current, modelOfCurrent()];
-  const node = add(conversation, parent, "assistant", { reasoning: "", model: model.id, state: "running" });
-  const running = new Answer(conversation, node, model);
-  state.running.set(node.id, running);
-  state.traces.set(node.id, running.trace);
+  const conversation = current;
+  const node = add(conversation, parent, "assistant", { reasoning: "", model: model().id, state: "running" });
+  const answer = new Answer(conversation, node, model());
+  running.set(node.id, answer);
+  library.setTrace(node, answer.trace);
   save(conversation);
   location.hash = conversation.id;
   draw();
-  toEnd();
+  scroller.toEnd();
   announce("Answering");
-  if (state.panel === "mixture") openMixture(node, false);
+  if (panel.view === "mixture") openMixture(node, false);
   let saved = performance.now();
-  running.addEventListener("change", () => {
-    if (conversation === state.current) follow(() => thread.update(node));
-    if (state.inspected === node && state.panel === "mixture") scheduleMixture();
-    if (performance.now() - saved > SAVE_EVERY) (saved = performance.now()), state.store?.save(conversation);
+  answer.addEventListener("change", () => {
+    if (conversation === current) thread.update(node);
+    if (inspected === node) repaintSoon();
+    if (performance.now() - saved > SAVE_EVERY) (saved = performance.now()), save(conversation, false);
   });
-  running.addEventListener("end", () => finish(running));
-  running.run(api);
+  answer.addEventListener("end", () => finish(answer));
+  answer.run(api);
 }
 
 async function finish({ conversation, node, trace }) {
-  state.running.delete(node.id);
+  running.delete(node.id);
   conversation.updated = Date.now();
-  if (!trace.tokens.length) state.traces.set(node.id, null);
-  else await state.store?.saveTrace(node.id, trace.toJSON());
-  save(conversation);
-  if (state.inspected === node && state.panel === "mixture") mixture.update();
-  if (conversation !== state.current) return;
+  if (trace.tokens.length) await library.saveTrace(node);
+  else library.setTrace(node, null);
+  if (library.get(conversation.id)) save(conversation); // else it was removed meanwhile
+  if (conversation !== current) return;
+  if (inspected === node && panel.view === "mixture") mixture.update();
   draw();
-  await follow(() => thread.update(node));
-  announce(node.error ?? `${node.content || "An empty answer"}${node.state === "stopped" ? " Stopped." : ""}`);
+  await thread.update(node);
+  announce(node.error ?? `${node.content || "An empty answer."}${node.state === "stopped" ? " Stopped." : ""}`);
 }
 
-const runningIn = (conversation) => [...state.running.values()].find((answer) => answer.conversation === conversation);
+const runningIn = (conversation) => [...running.values()].find((answer) => answer.conversation === conversation);
 
 function fresh() {
-  const { model, system, sampling, thinking } = state.current;
+  const { model, system, sampling, thinking } = current;
   open(newConversation({ model, system, sampling, thinking }));
   closeSidebar();
   prompt.focus();
 }
 
 async function open(conversation) {
-  state.current = conversation;
+  current = conversation;
   location.hash = conversation.leaf ? conversation.id : "";
-  await loadTraces(conversation);
-  if (state.current !== conversation) return;
-  if (state.panel === "settings") openSettings(false);
-  if (state.panel === "mixture") lastAnswer() ? openMixture(lastAnswer(), false) : closePanel();
+  await library.loadTraces(conversation);
+  if (current !== conversation) return;
+  if (panel.view === "settings") openSettings(false);
+  if (panel.view === "mixture") lastTraced() ? openMixture(lastTraced(), false) : panel.close();
   draw();
-  toEnd();
+  scroller.toEnd();
 }
 
-async function loadTraces(conversation) {
-  const missing = Object.values(conversation.nodes).filter((node) => node.role === "assistant" && !state.traces.has(node.id));
-  await Promise.all(missing.map(async ({ id }) => state.traces.set(id, Trace.from(await state.store?.trace(id)))));
-}
-
-/** Removes a conversation; until the toast goes, it can be had back. */
 async function remove(conversation) {
-  const answers = Object.values(conversation.nodes).filter((node) => node.role === "assistant").map((node) => node.id);
   runningIn(conversation)?.stop();
-  await loadTraces(conversation);
-  state.conversations.delete(conversation.id);
-  await state.store?.remove(conversation);
-  await state.store?.removeTraces(answers);
-  if (conversation === state.current) fresh();
-  else draw();
-  const bringBack = async () => {
-    state.conversations.set(conversation.id, conversation);
-    for (const id of answers) if (state.traces.get(id)) await state.store?.saveTrace(id, state.traces.get(id).toJSON());
-    save(conversation);
-    open(conversation);
-  };
-  toast("Conversation deleted", { label: "Undo", run: bringBack });
+  const bringBack = await library.remove(conversation);
+  if (conversation === current) fresh();
+  else drawList();
+  const undo = async () => (await bringBack(), open(conversation));
+  toast("Conversation deleted", { label: "Undo", run: undo });
 }
 
 async function exportAll(conversations) {
-  await Promise.all(conversations.map(loadTraces));
-  const traces = new Map([...state.traces].filter(([, trace]) => trace).map(([id, trace]) => [id, trace.toJSON()]));
-  const day = new Date().toISOString().slice(0, 10);
-  download(`baleen-${conversations.length === 1 ? "conversation" : "conversations"}-${day}.json`, exportText(conversations, traces));
+  const name = conversations.length === 1 ? "conversation" : "conversations";
+  download(`baleen-${name}-${new Date().toISOString().slice(0, 10)}.json`, await library.exported(conversations));
 }
 
-/** Adds what the file holds. A conversation that is here already, but different, is added beside it. */
 async function importFile(file) {
   try {
-    const read = importText(await file.text());
-    let added = 0;
-    for (const { conversation, traces } of read) {
-      const here = state.conversations.get(conversation.id);
-      if (here && here.updated === conversation.updated) continue;
-      if (here) conversation.id = newId();
-      for (const id of Object.keys(conversation.nodes)) {
-        const trace = Trace.from(traces[id]);
-        if (trace && !state.traces.get(id)) state.traces.set(id, trace), await state.store?.saveTrace(id, trace.toJSON());
-      }
-      state.conversations.set(conversation.id, conversation);
-      save(conversation);
-      added++;
-    }
-    toast(`${count(added)} of ${count(read.length)} conversations added${added < read.length ? "; the others are here already" : ""}`);
+    const { added, of } = await library.import(await file.text());
+    toast(`${count(added)} of ${count(of)} conversations added${added < of ? "; the others are here already" : ""}.`);
+    drawList();
   } catch (error) {
     toast(`Nothing was imported: ${error.message}.`);
   }
 }
 
-// --- what is kept
-
-function save(conversation) {
-  conversation.updated ||= Date.now();
-  if (state.conversations.has(conversation.id)) state.store?.save(conversation).catch((error) => toast(`This browser could not save the conversation: ${error.message}`));
-  drawList();
-}
-
-async function load() {
+async function save(conversation, listed = true) {
   try {
-    state.store = await Store.open();
-    navigator.storage?.persist?.();
-  } catch {
-    toast("This browser stores nothing here: conversations last until the page is closed.", null, 20);
-    return;
+    await library.save(conversation);
+  } catch (error) {
+    toast(`This browser could not save the conversation: ${error.message}`);
   }
-  for (const conversation of await state.store.conversations()) {
-    for (const node of Object.values(conversation.nodes)) if (node.state === "running") node.state = "stopped"; // the page was closed in its midst
-    state.conversations.set(conversation.id, conversation);
-  }
-  state.store.onChange(async (id) => {
-    const saved = await state.store.conversation(id);
-    if (runningIn(state.conversations.get(id))) return;
-    if (saved) state.conversations.set(id, saved);
-    else state.conversations.delete(id);
-    if (id === state.current.id && saved) open(saved);
-    else drawList();
-  });
+  if (listed) drawList();
 }
 
 // --- what is shown
 
 function draw() {
-  thread.show(state.current);
-  byId("thread").classList.toggle("empty", !state.current.leaf);
+  thread.show(current);
   drawWelcome();
   drawList();
   drawComposer();
   drawModel();
-  document.title = state.current.title ? `${state.current.title} – Baleen` : "Baleen";
+  drawTitle();
 }
 
-function drawList() {
-  sidebar.show([...state.conversations.values()], state.current);
-}
+const drawList = () => sidebar.show(library.all, current);
+
+const drawTitle = () => (document.title = current.title ? `${current.title} – Baleen` : "Baleen");
 
 function drawWelcome() {
   byId("welcome")?.remove();
-  if (state.current.leaf) return;
+  byId("thread").classList.toggle("empty", !current.leaf);
+  if (current.leaf) return;
   const starters = STARTERS.map((text) => element("button", { type: "button", onclick: () => send(text) }, text));
   const logo = document.querySelector("#sidebar .logo").cloneNode(true);
   byId("thread").append(element("div", { id: "welcome" }, logo, element("p", { class: "big" }, "Say something."), element("div", { class: "starters" }, ...starters)));
 }
 
 function drawComposer() {
-  const running = Boolean(runningIn(state.current));
+  const isRunning = Boolean(runningIn(current));
   const button = byId("send");
-  button.replaceChildren(icon(running ? "stop" : "send"));
-  button.setAttribute("aria-label", running ? "Stop" : "Send");
-  button.title = running ? "Stop (Escape)" : "Send (Enter)";
-  button.disabled = !running && !prompt.value.trim();
+  button.replaceChildren(icon(isRunning ? "stop" : "send"));
+  button.setAttribute("aria-label", isRunning ? "Stop" : "Send");
+  button.title = isRunning ? "Stop (Escape)" : "Send (Enter)";
+  button.disabled = !isRunning && !prompt.value.trim();
+  prompt.style.height = "auto";
+  prompt.style.height = `${Math.min(prompt.scrollHeight, 240)}px`;
 }
 
-const modelOfCurrent = () => state.models.find((model) => model.id === state.current.model) ?? state.models[0];
+const model = () => models.find(({ id }) => id === current.model) ?? models[0];
 
 function drawModel() {
-  const model = modelOfCurrent();
-  byId("model").value = model?.id ?? "";
-  const shape = model?.baleen;
-  byId("model-facts").textContent = shape
-    ? `${parameters(shape.parameters)} parameters, ${parameters(shape.active_parameters)} at work · ${count(model.max_model_len)} tokens of context`
-    : "";
+  if (!model()) return;
+  const { id, max_model_len: context, baleen: shape } = model();
+  byId("model").value = id;
+  byId("model-facts").textContent =
+    `${parameters(shape.parameters)} parameters, ${parameters(shape.active_parameters)} at work · ${count(context)} tokens of context`;
 }
-
-const nearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
-
-/** Lets the page grow, and stays at its end if it was there. */
-async function follow(grow) {
-  const stay = nearEnd();
-  await grow();
-  if (stay) toEnd();
-}
-
-const toEnd = () => (scroller.scrollTop = scroller.scrollHeight);
 
 /** Told to a screen reader: once at the beginning of an answer and once, whole, at its end; not word by word. */
 function announce(text) {
   byId("announcer").textContent = text;
 }
 
-const resize = () => {
-  prompt.style.height = "auto";
-  prompt.style.height = `${Math.min(prompt.scrollHeight, 240)}px`;
-};
-
-// --- panels
-
-let opener = null;
-
-function openPanel(name, title, takeFocus) {
-  if (takeFocus) opener = document.activeElement;
-  state.panel = name;
-  byId("panel").hidden = false;
-  byId("panel").dataset.view = name;
-  byId("panel-title").textContent = title;
-  byId("open-settings").setAttribute("aria-expanded", name === "settings");
-  byId("open-mixture").setAttribute("aria-expanded", name === "mixture");
-  if (takeFocus) byId("panel-title").focus();
-}
-
-function closePanel() {
-  if (!state.panel) return;
-  state.panel = null;
-  byId("panel").hidden = true;
-  byId("panel-body").replaceChildren();
-  byId("open-settings").setAttribute("aria-expanded", "false");
-  byId("open-mixture").setAttribute("aria-expanded", "false");
-  (opener?.isConnected ? opener : prompt).focus();
-}
-
 function openSettings(takeFocus = true) {
-  openPanel("settings", "Settings", takeFocus);
-  const { current } = state;
-  showSettings(byId("panel-body"), {
-    conversation: current,
-    model: modelOfCurrent(),
-    change: (apply) => (apply(), save(current)),
-    theme: document.documentElement.dataset.theme ?? "",
-    setTheme,
-  });
+  panel.open("settings", "Settings", takeFocus);
+  const conversation = current;
+  const theme = document.documentElement.dataset.theme ?? "";
+  const change = (apply) => (apply(), conversation.leaf && save(conversation));
+  showSettings(panel.body, { conversation, model: model(), change, theme, setTheme });
 }
 
 function setTheme(theme) {
@@ -309,134 +209,152 @@ function setTheme(theme) {
   repaint();
 }
 
-const lastAnswer = () => shownPath(state.current).findLast((node) => state.traces.get(node.id));
+const lastTraced = () => shownPath(current).findLast((node) => library.trace(node));
 
 function openMixture(node, takeFocus = true) {
   if (!node) return toast("The mixture shows how an answer was made: ask something first.");
-  state.inspected = node;
-  openPanel("mixture", "The mixture at work", takeFocus);
-  mixture.show(node, state.traces.get(node.id));
+  inspected = node;
+  panel.open("mixture", "The mixture at work", takeFocus);
+  mixture.show(node, library.trace(node));
 }
 
-let mixtureTimer = null;
-function scheduleMixture() {
-  mixtureTimer ??= setTimeout(() => {
-    mixtureTimer = null;
-    if (state.panel === "mixture") mixture.update();
-  }, 150);
+let waiting = null;
+function repaintSoon() {
+  waiting ??= setTimeout(() => {
+    waiting = null;
+    if (panel.view === "mixture") mixture.update();
+  }, PAINT_EVERY);
 }
 
+/** The theme changed: what is painted, rather than styled, is painted anew. */
 function repaint() {
-  if (state.panel === "mixture") mixture.paint();
-  document.querySelectorAll(".fingerprint").forEach((button) => (button.parentElement.dataset.key = ""));
-  thread.refresh();
+  if (panel.view === "mixture") mixture.paint();
+  thread.repaint();
 }
+
+const onPhone = () => matchMedia("(max-width: 56rem)").matches;
 
 function openSidebar() {
-  document.body.classList.add("sidebar-open");
-  byId("backdrop").hidden = false;
-  byId("open-sidebar").setAttribute("aria-expanded", "true");
+  setSidebar(true);
   byId("close-sidebar").focus();
 }
 
 function closeSidebar() {
   if (!document.body.classList.contains("sidebar-open")) return;
-  document.body.classList.remove("sidebar-open");
-  byId("backdrop").hidden = true;
-  byId("open-sidebar").setAttribute("aria-expanded", "false");
+  setSidebar(false);
   byId("open-sidebar").focus();
 }
 
-function askForKey() {
+function setSidebar(isOpen) {
+  document.body.classList.toggle("sidebar-open", isOpen);
+  document.querySelector("main").inert = isOpen;
+  byId("backdrop").hidden = !isOpen;
+  byId("open-sidebar").setAttribute("aria-expanded", String(isOpen));
+}
+
+function askForKey(again) {
   const dialog = byId("key-dialog");
   byId("key").value = "";
+  byId("key-note").textContent = again ? "That key was refused." : "Kept until this tab is closed.";
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve) => {
-    byId("key-form").addEventListener("submit", (event) => (event.preventDefault(), dialog.close(), resolve(byId("key").value)), { once: true });
+    const given = (event) => (event.preventDefault(), dialog.close(), resolve(byId("key").value));
+    byId("key-form").addEventListener("submit", given, { once: true });
   });
 }
 
-const onPhone = () => matchMedia("(max-width: 56rem)").matches;
-
 // --- wiring
 
+const ICONS = {
+  "close-sidebar": "close", "open-sidebar": "list", "open-mixture": "mixture", "open-settings": "settings",
+  "open-help": "help", "close-panel": "close", "to-end": "end",
+};
+
 function listen() {
-  const icons = { "close-sidebar": "close", "open-sidebar": "list", "open-mixture": "mixture", "open-settings": "settings", "open-help": "help", "close-panel": "close", "to-end": "end" };
-  for (const [id, name] of Object.entries(icons)) {
+  for (const [id, name] of Object.entries(ICONS)) {
     byId(id).append(icon(name));
     byId(id).title = byId(id).getAttribute("aria-label");
   }
   byId("new").prepend(icon("add"));
-  byId("new").addEventListener("click", fresh);
-  byId("open-sidebar").addEventListener("click", openSidebar);
-  byId("close-sidebar").addEventListener("click", closeSidebar);
-  byId("backdrop").addEventListener("click", closeSidebar);
-  byId("open-settings").addEventListener("click", () => (state.panel === "settings" ? closePanel() : openSettings()));
-  byId("open-mixture").addEventListener("click", () => (state.panel === "mixture" ? closePanel() : openMixture(lastAnswer())));
-  byId("open-help").addEventListener("click", () => byId("help").showModal());
-  byId("close-panel").addEventListener("click", closePanel);
-  byId("export-all").addEventListener("click", () => exportAll([...state.conversations.values()]));
-  byId("import").addEventListener("click", () => byId("import-file").click());
+  const clicks = {
+    new: fresh,
+    "open-sidebar": openSidebar,
+    "close-sidebar": closeSidebar,
+    backdrop: closeSidebar,
+    "open-settings": () => (panel.view === "settings" ? panel.close() : openSettings()),
+    "open-mixture": () => (panel.view === "mixture" ? panel.close() : openMixture(lastTraced())),
+    "open-help": () => byId("help").showModal(),
+    "close-panel": () => panel.close(),
+    "export-all": () => exportAll(library.all),
+    import: () => byId("import-file").click(),
+  };
+  for (const [id, run] of Object.entries(clicks)) byId(id).addEventListener("click", run);
   byId("import-file").addEventListener("change", async ({ target }) => {
     if (target.files[0]) await importFile(target.files[0]);
     target.value = "";
   });
   byId("model").addEventListener("change", ({ target }) => {
-    state.current.model = target.value;
-    save(state.current);
+    current.model = target.value;
+    if (current.leaf) save(current);
     drawModel();
-    if (state.panel === "settings") openSettings(false);
+    if (panel.view === "settings") openSettings(false);
   });
-  byId("to-end").addEventListener("click", toEnd);
-  scroller.addEventListener("scroll", () => (byId("to-end").hidden = nearEnd()), { passive: true });
-  prompt.addEventListener("input", () => (resize(), drawComposer()));
-  prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), byId("composer").requestSubmit();
-    if (event.key === "ArrowUp" && !prompt.value && !runningIn(state.current)) event.preventDefault(), thread.editLast();
-  });
-  byId("composer").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const running = runningIn(state.current);
-    const text = prompt.value.trim();
-    if (running && document.activeElement !== prompt) running.stop();
-    else if (!running && text) {
-      prompt.value = "";
-      resize();
-      send(text);
-    }
-  });
+  listenToComposer();
   addEventListener("hashchange", () => {
-    const wanted = state.conversations.get(location.hash.slice(1));
-    if (wanted && wanted !== state.current) open(wanted);
+    const wanted = library.get(location.hash.slice(1));
+    if (wanted && wanted !== current) open(wanted);
   });
-  addEventListener("resize", () => state.panel === "mixture" && mixture.paint());
+  addEventListener("resize", () => panel.view === "mixture" && mixture.paint());
+  addEventListener("pagehide", () => running.forEach(({ conversation }) => library.save(conversation)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  addEventListener("pagehide", () => state.running.forEach(({ conversation }) => state.store?.save(conversation)));
   listenForCopies(byId("thread"), announce);
   listenForKeys({
     search: () => (onPhone() && openSidebar(), sidebar.focusSearch()),
     fresh,
-    mixture: () => openMixture(lastAnswer()),
-    settings: () => openSettings(),
-    help: () => byId("help").showModal(),
-    escape: () => {
-      if (document.body.classList.contains("sidebar-open")) closeSidebar();
-      else if (runningIn(state.current)) runningIn(state.current).stop();
-      else closePanel();
-    },
+    mixture: clicks["open-mixture"],
+    settings: clicks["open-settings"],
+    help: clicks["open-help"],
+    escape,
   });
+}
+
+function listenToComposer() {
+  prompt.addEventListener("input", drawComposer);
+  prompt.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), submit();
+    if (event.key === "ArrowUp" && !prompt.value && !runningIn(current)) event.preventDefault(), thread.editLast();
+  });
+  byId("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (runningIn(current)) runningIn(current).stop();
+    else submit();
+  });
+}
+
+function submit() {
+  const text = prompt.value.trim();
+  if (!text || runningIn(current)) return;
+  prompt.value = "";
+  send(text);
+}
+
+function escape() {
+  if (document.body.classList.contains("sidebar-open")) closeSidebar();
+  else if (runningIn(current)) runningIn(current).stop();
+  else panel.close();
 }
 
 async function begin() {
   listen();
-  await load();
-  const wanted = state.conversations.get(location.hash.slice(1));
+  if (await library.load()) library.onChange(runningIn, (id) => (id === current.id && library.get(id) ? open(library.get(id)) : drawList()));
+  else toast("This browser stores nothing here: conversations last until the page is closed.", null, 20);
+  const wanted = library.get(location.hash.slice(1));
   if (wanted) await open(wanted);
   else draw();
   if (!onPhone()) prompt.focus();
   try {
-    state.models = await api.models();
-    byId("model").replaceChildren(...state.models.map((model) => element("option", { value: model.id }, model.id)));
+    models = await api.models();
+    byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
     draw();
   } catch (error) {
     toast(error.message, { label: "Try again", run: () => location.reload() }, 600);

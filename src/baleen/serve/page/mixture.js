@@ -23,7 +23,7 @@ export class Mixture {
     Object.assign(this, { node, trace });
     this.#cell = this.#token = null;
     this.#drawn = 0;
-    this.tiles = element("div", { class: "tiles" });
+    this.bill = element("dl", { class: "bill" });
     this.strip = element("div", { class: "strip", role: "listbox", tabindex: "0", "aria-label": "Tokens of the answer; arrow keys walk along them", dir: "auto" });
     this.canvas = element("canvas", { role: "img" });
     this.readout = element("p", { class: "readout", "aria-live": "polite" });
@@ -32,7 +32,7 @@ export class Mixture {
     this.tableBox = tableBox;
     this.#listen();
     this.#body.replaceChildren(
-      this.tiles,
+      this.bill,
       element("section", {},
         element("h3", {}, "Tokens"),
         element("p", { class: "quiet legend" }, element("span", { class: "guessed" }, "Underlined"), " ones were guessed ahead by MTP, and right. Point at one to see its experts."),
@@ -52,7 +52,7 @@ export class Mixture {
   /** The answer has grown or ended. */
   update() {
     const { trace } = this;
-    this.#drawTiles();
+    this.#drawBill();
     for (const token of trace.tokens.slice(this.#drawn, MOST_TOKENS)) {
       this.strip.append(element("span", { role: "option", id: `token-${this.#drawn}`, "data-index": this.#drawn, "aria-selected": "false", "aria-label": this.#say(this.#drawn),
         class: [token.accepted && "guessed", token.part === "reasoning" && "reasoned"].filter(Boolean).join(" ") }, shown(token.text)));
@@ -63,7 +63,7 @@ export class Mixture {
   }
 
   paint() {
-    const width = this.#body.clientWidth - 34;
+    const width = this.canvas.parentElement.clientWidth;
     const outlined = this.#token === null ? null : this.trace.rows[this.#token];
     this.#map = paint(this.canvas, this.trace, { width, outlined, cell: this.#cell });
     const [busiest] = this.#allBusiest().sort((a, b) => b.share - a.share);
@@ -132,23 +132,17 @@ export class Mixture {
     this.paint();
   }
 
-  #drawTiles() {
-    const { stats } = this.node;
-    const tile = (value, name, more = "") => element("div", { class: "tile" }, element("strong", {}, value), element("span", {}, name), element("small", { class: "quiet" }, more));
-    if (!stats) {
-      const { length } = this.trace.tokens;
-      this.tiles.replaceChildren(tile(count(length), "tokens", this.node.state === "running" ? "and counting" : "stopped early: no bill came"), tile(count(this.trace.accepted), "guessed ahead by MTP", length ? share(this.trace.accepted / length) : ""));
-      return;
-    }
-    const cached = stats.cached_tokens ? `, ${count(stats.cached_tokens)} of them from the cache` : "";
-    const estimate = { measured: "measured", estimated: "estimated from the device’s watts" }[stats.energy_how] ?? "";
-    this.tiles.replaceChildren(
-      tile(speed(stats.tokens_per_second ?? 0), "tokens a second", stats.first_token_seconds != null ? `the first after ${delay(stats.first_token_seconds)}` : ""),
-      tile(count(stats.completion_tokens), "tokens written", `${count(stats.prompt_tokens)} read${cached}`),
-      tile(stats.drafted ? `${count(stats.accepted)} of ${count(stats.drafted)}` : "none", "guessed ahead, and right", stats.drafted ? `${share(stats.accepted / stats.drafted)}, each one a step saved` : "no drafts by MTP"),
-      tile(stats.joules ? energy(stats.joules) : "unknown", "energy", stats.joules ? estimate : "this machine tells no watts"),
-      tile(stats.usd ? money(stats.usd) : "unknown", "cost", stats.usd ? `${money(1e6 * stats.usd)} for a million such answers` : ""),
-    );
+  /** What the answer took. Until it has ended well there is no bill, only what was seen on the way. */
+  #drawBill() {
+    const { trace } = this;
+    const { stats, state } = this.node;
+    const written = trace.tokens.length;
+    const bill = stats ? billOf(stats) : [
+      ["Tokens", `${count(written)} written`, state === "running" ? "and counting" : "the bill comes only with a whole answer"],
+      ["Guessed", `${count(trace.accepted)} ahead`, written ? share(trace.accepted / written) : ""],
+    ];
+    this.bill.replaceChildren(...bill.map(([name, value, more]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), " ", element("span", { class: "quiet" }, more)))));
   }
 
   #drawTable() {
@@ -164,5 +158,17 @@ export class Mixture {
 
 const expertName = (trace, { layer, expert }, first = false) => `${first ? "Layer" : "layer"} ${trace.layerName(layer)}, expert ${expert}`;
 
+/** [name, value, what else is to say] of each figure. */
+function billOf(stats) {
+  const energyHow = { measured: "measured", estimated: "estimated from the device’s watts" }[stats.energy_how] ?? "";
+  return [
+    ["Speed", `${speed(stats.tokens_per_second ?? 0)} tokens/s`, stats.first_token_seconds != null ? `first after ${delay(stats.first_token_seconds)}` : ""],
+    ["Tokens", `${count(stats.completion_tokens)} written`, `${count(stats.prompt_tokens)} read${stats.cached_tokens ? `, ${count(stats.cached_tokens)} from the cache` : ""}`],
+    ["Guessed", stats.drafted ? `${count(stats.accepted)} of ${count(stats.drafted)} right` : "nothing", stats.drafted ? `${share(stats.accepted / stats.drafted)} of MTP’s guesses` : "no drafts by MTP"],
+    ["Energy", stats.joules ? energy(stats.joules) : "unknown", stats.joules ? energyHow : "this machine tells no watts"],
+    ["Cost", stats.usd ? money(stats.usd) : "unknown", stats.usd ? `${money(1e6 * stats.usd)} for a million such answers` : ""],
+  ];
+}
+
 /** White space that can be seen. */
-const shown = (text) => text.replaceAll("\n", "↵\n") || "·";
+const shown = (text) => text.replaceAll("\n", "↵") || "·";

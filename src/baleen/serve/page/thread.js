@@ -31,11 +31,12 @@ export class Thread {
     const wanted = [...views.values()].map((view) => view.root);
     [...this.#root.children].forEach((child) => wanted.includes(child) || child.remove());
     wanted.forEach((child, index) => this.#root.children[index] === child || this.#root.insertBefore(child, this.#root.children[index] ?? null));
-    this.refresh();
+    for (const view of views.values()) view.update(conversation);
   }
 
-  refresh() {
-    for (const view of this.#views.values()) view.update(this.#conversation);
+  /** The theme changed. */
+  repaint() {
+    for (const view of this.#views.values()) view.repaint?.();
   }
 
   /** The last bit of an answer came, or some of it. Resolves when it is on the page. */
@@ -192,9 +193,14 @@ class AnswerView {
   #fingerprint(trace) {
     this.canvas = element("canvas", { "aria-hidden": "true" });
     this.figures = element("span", {}, trace ? figuresOf(this.node) : "");
-    if (trace) requestAnimationFrame(() => paintSmall(this.canvas, trace));
+    requestAnimationFrame(() => this.repaint());
     return element("button", { type: "button", class: "fingerprint", title: "The mixture at work", hidden: !trace, onclick: () => this.actions.inspect(this.node) },
       element("span", { class: "unseen" }, "The mixture at work:"), this.canvas, this.figures);
+  }
+
+  repaint() {
+    const trace = this.actions.traceOf(this.node);
+    if (trace) paintSmall(this.canvas, trace);
   }
 
   // A few times a second is enough for the eye.
@@ -202,7 +208,7 @@ class AnswerView {
     if (!trace?.tokens.length || this.nextPaint) return;
     this.nextPaint = setTimeout(() => (this.nextPaint = null), 150);
     this.figures.parentElement.hidden = false;
-    paintSmall(this.canvas, trace);
+    this.repaint();
     const rate = this.actions.speedOf(this.node);
     this.figures.textContent = `${count(trace.tokens.length)} tokens${rate ? ` · ${speed(rate)}/s` : ""}`;
   }

@@ -1,0 +1,114 @@
+// All conversations and the traces of their answers: in memory as they are shown, and in the browser's store.
+
+import { exportText, importText, newId } from "./conversation.js";
+import { Store } from "./store.js";
+import { Trace } from "./trace.js";
+
+const isAnswer = (node) => node.role === "assistant";
+
+export class Library {
+  #store = null;
+  #conversations = new Map();
+  #traces = new Map(); // id of an answer -> Trace, or null if it has none
+
+  /** Reads what is kept. False where this browser keeps nothing: then all lives until the page is closed. */
+  async load() {
+    try {
+      this.#store = await Store.open();
+    } catch {
+      return false;
+    }
+    for (const conversation of await this.#store.conversations()) this.#conversations.set(conversation.id, ended(conversation));
+    return true;
+  }
+
+  get all() {
+    return [...this.#conversations.values()];
+  }
+
+  get(id) {
+    return this.#conversations.get(id);
+  }
+
+  async save(conversation) {
+    this.#conversations.set(conversation.id, conversation);
+    await this.#store?.save(conversation);
+  }
+
+  /** Of an answer whose conversation was opened; null if it has none. */
+  trace(node) {
+    return this.#traces.get(node.id) ?? null;
+  }
+
+  /** The trace of an answer on its way; kept only once it is saved. */
+  setTrace(node, trace) {
+    this.#traces.set(node.id, trace);
+  }
+
+  async saveTrace(node) {
+    await this.#store?.saveTrace(node.id, this.#traces.get(node.id).toJSON());
+  }
+
+  async loadTraces(conversation) {
+    const missing = Object.values(conversation.nodes).filter((node) => isAnswer(node) && !this.#traces.has(node.id));
+    await Promise.all(missing.map(async ({ id }) => this.#traces.set(id, Trace.from(await this.#store?.trace(id)))));
+  }
+
+  /** Removes a conversation. Returns a function that brings it back, as long as the page is open. */
+  async remove(conversation) {
+    await this.loadTraces(conversation);
+    const answers = Object.values(conversation.nodes).filter(isAnswer);
+    this.#conversations.delete(conversation.id);
+    await this.#store?.remove(conversation);
+    await this.#store?.removeTraces(answers.map(({ id }) => id));
+    return async () => {
+      for (const node of answers) if (this.trace(node)) await this.saveTrace(node);
+      await this.save(conversation);
+    };
+  }
+
+  /** The text of a file that holds these conversations, their traces included. */
+  async exported(conversations) {
+    await Promise.all(conversations.map((conversation) => this.loadTraces(conversation)));
+    const traces = new Map([...this.#traces].filter(([, trace]) => trace).map(([id, trace]) => [id, trace.toJSON()]));
+    return exportText(conversations, traces);
+  }
+
+  /** Adds what a file holds; one that is here already, but different, is added beside it. Returns how many of how many.
+   * Throws an Error that says what is wrong with the file; then nothing was added. */
+  async import(text) {
+    const read = importText(text);
+    let added = 0;
+    for (const { conversation, traces } of read) {
+      const here = this.get(conversation.id);
+      if (here?.updated === conversation.updated) continue;
+      if (here) conversation.id = newId();
+      for (const node of Object.values(conversation.nodes).filter(isAnswer)) {
+        const trace = Trace.from(traces[node.id]);
+        if (!trace || this.trace(node)) continue;
+        this.setTrace(node, trace);
+        await this.saveTrace(node);
+      }
+      await this.save(conversation);
+      added++;
+    }
+    return { added, of: read.length };
+  }
+
+  /** Calls back with the id of a conversation that another tab changed or removed. mine(conversation): this tab is writing it. */
+  onChange(mine, callback) {
+    this.#store?.onChange(async (id) => {
+      if (this.get(id) && mine(this.get(id))) return;
+      const saved = await this.#store.conversation(id);
+      if (saved) this.#conversations.set(id, saved);
+      else this.#conversations.delete(id);
+      callback(id);
+    });
+  }
+}
+
+/** A page that was closed in the midst of an answer left it as it was. */
+function ended(conversation) {
+  for (const node of Object.values(conversation.nodes)) if (node.state === "running") node.state = "stopped";
+  return conversation;
+}
