@@ -1,0 +1,164 @@
+"""A training step beside transformers' and beside a dense model of equal active size: tokens a second.
+
+    python bench/train.py --config S|M|L [--precision fp32|bf16] [--json]
+
+Batches of 8 x 256 tokens, fused AdamW. All take turns in one process; medians of the rounds. First the losses and the
+gradients' norms of Baleen and transformers, which share their weights at the start, are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from contenders import machine, network
+from dense import Dense, active_parameters
+from torch import Tensor, nn
+
+from baleen.config import Recipe, model_config_to_hf
+from baleen.model.native.training import kernels
+from baleen.train.loss import training_loss
+from baleen.train.precision import Precision, computing_in, keep_freed_memory
+
+BATCH, LENGTH = 8, 256
+CPU = torch.device("cpu")
+
+
+class Contender:
+    """A model, its loss and its optimizer; `seconds` holds the optimizer's share of each step apart."""
+
+    def __init__(self, name: str, model: nn.Module, loss: Callable[[Tensor], Tensor], precision: Precision):
+        self.name, self.model, self._loss, self._precision = name, model, loss, precision
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.steps: list[float] = []
+        self.optimizer_steps: list[float] = []
+
+    def gradients(self, ids: Tensor) -> tuple[float, float]:
+        """(loss, norm of the gradient) of one batch; no update."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self._backward(ids)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return loss, torch.nn.utils.get_total_norm(grads).item()
+
+    def step(self, ids: Tensor) -> None:
+        started = time.perf_counter()
+        self.model.zero_grad(set_to_none=True)
+        self._backward(ids)
+        before = time.perf_counter()
+        self._optimizer.step()
+        self.optimizer_steps.append(time.perf_counter() - before)
+        self.steps.append(time.perf_counter() - started)
+
+    def _backward(self, ids: Tensor) -> float:
+        with computing_in(self._precision, CPU):
+            loss = self._loss(ids)
+        loss.backward()
+        return loss.item()
+
+
+def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str, Contender]:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    model = network(config).train()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    active = active_parameters(model)
+
+    def baleen(ids: Tensor) -> Tensor:
+        return training_loss(model, ids, mtp_loss_weight=0.0, balance_loss_weight=0.0).total
+
+    made = {"baleen": Contender("baleen", model, baleen, precision)}
+    for name, experts in (("transformers grouped_mm", "grouped_mm"), ("transformers eager", "eager")):
+        if name in peers:
+            hf_config = DeepseekV3Config(**model_config_to_hf(model.config), experts_implementation=experts)
+            peer = DeepseekV3ForCausalLM(hf_config).train()
+            peer.load_state_dict(weights)
+            made[name] = Contender(name, peer, _causal(peer), precision)
+    if "dense" in peers:
+        train = {"tokens": 1, "batch_tokens": LENGTH, "seq_len": LENGTH, "lr": 1e-4}
+        dense = Dense(Recipe.model_validate({"model": model.config.model_dump(), "train": train}), active).llama.train()
+        made["dense"] = Contender("dense", dense, _causal(dense), precision)
+    return made
+
+
+def _causal(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def loss(ids: Tensor) -> Tensor:
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    return loss
+
+
+def check(made: dict[str, Contender], ids: Tensor, precision: Precision) -> dict[str, float]:
+    """Error if transformers computes something else than Baleen; relative differences of the gradients' norms."""
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    loss, norm = made["baleen"].gradients(ids)
+    found = {}
+    for name, contender in made.items():
+        if name.startswith("transformers"):
+            other_loss, other_norm = contender.gradients(ids)
+            found[name] = max(abs(other_loss / loss - 1), abs(other_norm / norm - 1))
+            if found[name] > tolerance:
+                raise SystemExit(f"{name} computes something else than Baleen: it differs by {found[name]:.2g}")
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict:
+    keep_freed_memory()
+    made = contenders(args.config, args.precision, args.peers)
+    vocab = next(iter(made.values())).model.config.vocab_size
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randint(vocab, (args.rounds + 2, BATCH, LENGTH + 1), generator=generator)
+    differences = check(made, batches[0], args.precision)
+    for ids in batches:
+        for contender in made.values():
+            contender.step(ids)
+    rows = {}
+    for name, contender in made.items():
+        steps, updates = contender.steps[2:], contender.optimizer_steps[2:]
+        median = statistics.median(steps)
+        rows[name] = {
+            "tokens_per_second": BATCH * LENGTH / median,
+            "spread": (max(steps) - min(steps)) / median,
+            "optimizer_share": statistics.median(updates) / median,
+        } | ({"differs_by": differences[name]} if name in differences else {})
+    speed = {name: row["tokens_per_second"] for name, row in rows.items()}
+    return {
+        "config": args.config,
+        "precision": args.precision,
+        "baleen": rows["baleen"] | {"path": "pytorch" if kernels() == "pytorch" else "native"},
+        "peers": {name: row for name, row in rows.items() if name != "baleen"},
+        "ratios": {f"baleen / {name}": speed["baleen"] / speed[name] for name in speed if name != "baleen"},
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=("S", "M", "L"), default="S")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    peers = ["transformers grouped_mm", "transformers eager", "dense"]
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=peers)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    print(f"train, config {args.config}, {args.precision}", file=sys.stderr)
+    result = measure(args)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, row in {"baleen": result["baleen"], **result["peers"]}.items():
+        print(
+            f"{name:24} {row['tokens_per_second']:9,.0f} tokens/s  spread {row['spread']:4.0%}"
+            f"  optimizer {row['optimizer_share']:4.0%}  {row.get('path', '')}"
+        )
+    for name, ratio in result["ratios"].items():
+        print(f"{name:36} {ratio:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
