@@ -105,7 +105,10 @@ def test_other_formats_equal_the_model_with_their_weights(tiny_model, format, sh
     model = tiny_model(**SHAPES[shape])
     native = NativeRunner(LIBRARY, model, pages_for(model), format)
     as_packed(model, format)
-    assert_close(run(native, model), run(TorchRunner(model, pages_for(model)), model))
+    # Integers meet activations rounded to 16 bits.
+    assert_close(
+        run(native, model), run(TorchRunner(model, pages_for(model)), model), 2e-5 if format == "bf16" else 5e-4
+    )
 
 
 @pytest.mark.parametrize(("format", "steps"), [("bf16", 2**-7), ("int8", 1 / 127), ("int4", 1 / 15)])

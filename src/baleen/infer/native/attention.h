@@ -1,21 +1,23 @@
 // Absorbed latent attention over pages. The queries of one sequence, T tokens times H heads, are lanes in groups of
 // 16: packed like a panel, so that scores and weighted sums are products of the same kernel as everything else.
 //
-// Keys are taken in parts of 256 positions, whatever the batch and the number of threads: results depend on neither.
+// Keys are taken in parts of 64 positions, whatever the batch and the number of threads: results depend on neither.
 #pragma once
 
+#include "matmul.h"
 #include "step.h"
 
 #include <vector>
 
-constexpr int PART = 256;
+constexpr int PART = 64;
 constexpr float MASKED = -1e30f;
 
+// What the groups of a step are, and who works on which.
 class Sequences {
   public:
-    struct Group {  // 16 lanes of one sequence
-        int first_token, first_lane, lanes, parts;
-        int item;  // of its first part
+    struct Group {  // 16 lanes of one sequence; lane i is head i % H of token i / H
+        int first_token, first_lane, lanes, parts, item;
+        int done;  // parts, of those that are taken one by one
     };
     struct Item {
         int group, part;
@@ -27,83 +29,87 @@ class Sequences {
 
     void find(const Step& step, const Shape& s) {
         groups_.clear(), items_.clear(), tokens_.clear();
-        heads_ = s.heads, rank_ = s.rank, channels_ = s.rank + s.rope;
+        heads_ = s.heads, longest_ = 0;
         for (int b = 0, first = 0; b < step.sequences; first += (int)step.counts[b++]) {
-            const int start = (int)step.starts[b], count = (int)step.counts[b];
-            for (int i = 0; i < count; i++) tokens_.push_back({start + i, first, (int)groups_.size(), step.tables + step.table_at[b]});
+            const int start = (int)step.starts[b], count = (int)step.counts[b], group = (int)groups_.size();
+            for (int i = 0; i < count; i++) tokens_.push_back({start + i, first, group, step.tables + step.table_at[b]});
             for (int lane = 0; lane < count * heads_; lane += PANEL) {
                 const int lanes = std::min(PANEL, count * heads_ - lane);
                 const int parts = (start + (lane + lanes - 1) / heads_) / PART + 1;
-                groups_.push_back({first, lane, lanes, parts, (int)items_.size()});
+                groups_.push_back({first, lane, lanes, parts, (int)items_.size(), 0});
                 for (int part = 0; part < parts; part++) items_.push_back({(int)groups_.size() - 1, part});
+                longest_ = std::max(longest_, parts);
             }
         }
+        // With much to do each thread takes whole groups, and only their parts are kept at once.
+        is_shared_ = (int)groups_.size() < 4 * step.threads;
     }
 
-    int position(int token) const { return tokens_[token].position; }
-    const int64_t* table(int token) const { return tokens_[token].table; }
-    int items() const { return (int)items_.size(); }
-    const Item& item(int i) const { return items_[i]; }
-    const Group& group(int g) const { return groups_[g]; }
-    // The group and lane of one head of one token.
-    const Group& group_of(int token, int head, int& lane) const {
-        const int index = (token - tokens_[token].first) * heads_ + head;
-        lane = index % PANEL;
-        return groups_[tokens_[token].group + index / PANEL];
-    }
+    bool is_shared() const { return is_shared_; }
+    int work() const { return (int)(is_shared_ ? items_.size() : groups_.size()); }
+    int parts_at_once() const { return is_shared_ ? (int)items_.size() : longest_; }
+    int groups() const { return (int)groups_.size(); }
+    Item item(int i) const { return items_[i]; }
+    Group& group(int g) { return groups_[g]; }
+    const Token& token(int n) const { return tokens_[n]; }
 
-    // Of each item: the greatest score and the sum of exponentials a lane, then [rank][16] weighted latents.
-    size_t part_floats() const { return (size_t)(rank_ + 2) * PANEL; }
-    size_t partial_floats() const { return part_floats() * items_.size(); }
-    size_t score_floats() const { return (size_t)(PART + channels_) * PANEL; }
+    // The group of one head of one token, and its lane there.
+    std::pair<int, int> place(int n, int head) const {
+        const int index = (n - tokens_[n].first) * heads_ + head;
+        return {tokens_[n].group + index / PANEL, index % PANEL};
+    }
 
   private:
-    int heads_ = 0, rank_ = 0, channels_ = 0;
+    int heads_ = 0, longest_ = 0;
+    bool is_shared_ = true;
     std::vector<Group> groups_;
     std::vector<Item> items_;
     std::vector<Token> tokens_;
 };
 
-// query: [tokens, heads, C], scaled. pages: of this layer. scratch: score_floats().
-inline void attend_part(const Sequences& sequences, int index, const Step& step, const Shape& s, const float* query,
-                        const float* pages, float* partial, float* scratch) {
-    const auto [g, part] = sequences.item(index);
-    const auto& group = sequences.group(g);
+// Of one part: the greatest score and the sum of exponentials of each lane, then [rank][16] weighted latents.
+inline size_t part_floats(const Shape& s) { return (size_t)(s.rank + 2) * PANEL; }
+inline size_t attention_scratch(const Shape& s) { return (size_t)(PART + s.rank + s.rope) * PANEL; }
+
+// query: [tokens, heads, C], scaled. pages: of this layer.
+inline void attend_part(const Sequences& sequences, const Sequences::Group& group, int part, int page_size, const Shape& s,
+                        const float* query, const float* pages, float* out, float* scratch) {
     const int C = s.rank + s.rope;
     float *packed = scratch, *scores = scratch + (size_t)C * PANEL;
-    alignas(64) int32_t see[PANEL] = {};  // last position a lane sees
-    for (int lane = 0; lane < PANEL; lane++) {
-        const int i = group.first_lane + std::min(lane, group.lanes - 1), token = group.first_token + i / s.heads;
+    alignas(64) int32_t sees[PANEL] = {};  // the last position, of each lane
+    memset(packed, 0, (size_t)C * PANEL * sizeof(float));
+    int32_t least = INT32_MAX, most = 0;
+    for (int lane = 0; lane < group.lanes; lane++) {
+        const int i = group.first_lane + lane, token = group.first_token + i / s.heads;
         const float* q = query + ((size_t)token * s.heads + i % s.heads) * C;
-        see[lane] = sequences.position(token);
+        sees[lane] = sequences.token(token).position;
+        least = std::min(least, sees[lane]), most = std::max(most, sees[lane]);
         for (int c = 0; c < C; c++) packed[c * PANEL + lane] = q[c];
     }
-    const int32_t least = *std::min_element(see, see + PANEL), most = *std::max_element(see, see + PANEL);
     const int begin = part * PART, end = std::min(begin + PART, most + 1);
-    const int64_t* table = sequences.table(group.first_token);
+    const int64_t* table = sequences.token(group.first_token).table;
 
     // Calls work(first, count, latents) for every run of positions that lie side by side.
     auto runs = [&](auto work) {
-        const int size = step.page_size;
         for (int at = begin; at < end;) {
-            const int64_t page = table[at / size];
-            int next = std::min((at / size + 1) * size, end);
-            while (next < end && table[next / size] == page + next / size - at / size) next = std::min(next + size, end);
-            work(at - begin, next - at, pages + (page * size + at % size) * C);
+            const int64_t page = table[at / page_size];
+            int next = std::min((at / page_size + 1) * page_size, end);
+            while (next < end && table[next / page_size] == page + next / page_size - at / page_size)
+                next = std::min(next + page_size, end);
+            work(at - begin, next - at, pages + (page * page_size + at % page_size) * C);
             at = next;
         }
     };
     runs([&](int first, int count, const float* latents) {
-        multiply({(const char*)packed, nullptr, C, PANEL, F32, 0}, 0, 1, latents, C, 1, count, {scores + first * PANEL, PANEL});
+        multiply({(const char*)packed, nullptr, C, PANEL, F32, 0}, 0, 1, {latents, C}, count, {scores + first * PANEL, PANEL});
     });
-    float* out = partial + sequences.part_floats() * index;
-    memset(out, 0, sequences.part_floats() * sizeof(float));
+    memset(out, 0, part_floats(s) * sizeof(float));
     for (int v = 0; v < VECS; v++) {
-        const vi sees = *(const vi*)(see + v * LANES);
+        const vi last = *(const vi*)(sees + v * LANES);
         vf top = splat(MASKED), total{};
         for (int i = 0; i < end - begin; i++) {
             float* at = scores + i * PANEL + v * LANES;
-            if (begin + i > least) store(at, (vi{} + (begin + i)) <= sees ? load(at) : splat(MASKED));
+            if (begin + i > least) store(at, (vi{} + (begin + i)) <= last ? load(at) : splat(MASKED));
             top = maximum(top, load(at));
         }
         for (int i = 0; i < end - begin; i++) {
@@ -116,24 +122,45 @@ inline void attend_part(const Sequences& sequences, int index, const Step& step,
         store(out + PANEL + v * LANES, total);
     }
     runs([&](int first, int count, const float* latents) {
-        multiply({(const char*)(scores + first * PANEL), nullptr, count, PANEL, F32, 0}, 0, 1, latents, 1, C, s.rank,
+        multiply({(const char*)(scores + first * PANEL), nullptr, count, PANEL, F32, 0}, 0, 1, {latents, 1, C}, s.rank,
                  {out + 2 * PANEL, PANEL, true});
     });
 }
 
-// The parts of one head of one token, weighted against each other: mixed[rank].
-inline void join_parts(const Sequences& sequences, int token, int head, const Shape& s, const float* partial, float* mixed) {
-    int lane;
-    const auto& group = sequences.group_of(token, head, lane);
-    const float* first = partial + sequences.part_floats() * group.item + lane;
-    float top = MASKED, total = 0;
-    for (int part = 0; part < group.parts; part++) top = std::max(top, first[sequences.part_floats() * part]);
-    std::fill_n(mixed, s.rank, 0.0f);
-    for (int part = 0; part < group.parts; part++) {
-        const float* from = first + sequences.part_floats() * part;
-        const float weight = exp(splat(from[0] - top))[0];
-        total += weight * from[PANEL];
-        for (int c = 0; c < s.rank; c++) mixed[c] += weight * from[(2 + c) * PANEL];
+// The parts of a group, side by side, weighted against each other: out [rank][16].
+inline void join_parts(const float* parts, int count, const Shape& s, float* out) {
+    const size_t step = part_floats(s);
+    for (int v = 0; v < PANEL; v += LANES) {
+        vf top = splat(MASKED), total{};
+        for (int part = 0; part < count; part++) top = maximum(top, load(parts + step * part + v));
+        for (int part = 0; part < count; part++)
+            total += exp(load(parts + step * part + v) - top) * load(parts + step * part + PANEL + v);
+        for (int part = 0; part < count; part++) {
+            const float* from = parts + step * part + v;
+            const vf weight = exp(load(from) - top) / total;
+            for (int c = 0; c < s.rank; c++) {
+                const vf own = weight * load(from + (2 + c) * PANEL);
+                store(out + c * PANEL + v, part ? load(out + c * PANEL + v) + own : own);
+            }
+        }
     }
-    for (int c = 0; c < s.rank; c++) mixed[c] /= total;
+}
+
+// One piece of `sequences.work()`. partial: parts_at_once() parts, shared by all threads or this thread's own.
+// joined: [groups][rank][16].
+inline void attend_piece(Sequences& sequences, int i, int page_size, const Shape& s, const float* query, const float* pages,
+                         float* partial, float* joined, float* scratch) {
+    if (sequences.is_shared()) {
+        const auto [g, part] = sequences.item(i);
+        auto& group = sequences.group(g);
+        attend_part(sequences, group, part, page_size, s, query, pages, partial + part_floats(s) * i, scratch);
+        if (__atomic_add_fetch(&group.done, 1, __ATOMIC_ACQ_REL) < group.parts) return;
+        group.done = 0;  // for the next layer
+        join_parts(partial + part_floats(s) * group.item, group.parts, s, joined + (size_t)g * s.rank * PANEL);
+    } else {
+        const auto& group = sequences.group(i);
+        for (int part = 0; part < group.parts; part++)
+            attend_part(sequences, group, part, page_size, s, query, pages, partial + part_floats(s) * part, scratch);
+        join_parts(partial, group.parts, s, joined + (size_t)i * s.rank * PANEL);
+    }
 }

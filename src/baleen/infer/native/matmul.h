@@ -1,8 +1,11 @@
-// Packed matrices in four formats, and the one kernel that multiplies by them.
+// Packed matrices in four formats, and the kernels that multiply by them.
 //
-// A matrix [out, in] is cut into panels of 16 outputs; in a panel the 16 weights of one input lie side by side. So a
-// register holds 16 outputs, each summed in the order of its inputs by one chain of fused multiply-adds: the result
+// A matrix [out, in] is cut into panels of 16 outputs; in a panel the 16 weights of one input (in int8 and int4: of a
+// pair of inputs) lie side by side. So a register holds 16 outputs, each summed in the order of its inputs: the result
 // does not depend on how many rows (tokens) are multiplied at once, nor on the number of threads.
+//
+// int8 and int4 multiply in integers, by activations rounded to 16 bits: of the largest of their block of 32 that is
+// an error of 2^-16, a quarter of the work in decoding and half of it in prefill.
 #pragma once
 
 #include "simd.h"
@@ -22,13 +25,17 @@ struct Matrix {
 
 constexpr int BLOCK = 32;  // inputs that share a scale
 
-// Bytes of one panel's block of 32 inputs: the scales (bfloat16) stand before the weights.
-constexpr int BLOCK_BYTES[] = {BLOCK * PANEL * 4, BLOCK * PANEL * 2, PANEL * 2 + BLOCK * PANEL, PANEL * 4 + BLOCK * PANEL / 2};
+constexpr bool is_integer(int format) { return format >= INT8; }
+
+// Bytes of one panel's block of 32 inputs; the scales (bfloat16) stand before the weights.
+constexpr int block_bytes(int format) {
+    constexpr int bytes[] = {BLOCK * PANEL * 4, BLOCK * PANEL * 2, PANEL * 2 + BLOCK * PANEL, PANEL * 4 + BLOCK * PANEL / 2};
+    return bytes[format];
+}
 
 inline size_t panel_bytes(int format, int in) {
-    if (format == F32) return (size_t)in * PANEL * 4;
-    if (format == BF16) return (size_t)in * PANEL * 2;
-    return (size_t)ceil_div(in, BLOCK) * BLOCK_BYTES[format];
+    if (is_integer(format)) return (size_t)ceil_div(in, BLOCK) * block_bytes(format);
+    return (size_t)in * PANEL * (format == F32 ? 4 : 2);
 }
 
 inline size_t matrix_bytes(const Matrix& m) { return panel_bytes(m.format, m.in) * ceil_div(m.out, PANEL); }
@@ -38,99 +45,46 @@ inline Matrix nth(Matrix m, int i) {
     return m;
 }
 
-// Each format reads, of one panel's block, the weights of input k (`one`) or of k and k + 1, k even (`pair`).
-template <int FORMAT> struct Block;
+// Activations: x[row][k] is at x + row * row_step + k * in_step. For matrices of integers also rounded: see `round_row`.
+struct Rows {
+    const float* x;
+    long row_step, in_step = 1;
+    const int16_t* rounded = nullptr;  // [rows, rounded_step]
+    const float* scales = nullptr;     // [rows, rounded_step / 32, 2]: the step, and the sum of the block
+    long rounded_step = 0;
 
-template <> struct Block<F32> {
-    const float* weights;
-    void open(const char* block) { weights = (const float*)block; }
-    vf one(int k, int v) const { return load(weights + k * PANEL + v * LANES); }
-    void pair(int k, int v, vf& a, vf& b) const { a = one(k, v), b = one(k + 1, v); }
-};
-
-template <> struct Block<BF16> {
-    const uint16_t* weights;
-    void open(const char* block) { weights = (const uint16_t*)block; }
-    vf one(int k, int v) const { return from_bf16(weights + k * PANEL + v * LANES); }
-    void pair(int k, int v, vf& a, vf& b) const { a = one(k, v), b = one(k + 1, v); }
-};
-
-template <> struct Block<INT8> {
-    const int8_t* weights;
-    vf scale[VECS];
-    void open(const char* block) {
-        weights = (const int8_t*)block + PANEL * 2;
-        for (int v = 0; v < VECS; v++) scale[v] = from_bf16((const uint16_t*)block + v * LANES);
+    Rows from(int row) const {
+        Rows out = *this;
+        out.x += row * row_step;
+        if (rounded) out.rounded += row * rounded_step, out.scales += row * rounded_step / BLOCK * 2;
+        return out;
     }
-    vf one(int k, int v) const {
-        const vi q = __builtin_convertvector(*(const vb_any*)(weights + k * PANEL + v * LANES), vi);
-        return __builtin_convertvector(q, vf) * scale[v];
-    }
-    void pair(int k, int v, vf& a, vf& b) const { a = one(k, v), b = one(k + 1, v); }
 };
 
-// A byte holds input k in its low half and k + 1 in its high half; weight = scale * q + least.
-template <> struct Block<INT4> {
-    const uint8_t* weights;
-    vf scale[VECS], least[VECS];
-    void open(const char* block) {
-        weights = (const uint8_t*)block + PANEL * 4;
-        for (int v = 0; v < VECS; v++) {
-            scale[v] = from_bf16((const uint16_t*)block + v * LANES);
-            least[v] = from_bf16((const uint16_t*)block + PANEL + v * LANES);
+// `in` values, with zeros to a whole block behind them, to 16 bits and, for each block, the step and the sum.
+inline void round_row(const float* x, int in, int16_t* rounded, float* scales) {
+    typedef int16_t vs __attribute__((vector_size(LANES * 2)));
+    typedef int16_t vs_out __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+    for (int first = 0; first < in; first += BLOCK, x += BLOCK, rounded += BLOCK, scales += 2) {
+        vf largest{};
+        for (int k = 0; k < BLOCK; k += LANES) {
+            const vf at = load(x + k);
+            largest = maximum(largest, maximum(at, -at));
         }
-    }
-    void pair(int k, int v, vf& a, vf& b) const {
-        const vi q = __builtin_convertvector(*(const vub_any*)(weights + k / 2 * PANEL + v * LANES), vi);
-        a = __builtin_convertvector(q & 15, vf) * scale[v] + least[v];
-        b = __builtin_convertvector(q >> 4, vf) * scale[v] + least[v];
-    }
-    vf one(int k, int v) const {
-        vf a, b;
-        pair(k, v, a, b);
-        return a;
-    }
-};
-
-// Panels multiplied at a time by so many rows: what the registers hold, at most four (streams from memory).
-constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / (rows * VECS), 1, 4); }
-
-// ROWS rows of x by PANELS panels from w on, `stride` bytes apart. x[row][k] is x[row * row_step + k * in_step].
-// acc[row][panel][v] is added to.
-template <int FORMAT, int ROWS, int PANELS>
-inline void tile(const char* w, size_t stride, const float* x, long row_step, long in_step, int in,
-                 vf (&acc)[ROWS][PANELS][VECS]) {
-    auto multiply = [&](const vf(&weight)[PANELS][VECS], const float* at) {
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-            for (int p = 0; p < PANELS; p++)
-#pragma GCC unroll 8
-                for (int v = 0; v < VECS; v++) acc[r][p][v] += weight[p][v] * at[r * row_step];
-    };
-    for (int first = 0; first < in; first += BLOCK, w += BLOCK_BYTES[FORMAT]) {
-        Block<FORMAT> block[PANELS];
-        for (int p = 0; p < PANELS; p++) block[p].open(w + p * stride);
-        const int count = std::min(BLOCK, in - first);
-        int k = 0;
-        for (; k + 1 < count; k += 2, x += 2 * in_step) {
-            vf a[PANELS][VECS], b[PANELS][VECS];
-#pragma GCC unroll 8
-            for (int p = 0; p < PANELS; p++)
-#pragma GCC unroll 8
-                for (int v = 0; v < VECS; v++) block[p].pair(k, v, a[p][v], b[p][v]);
-            multiply(a, x);
-            multiply(b, x + in_step);
+        float top = 0;
+        for (int i = 0; i < LANES; i++) top = std::max(top, largest[i]);
+        const float inverse = top > 0 ? 32767 / top : 0;
+        vi total{};
+        for (int k = 0; k < BLOCK; k += LANES) {
+            constexpr float NEAREST = 3 << 22;  // adding it leaves no digits behind the point
+            const vi q = __builtin_convertvector(load(x + k) * inverse + NEAREST - NEAREST, vi);
+            *(vs_out*)(rounded + k) = __builtin_convertvector(q, vs);
+            total += q;
         }
-        if (k < count) {
-            vf a[PANELS][VECS];
-#pragma GCC unroll 8
-            for (int p = 0; p < PANELS; p++)
-#pragma GCC unroll 8
-                for (int v = 0; v < VECS; v++) a[p][v] = block[p].one(k, v);
-            multiply(a, x);
-            x += in_step;
-        }
+        int32_t sum = 0;
+        for (int i = 0; i < LANES; i++) sum += total[i];
+        scales[0] = top / 32767;
+        scales[1] = scales[0] * sum;
     }
 }
 
@@ -151,54 +105,128 @@ struct Result {
     }
 };
 
+// Panels multiplied at a time by so many rows: what the registers hold, at most four (streams from memory).
+constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / (rows * VECS), 1, 4); }
+
+template <int FORMAT> inline vf weight(const char* panel, int k, int v) {
+    const size_t at = (size_t)k * PANEL + v * LANES;
+    if constexpr (FORMAT == F32) return load((const float*)panel + at);
+    else return from_bf16((const uint16_t*)panel + at);
+}
+
+// acc[row][panel][v] = x times PANELS panels from w on, `stride` bytes apart.
 template <int FORMAT, int ROWS, int PANELS>
-inline void tiles(const char* data, size_t bytes, int panel, int row, const float* x, long row_step, long in_step, int in,
-                  const Result& out) {
+inline void float_tile(const char* w, size_t stride, const Rows& rows, int in, vf (&acc)[ROWS][PANELS][VECS]) {
+    const float* x = rows.x;
+    const long row_step = rows.row_step, in_step = rows.in_step;
+#pragma GCC unroll 2
+    for (int k = 0; k < in; k++, x += in_step) {
+        vf at[PANELS][VECS];
+#pragma GCC unroll 8
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECS; v++) at[p][v] = weight<FORMAT>(w + p * stride, k, v);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 8
+                for (int v = 0; v < VECS; v++) acc[r][p][v] += at[p][v] * x[r * row_step];
+    }
+}
+
+// 16-bit pairs of weights, inputs 2i and 2i + 1 of a block, for each output of register v.
+template <int FORMAT> inline vi weight_pair(const char* block, int i, int v) {
+    if constexpr (FORMAT == INT8) return int8_pairs((const int8_t*)block + PANEL * 2 + (i * PANEL + v * LANES) * 2);
+    else {
+        const vi both = from_uint8((const uint8_t*)block + PANEL * 4 + i * PANEL + v * LANES);
+        return (both | both << 12) & 0x000f000f;
+    }
+}
+
+template <int FORMAT, int ROWS, int PANELS>
+inline void integer_tile(const char* w, size_t stride, const Rows& rows, int in, vf (&acc)[ROWS][PANELS][VECS]) {
+    const long step = rows.rounded_step;
+    const int blocks = ceil_div(in, BLOCK);
+    for (int b = 0; b < blocks; b++, w += block_bytes(FORMAT)) {
+        const int16_t* x = rows.rounded + b * BLOCK;
+        vi total[ROWS][PANELS][VECS] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < BLOCK / 2; i++) {
+            vi at[PANELS][VECS];
+#pragma GCC unroll 8
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 8
+                for (int v = 0; v < VECS; v++) at[p][v] = weight_pair<FORMAT>(w + p * stride, i, v);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) {
+                int32_t pair;
+                memcpy(&pair, x + r * step + 2 * i, 4);
+#pragma GCC unroll 8
+                for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 8
+                    for (int v = 0; v < VECS; v++) total[r][p][v] = add_products(total[r][p][v], at[p][v], pair);
+            }
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECS; v++) {
+                const uint16_t* head = (const uint16_t*)(w + p * stride) + v * LANES;
+                const vf scale = from_bf16(head);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; r++) {
+                    const float* own = rows.scales + (r * step / BLOCK + b) * 2;
+                    acc[r][p][v] += __builtin_convertvector(total[r][p][v], vf) * (scale * own[0]);
+                    if constexpr (FORMAT == INT4) acc[r][p][v] += from_bf16(head + PANEL) * own[1];
+                }
+            }
+    }
+}
+
+template <int FORMAT, int ROWS, int PANELS>
+inline void tile(const Matrix& m, size_t bytes, int panel, int row, const Rows& x, const Result& out) {
     vf acc[ROWS][PANELS][VECS] = {};
-    tile<FORMAT, ROWS, PANELS>(data + panel * bytes, bytes, x + row * row_step, row_step, in_step, in, acc);
+    if constexpr (is_integer(FORMAT)) integer_tile<FORMAT, ROWS, PANELS>(m.data + panel * bytes, bytes, x, m.in, acc);
+    else float_tile<FORMAT, ROWS, PANELS>(m.data + panel * bytes, bytes, x, m.in, acc);
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++)
             for (int v = 0; v < VECS; v++) out.put(row + r, (panel + p) * PANEL + v * LANES, acc[r][p][v]);
 }
 
 template <int FORMAT, int ROWS>
-__attribute__((noinline)) void row_tile(const Matrix& m, int begin, int end, int row, const float* x, long row_step,
-                                        long in_step, const Result& out) {
+__attribute__((noinline)) void row_tile(const Matrix& m, int begin, int end, int row, const Rows& x, const Result& out) {
     constexpr int AT_ONCE = panels_at_once(ROWS);
     const size_t bytes = panel_bytes(FORMAT, m.in);
     int p = begin;
-    for (; p + AT_ONCE <= end; p += AT_ONCE)
-        tiles<FORMAT, ROWS, AT_ONCE>(m.data, bytes, p, row, x, row_step, in_step, m.in, out);
-    for (; p < end; p++) tiles<FORMAT, ROWS, 1>(m.data, bytes, p, row, x, row_step, in_step, m.in, out);
+    for (; p + AT_ONCE <= end; p += AT_ONCE) tile<FORMAT, ROWS, AT_ONCE>(m, bytes, p, row, x, out);
+    for (; p < end; p++) tile<FORMAT, ROWS, 1>(m, bytes, p, row, x, out);
 }
 
-template <int FORMAT, int... ROWS>
-void any_rows(int rows, const Matrix& m, int begin, int end, int row, const float* x, long row_step, long in_step,
-              const Result& out, std::integer_sequence<int, ROWS...>) {
-    ((rows == ROWS + 1 ? row_tile<FORMAT, ROWS + 1>(m, begin, end, row, x, row_step, in_step, out) : (void)0), ...);
+template <int FORMAT, int... LESS>
+void any_rows(int rows, const Matrix& m, int begin, int end, int row, const Rows& x, const Result& out,
+              std::integer_sequence<int, LESS...>) {
+    ((rows == LESS + 1 ? row_tile<FORMAT, LESS + 1>(m, begin, end, row, x, out) : (void)0), ...);
 }
 
-template <int FORMAT>
-void multiply_as(const Matrix& m, int begin, int end, const float* x, long row_step, long in_step, int rows,
-                 const Result& out) {
+template <int FORMAT> void multiply_as(const Matrix& m, int begin, int end, const Rows& x, int rows, const Result& out) {
     constexpr size_t NEAR = 256 << 10;  // bytes of weights that stay in the second-level cache for all rows
-    const int many = std::max(12, (int)(NEAR / std::max<size_t>(1, panel_bytes(FORMAT, m.in))) / 12 * 12);
+    const int many = std::max(12, (int)(NEAR / panel_bytes(FORMAT, m.in)) / 12 * 12);
     const int parts = ceil_div(rows, MAX_ROWS);
     for (; begin < end; begin += many)
         for (int i = 0; i < parts; i++) {
             const int row = (int)((int64_t)rows * i / parts), next = (int)((int64_t)rows * (i + 1) / parts);
-            any_rows<FORMAT>(next - row, m, begin, std::min(end, begin + many), row, x, row_step, in_step, out,
+            any_rows<FORMAT>(next - row, m, begin, std::min(end, begin + many), row, x.from(row), out,
                              std::make_integer_sequence<int, MAX_ROWS>());
         }
 }
 
 // Panels [begin, end) of a matrix times `rows` rows of x.
-inline void multiply(const Matrix& m, int begin, int end, const float* x, long row_step, long in_step, int rows,
-                     const Result& out) {
+inline void multiply(const Matrix& m, int begin, int end, const Rows& x, int rows, const Result& out) {
     switch (m.format) {
-    case F32: return multiply_as<F32>(m, begin, end, x, row_step, in_step, rows, out);
-    case BF16: return multiply_as<BF16>(m, begin, end, x, row_step, in_step, rows, out);
-    case INT8: return multiply_as<INT8>(m, begin, end, x, row_step, in_step, rows, out);
-    case INT4: return multiply_as<INT4>(m, begin, end, x, row_step, in_step, rows, out);
+    case F32: return multiply_as<F32>(m, begin, end, x, rows, out);
+    case BF16: return multiply_as<BF16>(m, begin, end, x, rows, out);
+    case INT8: return multiply_as<INT8>(m, begin, end, x, rows, out);
+    case INT4: return multiply_as<INT4>(m, begin, end, x, rows, out);
     }
 }

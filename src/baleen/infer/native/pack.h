@@ -1,4 +1,4 @@
-// Row-major float matrices into panels, and back. Rounding is to nearest, ties to even, as PyTorch does it.
+// Row-major float matrices into panels. Rounding is to nearest, ties to even, as PyTorch does it.
 #pragma once
 
 #include "matmul.h"
@@ -9,13 +9,6 @@ inline uint16_t to_bf16(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float bf16(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-}
-
 // Up, so that a scale of few digits still reaches the largest weight. x >= 0.
 inline uint16_t to_bf16_up(float x) {
     uint32_t bits;
@@ -23,48 +16,51 @@ inline uint16_t to_bf16_up(float x) {
     return (uint16_t)((bits + 0xffff) >> 16);
 }
 
-// `count` weights of one output that share a scale -> column `lane` of a block.
+inline float bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+// `count` weights of one output that share a scale -> column `lane` of a block of zeros.
 inline void pack_block(int format, const float* w, int count, int lane, char* block) {
-    switch (format) {
-    case F32:
-        for (int k = 0; k < count; k++) ((float*)block)[k * PANEL + lane] = w[k];
-        return;
-    case BF16:
-        for (int k = 0; k < count; k++) ((uint16_t*)block)[k * PANEL + lane] = to_bf16(w[k]);
-        return;
-    case INT8: {
+    uint16_t* head = (uint16_t*)block + lane;
+    if (format == INT8) {
         float largest = 0;
         for (int k = 0; k < count; k++) largest = std::max(largest, std::fabs(w[k]));
-        const uint16_t scale = to_bf16_up(largest / 127);
-        ((uint16_t*)block)[lane] = scale;
-        const float inverse = bf16(scale) > 0 ? 1 / bf16(scale) : 0;
-        for (int k = 0; k < count; k++)
-            ((int8_t*)block)[PANEL * 2 + k * PANEL + lane] = (int8_t)std::nearbyint(w[k] * inverse);
-        return;
-    }
-    case INT4: {
+        *head = to_bf16_up(largest / 127);
+        const float inverse = bf16(*head) > 0 ? 1 / bf16(*head) : 0;
+        int8_t* weights = (int8_t*)block + PANEL * 2 + lane * 2;
+        for (int k = 0; k < count; k++) weights[k / 2 * PANEL * 2 + k % 2] = (int8_t)std::nearbyint(w[k] * inverse);
+    } else {
         const auto [low, high] = std::minmax_element(w, w + count);
-        const uint16_t least = to_bf16(*low);
-        const uint16_t scale = to_bf16_up(std::max(0.0f, *high - bf16(least)) / 15);
-        ((uint16_t*)block)[lane] = scale;
-        ((uint16_t*)block)[PANEL + lane] = least;
-        const float inverse = bf16(scale) > 0 ? 1 / bf16(scale) : 0;
-        for (int k = 0; k < count; k++) {
-            const int q = std::clamp((int)std::nearbyint((w[k] - bf16(least)) * inverse), 0, 15);
-            ((uint8_t*)block)[PANEL * 4 + k / 2 * PANEL + lane] |= q << (k % 2 * 4);
-        }
-        return;
-    }
+        const float least = bf16(head[PANEL] = to_bf16(*low));
+        *head = to_bf16_up(std::max(0.0f, *high - least) / 15);
+        const float inverse = bf16(*head) > 0 ? 1 / bf16(*head) : 0;
+        uint8_t* weights = (uint8_t*)block + PANEL * 4 + lane;
+        for (int k = 0; k < count; k++)
+            weights[k / 2 * PANEL] |= std::clamp((int)std::nearbyint((w[k] - least) * inverse), 0, 15) << (k % 2 * 4);
     }
 }
 
 // Panel `panel` of a matrix whose output i is row rows[i] of `source` [*, in], or zero where rows[i] < 0.
 inline void pack_panel(const float* source, const int32_t* rows, int panel, int in, int format, char* data) {
-    char* block = data + panel_bytes(format, in) * panel;
-    memset(block, 0, panel_bytes(format, in));
-    for (int first = 0; first < in; first += BLOCK, block += BLOCK_BYTES[format])
+    const size_t bytes = panel_bytes(format, in);
+    data += bytes * panel, rows += panel * PANEL;
+    memset(data, 0, bytes);
+    if (is_integer(format)) {
+        for (int first = 0; first < in; first += BLOCK, data += block_bytes(format))
+            for (int lane = 0; lane < PANEL; lane++)
+                if (rows[lane] >= 0)
+                    pack_block(format, source + (size_t)rows[lane] * in + first, std::min(BLOCK, in - first), lane, data);
+        return;
+    }
+    for (int k = 0; k < in; k++)
         for (int lane = 0; lane < PANEL; lane++) {
-            const int row = rows[panel * PANEL + lane];
-            if (row >= 0) pack_block(format, source + (size_t)row * in + first, std::min(BLOCK, in - first), lane, block);
+            if (rows[lane] < 0) continue;
+            const float w = source[(size_t)rows[lane] * in + k];
+            if (format == F32) ((float*)data)[k * PANEL + lane] = w;
+            else ((uint16_t*)data)[k * PANEL + lane] = to_bf16(w);
         }
 }

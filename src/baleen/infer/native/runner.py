@@ -12,11 +12,37 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from baleen.infer.native.library import Library, Step
+from baleen.config import UserError
+from baleen.infer.native.library import Library, Step, native_library
 from baleen.infer.native.weights import PANEL, Format, PackedModel
-from baleen.infer.runner import Result
+from baleen.infer.runner import Result, Runner, TorchRunner
 from baleen.model.cache import Batch, LatentPages
+from baleen.model.native.library import native_mode
 from baleen.model.transformer import Transformer
+
+
+def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None = None) -> Runner:
+    """The native one where there is one: on a CPU with a compiler, unless BALEEN_NATIVE=off; else PyTorch's.
+
+    format: of the packed weights; None: fp32, or bf16 for a model in 16 bits. Raises UserError if a format is asked
+    for, or BALEEN_NATIVE=require, and there is no native runner.
+    """
+    dtype = model.model.norm.weight.dtype
+    if model.device.type != "cpu" or dtype == torch.float64:
+        reason = f"the model is in {dtype} on {model.device}, native kernels run 32 and 16 bits on CPUs"
+        library = None
+    else:
+        reason = "native kernels are off, or do not compile here"
+        library = native_library()
+    if library is None:
+        if format is not None or native_mode() == "require":
+            raise UserError(f"weights in {format or 'any format'} need a native runner: {reason}")
+        return TorchRunner(model, pages)
+    if pages.latents.dtype != torch.float32:
+        _, count, page_size, _ = pages.latents.shape
+        has_mtp = len(pages.latents) > model.config.num_hidden_layers
+        pages = LatentPages(model.config, count, page_size=page_size, mtp=has_mtp)  # takes memory only as it is used
+    return NativeRunner(library, model, pages, format or ("fp32" if dtype == torch.float32 else "bf16"))
 
 
 class NativeRunner:
