@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat test test-slow lint clean
+.PHONY: demo demo-chat test test-slow lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -29,6 +29,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The pictures in docs/, of this build: SmolLM2 talks, the demo's experts are shown. Needs chromium (apt-get install).
+screenshots: $(VENV)/.slow
+	$(BIN)/python docs/screenshots.py smollm2 $(RUN)
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baleen needs Python 3.11 or newer: make PYTHON=python3.12")'
