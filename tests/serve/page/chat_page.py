@@ -1,0 +1,101 @@
+"""The chat page as a person uses it, and a scripted engine that also tells experts and guesses."""
+
+from dataclasses import replace
+
+import torch
+from scripted_engine import ScriptedEngine
+
+LAYERS, EXPERTS = 2, 8  # routed ones, of the scripted engine's configuration
+LAPTOP = {"width": 1360, "height": 820}
+PHONE = {"width": 390, "height": 844}
+
+RICH = """<think>first the formula</think>The square:
+
+$$\\frac{x^2}{2}$$
+
+| a | b |
+|---|--:|
+| 1 | $y_1$ |
+
+```python
+def double(x):  # twice
+    return 2 * "x"
+```
+
+**end**"""
+RICH_ANSWER = RICH.partition("</think>")[2]
+
+
+def experts_of(id: int, layer: int) -> list[int]:
+    """Where the traced engine says that a token went: made up, but always the same."""
+    return [(id * (layer + 1) + step) % EXPERTS for step in (0, 3, 6)]
+
+
+class TracedEngine(ScriptedEngine):
+    """Of the tokens of a step, all but the last were guessed. Set `fail`, and the next step fails."""
+
+    fail = False
+
+    def step(self):
+        if self.fail:
+            raise RuntimeError("told to fail")
+        return [self._traced(event) for event in super().step()]
+
+    def _traced(self, event):
+        read = event.token_ids[: len(event.token_ids) - (event.finish_reason is not None)]
+        routes = torch.tensor([[experts_of(id, layer) for layer in range(LAYERS)] for id in read], dtype=torch.int16)
+        guessed = max(0, len(event.token_ids) - 1)
+        routes = routes.reshape(len(read), LAYERS, 3)
+        return replace(event, routes=routes, accepted=guessed, drafted=guessed + 1)
+
+
+def say(answers: dict[str, str]):
+    """An answer for each last message of the person; any other is echoed."""
+
+    def answer(prompt: str) -> str:
+        message = prompt.rpartition("<|user|>")[2].partition("<|assistant|>")[0]
+        return answers.get(message, "I heard " + message)
+
+    return answer
+
+
+class ChatPage:
+    """A playwright page on which the chat page is open; `engine`: the scripted one behind it."""
+
+    def __init__(self, page, server):
+        self.page, self.server = page, server
+
+    @property
+    def engine(self):
+        return self.server.engine
+
+    def prompt(self, request: int = -1) -> str:
+        """What the model was asked, as text."""
+        return self.engine.tokenizer.decode(self.engine.requests[request].prompt_ids, skip_special=False)
+
+    def ready(self) -> None:
+        self.page.wait_for_selector("#model option", state="attached")
+
+    def ask(self, text: str, wait: bool = True) -> None:
+        before = self.page.locator(".message.answer").count()
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+        self.page.locator(".message.answer").nth(before).wait_for()
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until the last answer has ended and is laid out: then it is announced."""
+        script = "!['', 'Answering'].includes(document.getElementById('announcer').textContent)"
+        self.page.wait_for_function(script)
+
+    def last(self, selector: str = ""):
+        """The last answer, or something in it."""
+        return self.page.locator(f".message.answer:last-of-type {selector}".strip())
+
+    def button(self, name: str, exact: bool = True):
+        return self.page.get_by_role("button", name=name, exact=exact)
+
+    def titles(self) -> list[str]:
+        """Of the list of conversations."""
+        return self.page.locator("#conversations .name").all_inner_texts()

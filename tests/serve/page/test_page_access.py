@@ -1,0 +1,165 @@
+"""The page on a phone, in the dark, by keyboard alone, and as a screen reader hears it."""
+
+import re
+
+import pytest
+from chat_page import PHONE, RICH, RICH_ANSWER
+
+FITS = "document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth"
+
+
+def test_phone(visit):
+    chat = visit({"go": RICH}, viewport=PHONE, phone=True)
+    page = chat.page
+    chat.ask("go")
+    assert page.evaluate(FITS)
+    assert not page.locator("#conversations .name").is_visible()
+    chat.button("Conversations").tap()
+    page.locator("#conversations .name").wait_for()
+    assert page.evaluate("document.querySelector('main').inert") and page.evaluate(FITS)
+    page.locator("#backdrop").tap(position={"x": 370, "y": 400})
+    page.locator(".fingerprint").tap()
+    panel = page.locator("#panel").bounding_box()
+    assert (panel["width"], panel["height"]) == (PHONE["width"], PHONE["height"]) and page.evaluate(FITS)
+    page.locator(".strip span").nth(2).tap()
+    assert "layer 1:" in page.locator(".readout").inner_text()
+    page.locator("#close-panel").tap()
+    boxes = [(b.get_attribute("aria-label"), b.bounding_box()) for b in page.locator("main button:visible").all()]
+    assert len(boxes) > 5
+    assert [name for name, box in boxes if min(box["width"], box["height"]) < 24] == []  # WCAG 2.2, target size
+
+
+# Text whose contrast with what lies behind it is under WCAG's 4.5.
+CONTRAST = """() => {
+    const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+    const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+    const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+    const ground = (element) => {
+        for (let at = element; at; at = at.parentElement) {
+            const colour = rgb(getComputedStyle(at).backgroundColor);
+            if (colour[3] !== 0) return colour;
+        }
+    };
+    const hidden = (element) => !element.checkVisibility({opacityProperty: true, visibilityProperty: true})
+        || element.closest('.unseen, :disabled, .skip, noscript, [inert]');
+    const texts = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) if (walker.currentNode.data.trim()) texts.push(walker.currentNode);
+    const seen = texts.filter((text) => !hidden(text.parentElement));
+    const ratios = seen.map((text) => {
+        const [a, b] = [light(rgb(getComputedStyle(text.parentElement).color)), light(ground(text.parentElement))];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        return [text.data.trim().slice(0, 30), text.parentElement.className, ratio];
+    });
+    return {count: seen.length, poor: ratios.filter(([, , ratio]) => ratio < 4.5)};
+}"""
+MORE = """
+
+```python
+@d
+class A(B):  # c
+    x: int = 1
+    def f(self): raise E(f"a{b!r}\\n")
+```
+
+`code` $\\bad$ [link](https://a.b)
+
+> quote"""
+
+
+def is_dark(page) -> bool:
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", ground))) < 150
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_has_contrast_in_either_theme(visit, dark):
+    chat = visit({"go": RICH + MORE}, dark=dark, per_step=16)
+    page = chat.page
+    assert is_dark(page) == dark
+    chat.ask("go")
+    page.locator("details.thought summary").click()
+    page.locator(".fingerprint").click()
+    page.get_by_text("As a table").click()
+    page.locator(".strip span").nth(3).hover()
+    told = page.evaluate(CONTRAST)
+    assert told["poor"] == [] and told["count"] > 150
+    page.keyboard.press("Control+Comma")
+    told = page.evaluate(CONTRAST)
+    assert told["poor"] == [] and told["count"] > 60
+    page.get_by_text("Light" if dark else "Dark", exact=True).click()  # the person's choice goes first
+    assert is_dark(page) != dark
+    page.reload()
+    assert is_dark(page) != dark
+
+
+NAMELESS = """() => [...document.querySelectorAll(
+        'button, input, select, textarea, a[href], summary, dialog, nav, aside, [role=listbox], [role=img]')]
+    .filter((e) => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim()
+        || document.getElementById(e.getAttribute('aria-labelledby'))?.textContent))
+    .map((e) => e.outerHTML.slice(0, 80))"""
+LISTEN = """() => {
+    window.told = [];
+    const announcer = document.getElementById('announcer');
+    new MutationObserver(() => told.push(announcer.textContent)).observe(announcer, {childList: true, subtree: true});
+}"""
+FOCUSED = """() => {
+    const e = document.activeElement;
+    const visible = getComputedStyle(e).outlineStyle !== 'none' || e.id === 'prompt'; // its frame shows it
+    return [e.id || e.getAttribute('aria-label') || e.className || e.tagName, visible];
+}"""
+
+
+def test_a_screen_reader_is_told_once_and_whole(visit):
+    chat = visit({"go": RICH}, per_step=2, pause=0.005)
+    page = chat.page
+    page.evaluate(LISTEN)
+    chat.ask("go")
+    assert page.evaluate("window.told") == ["Answering", RICH_ANSWER]
+    assert page.locator("#thread[aria-live], #thread [aria-live], #thread [role=log]").count() == 0
+    assert page.locator("#thread h2").all_inner_texts() == ["You", "Answer of script"]
+    for shortcut in ("Control+Period", "Control+Comma", "Control+Slash"):
+        page.keyboard.press(shortcut)
+        assert page.evaluate(NAMELESS) == []
+    assert page.locator("#shortcuts dt").count() == 8
+
+
+def test_all_by_keyboard(visit):
+    chat = visit({"go": RICH}, per_step=16)
+    page = chat.page
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("first line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second")
+    page.keyboard.press("Enter")
+    chat.settle()
+    assert page.locator(".bubble").inner_text() == "first line\nsecond"
+    chat.ask("go")
+    page.keyboard.press("Control+Period")
+    assert page.evaluate("document.activeElement.id") == "panel-title"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.press("Control+Shift+O")
+    page.locator(".message").first.wait_for(state="detached")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.press("Control+k")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.locator(".message.answer").nth(1).wait_for()
+
+    page.locator(".skip").focus()
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, visible = page.evaluate(FOCUSED)
+        assert visible, f"focus can't be seen on {name}"
+        reached.add(name)
+    assert {
+        "new",
+        "search",
+        "model",
+        "open-settings",
+        "prompt",
+        "Regenerate answer",
+        "fingerprint",
+        "copy-code",
+    } <= reached

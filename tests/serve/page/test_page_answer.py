@@ -1,0 +1,123 @@
+"""Answers in the page: thinking, formulas, code, and the mixture at work."""
+
+from chat_page import EXPERTS, LAYERS, RICH, experts_of
+
+
+def test_formulas_code_and_thinking(visit):
+    chat = visit({"go": RICH}, per_step=4, pause=0.01)
+    page = chat.page
+    chat.ask("go", wait=False)
+    thought = page.locator("details.thought")
+    page.get_by_text("Thinking…").wait_for()
+    assert thought.get_attribute("open") is not None
+    chat.settle()
+    assert thought.locator("summary").inner_text() == "Thought for 1 s"
+    assert thought.get_attribute("open") is None
+    thought.locator("summary").click()
+    assert thought.locator(".markdown").inner_text() == "first the formula"
+    answer = chat.last("> .markdown")
+    assert answer.locator("math").count() == 2 and answer.locator('math[display="block"] mfrac').count() == 1
+    assert answer.locator("mfrac").bounding_box()["height"] > 20  # laid out, not written in a row
+    assert answer.locator("td.right").count() == 1
+    assert answer.locator("pre .k").first.inner_text() == "def"
+    chat.button("Copy").click()
+    assert page.evaluate("navigator.clipboard.readText()") == 'def double(x):  # twice\n    return 2 * "x"'
+    chat.ask("and then?")
+    assert "The square" in chat.prompt() and "first the formula" not in chat.prompt()
+
+
+WATCH_FORMULAS = """() => {
+    window.seen = [];
+    const look = () => {
+        const box = document.querySelector('.message.answer > .markdown');
+        const number = (selector) => box.querySelectorAll(selector).length;
+        if (box) seen.push([box.textContent, number('math'), number('.unreadable')]);
+    };
+    new MutationObserver(look).observe(document.getElementById('thread'), {subtree: true, childList: true});
+}"""
+
+
+def test_a_formula_appears_only_once_it_is_closed(visit):
+    chat = visit({"go": "Look: $x^2 + y$ and more words after it"}, per_step=1, pause=0.03)
+    chat.page.evaluate(WATCH_FORMULAS)
+    chat.ask("go")
+    seen = chat.page.evaluate("window.seen")
+    assert any("$x" in text and not formulas for text, formulas, _ in seen)  # while open: text
+    assert seen[-1][1] == 1 and "$" not in seen[-1][0]
+    assert not any(unreadable for _, _, unreadable in seen)
+
+
+FIRST_ROW = """() => {
+    const canvas = document.querySelector('.map canvas'), context = canvas.getContext('2d');
+    const column = (canvas.width - 26) / 8;
+    const at = (expert) => context.getImageData(26 + (expert + 0.5) * column, canvas.height / 4, 1, 1).data;
+    return [...Array(8).keys()].map((expert) => [...at(expert)].slice(0, 3));
+}"""
+
+
+def test_the_mixture_at_work(visit):
+    chat = visit({"go": "The sea is wide."}, per_step=3)
+    page = chat.page
+    chat.ask("go")
+    tokenizer = chat.engine.tokenizer
+    ids = [*tokenizer.encode("The sea is wide."), tokenizer.eos_id]
+    figures = page.locator(".fingerprint").inner_text()
+    assert f"{len(ids)} tokens" in figures and "guessed ahead" in figures and "$" in figures
+    page.locator(".fingerprint").click()
+    tokens = page.locator(".strip span")
+    assert [token.text_content() for token in tokens.all()] == [tokenizer.token_bytes(id).decode() for id in ids]
+    last_of_step = {place for place in range(len(ids)) if place % 3 == 2 or place == len(ids) - 1}
+    guessed = [place for place, token in enumerate(tokens.all()) if "guessed" in token.get_attribute("class")]
+    assert guessed == sorted(set(range(len(ids))) - last_of_step)
+
+    def told(index):
+        layers = [sorted(set(experts_of(ids[index], layer))) for layer in range(LAYERS)]
+        return [f"layer {layer + 1}: {', '.join(map(str, experts))}" for layer, experts in enumerate(layers)]
+
+    readout = page.locator(".readout")
+    for index in (0, 3, len(ids) - 2):
+        tokens.nth(index).hover()
+        for words in told(index):
+            assert words in readout.inner_text()
+    tokens.nth(len(ids) - 1).hover()
+    assert "the last token" in readout.inner_text()
+    page.locator(".strip").focus()  # the same by keyboard
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert all(words in readout.inner_text() for words in told(1))
+    assert page.locator(".strip [aria-selected=true]").get_attribute("id") == "token-1"
+
+    # An expert of the map, and the tokens that went to it.
+    counts = [[sum(e in experts_of(id, layer) for id in ids[:-1]) for e in range(EXPERTS)] for layer in range(LAYERS)]
+    canvas = page.locator(".map canvas").bounding_box()
+    column = (canvas["width"] - 26) / EXPERTS
+    page.mouse.move(canvas["x"] + 26 + 2.5 * column, canvas["y"] + canvas["height"] * 0.75)
+    assert f"Layer 2, expert 2: {counts[1][2]} tokens" in readout.inner_text()
+    assert page.locator(".strip .went").count() == counts[1][2]
+    page.mouse.move(5, 5)
+    brightness = [sum(colour) for colour in page.evaluate(FIRST_ROW)]  # the page is light: the more, the darker
+    for expert in range(EXPERTS):
+        for other in range(EXPERTS):
+            assert (brightness[expert] < brightness[other]) == (counts[0][expert] > counts[0][other])
+
+    page.get_by_text("As a table").click()
+    busiest = max(range(EXPERTS), key=lambda e: (counts[0][e], -e))
+    first = page.locator("#panel tbody tr").first.locator("td").first
+    assert first.inner_text() == f"{busiest} ({100 * counts[0][busiest] / (len(ids) - 1):.0f} %)"
+    assert f"{LAYERS} layers by {EXPERTS} experts" in page.locator(".map canvas").get_attribute("aria-label")
+    page.reload()
+    page.locator(".fingerprint").click()
+    assert tokens.count() == len(ids)  # kept with the conversation
+
+
+def test_the_map_grows_with_the_answer(visit):
+    chat = visit(per_step=2, pause=0.02)
+    page = chat.page
+    chat.ask("short")
+    page.keyboard.press("Control+Period")
+    chat.ask("b" * 150, wait=False)
+    page.wait_for_function("document.querySelectorAll('.strip span').length > 20")
+    assert chat.last().get_attribute("aria-busy") == "true"
+    page.get_by_text("and counting").wait_for()
+    chat.settle()
+    page.get_by_text("for a million such answers").wait_for()

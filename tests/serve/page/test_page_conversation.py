@@ -1,0 +1,225 @@
+"""Conversations in the page: written, stopped, branched, found again, carried elsewhere."""
+
+import json
+
+import pytest
+from chat_page import RICH, RICH_ANSWER
+
+
+def exported_from(chat, path):
+    with chat.page.expect_download() as download:
+        chat.button("Export all").click()
+    file = path / download.value.suggested_filename
+    download.value.save_as(file)
+    return file
+
+
+def test_a_conversation_from_the_first_word_to_the_export(visit, tmp_path):
+    chat = visit({"hello": "Hi **there**!", "more": RICH})
+    page = chat.page
+    assert page.title() == "Baleen"
+    chat.ask("hello")
+    assert page.locator(".message.user .bubble").inner_text() == "hello"
+    assert chat.last(".markdown strong").inner_text() == "there"
+    chat.ask("more")
+    assert page.title() == "hello – Baleen"
+    chat.button("Copy answer").last.click()
+    assert page.evaluate("navigator.clipboard.readText()") == RICH_ANSWER
+
+    chat.button("New conversation").click()
+    chat.ask("another day")
+    assert chat.titles() == ["another day", "hello"]
+    page.keyboard.press("Control+k")
+    page.keyboard.type("square")
+    assert chat.titles() == ["hello"]
+    assert page.locator("#conversations mark").inner_text().lower() == "square"
+    page.fill("#search", "")
+
+    chat.button("More for “hello”").click()
+    chat.button("Rename").click()
+    page.keyboard.type("Greetings")
+    page.keyboard.press("Enter")
+    page.locator("#conversations .name", has_text="Greetings").wait_for()
+
+    exported = json.loads(exported_from(chat, tmp_path).read_text(encoding="utf-8"))
+    assert exported["format"] == "baleen-conversations" and len(exported["conversations"]) == 2
+    [greetings] = [c for c in exported["conversations"] if c["title"] == "Greetings"]
+    nodes = sorted(greetings["nodes"].values(), key=lambda node: node["created"])
+    assert [node["content"] for node in nodes] == ["hello", "Hi **there**!", "more", RICH_ANSWER]
+    assert [node["state"] for node in nodes if node["role"] == "assistant"] == ["done", "done"]
+    assert len(greetings["traces"]) == 2
+
+
+def test_deleted_and_brought_back(visit):
+    chat = visit()
+    chat.ask("one")
+    chat.button("More for “one”").click()
+    chat.button("Delete").click()
+    chat.page.get_by_text("No conversations yet.").wait_for()
+    chat.button("Undo").click()
+    chat.last(".markdown").get_by_text("I heard one").wait_for()
+    chat.page.reload()
+    chat.last(".markdown").get_by_text("I heard one").wait_for()
+    assert chat.titles() == ["one"]
+    assert chat.page.locator(".fingerprint").is_visible()  # its trace is back too
+
+
+def test_an_export_opens_in_another_browser(visit, tmp_path):
+    chat = visit({"more": RICH})
+    chat.ask("hello")
+    chat.ask("more")
+    file = exported_from(chat, tmp_path)
+    elsewhere = visit(server=chat.server)
+    page = elsewhere.page
+    page.set_input_files("#import-file", file)
+    page.get_by_text("1 of 1 conversations added.").wait_for()
+    elsewhere.button("hello").click()
+    page.locator(".fingerprint").nth(1).click()
+    assert page.locator(".strip span").count() > 20
+    page.set_input_files("#import-file", file)
+    page.get_by_text("0 of 1 conversations added; the others are here already.").wait_for()
+    elsewhere.ask("and on")  # what was imported can be continued
+    page.set_input_files("#import-file", file)  # and an older version of it goes beside it, not over it
+    page.get_by_text("1 of 1 conversations added.").nth(1).wait_for()
+    assert elsewhere.titles() == ["hello", "hello"]
+
+
+DAMAGED = {
+    "not JSON": lambda export: json.dumps(export)[:-9],
+    "another file": lambda export: "[]",
+    "a later version": lambda export: json.dumps({**export, "version": 2}),
+    "no parent": lambda export: json.dumps(export).replace('"parent": null', '"parent": "' + 24 * "a" + '"'),
+    "a bad id": lambda export: json.dumps(export).replace('"parent": null', '"parent": "__proto__"'),
+    "a number for text": lambda export: json.dumps(export).replace('"content": "hello"', '"content": 7'),
+    "a circle": lambda export: circled(export),
+}
+
+
+def circled(export):
+    nodes = list(export["conversations"][0]["nodes"].values())
+    nodes[0]["parent"] = nodes[-1]["id"]
+    return json.dumps(export)
+
+
+def test_a_damaged_export_changes_nothing(visit, tmp_path):
+    chat = visit()
+    chat.ask("hello")
+    export = exported_from(chat, tmp_path).read_text(encoding="utf-8")
+    for name, damage in DAMAGED.items():
+        broken = tmp_path / "broken.json"
+        broken.write_text(damage(json.loads(export)), encoding="utf-8")
+        chat.page.set_input_files("#import-file", broken)
+        notice = chat.page.locator(".toast").last
+        notice.get_by_text("Nothing was imported").wait_for()
+        notice.evaluate("toast => toast.remove()")
+        assert chat.titles() == ["hello"], name
+
+
+def test_stop_and_reload_in_the_midst_of_an_answer(visit):
+    chat = visit({"long": "word " * 400}, per_step=2, pause=0.02)
+    page = chat.page
+    chat.ask("long", wait=False)
+    page.wait_for_function("document.querySelector('.markdown').textContent.length > 20")
+    assert chat.last().get_attribute("aria-busy") == "true"
+    page.keyboard.press("Escape")
+    chat.last().get_by_text("Stopped.").wait_for()
+    chat.settle()
+    kept = page.locator(".markdown").inner_text()
+    assert 20 < len(kept) < 1500
+    page.reload()
+    chat.last().get_by_text("Stopped.").wait_for()
+    page.wait_for_function("kept => document.querySelector('.answer .markdown')?.innerText === kept", arg=kept)
+    assert chat.engine.aborted == [0] and chat.engine.pages.in_use == 0
+
+    chat.button("Regenerate answer").click()  # and leave while it is on its way
+    page.wait_for_function("document.querySelector('.running .markdown')?.textContent.length > 20")
+    page.wait_for_timeout(1200)  # it is saved once a second
+    page.reload()
+    chat.last().get_by_text("Stopped.").wait_for()
+    page.get_by_label("Version 2 of 2").wait_for()
+    page.wait_for_function("document.querySelector('.answer .markdown').innerText.length > 20")
+    assert chat.engine.aborted == [0, 1] and chat.engine.pages.in_use == 0
+
+
+def test_edit_and_regenerate_branch_and_lose_nothing(visit):
+    chat = visit({"red": "A rose.", "blue": "The sea.", "green": "A leaf."})
+    page = chat.page
+    chat.ask("red")
+    chat.ask("blue")
+    page.press("#prompt", "ArrowUp")
+    assert page.evaluate("document.activeElement.value") == "blue"
+    page.keyboard.press("Control+a")
+    page.keyboard.type("green")
+    page.keyboard.press("Enter")
+    chat.last(".markdown").get_by_text("A leaf.").wait_for()
+    chat.settle()
+    assert page.locator(".bubble").all_inner_texts() == ["red", "green"]
+    assert "green" in chat.prompt() and "A rose." in chat.prompt() and "blue" not in chat.prompt()
+
+    chat.button("Previous version").click()
+    chat.last(".markdown").get_by_text("The sea.").wait_for()
+    assert page.locator(".bubble").all_inner_texts() == ["red", "blue"]
+    chat.button("Regenerate answer").last.click()
+    chat.last().get_by_label("Version 2 of 2").wait_for()
+    chat.settle()
+    chat.button("Edit message").first.click()
+    page.keyboard.press("Escape")  # an edit given up changes nothing
+    page.reload()
+    chat.last(".markdown").get_by_text("The sea.").wait_for()
+    assert page.get_by_label("Version 1 of 2").count() == 1 and page.get_by_label("Version 2 of 2").count() == 1
+
+
+def test_settings_reach_the_model_and_stay_with_the_conversation(visit):
+    chat = visit()
+    page = chat.page
+    page.keyboard.press("Control+Comma")
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature").fill("0.25")
+    page.get_by_label("Top p").fill("7")  # beyond what is possible: marked, and not sent
+    page.get_by_label("Longest answer").fill("3")
+    assert page.get_by_label("Top p").get_attribute("aria-invalid") == "true"
+    chat.ask("hello")
+    params = chat.engine.requests[0].params
+    assert (params.temperature, params.max_tokens) == (0.25, 3) and params.top_p <= 1
+    assert "Be brief." in chat.prompt()
+    chat.last().get_by_text("Cut off").wait_for()
+    page.reload()
+    chat.ready()
+    page.keyboard.press("Control+Comma")
+    assert page.get_by_label("System prompt").input_value() == "Be brief."
+    assert page.get_by_label("Temperature").input_value() == "0.25"
+    chat.button("Back to the model’s own").click()
+    chat.ask("again")
+    assert chat.engine.requests[1].params.temperature != 0.25
+
+
+def test_what_goes_wrong_is_said(visit):
+    chat = visit(api_key="secret")
+    page = chat.page
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    page.get_by_text("That key was refused.").wait_for()
+    page.fill("#key", "secret")
+    page.keyboard.press("Enter")
+    chat.ready()
+    for _ in range(4):  # the context is 512 tokens: at last the oldest turns are left out, and it is said so
+        chat.ask("many words " * 12)
+    assert "no longer seen" in chat.last(".note").first.inner_text()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    chat.ask("hello")
+    assert "can’t be reached" in chat.last(".note.error").inner_text()
+    page.unroute("**/v1/chat/completions")
+    chat.button("Regenerate answer").last.click()
+    chat.last(".markdown").get_by_text("I heard hello").wait_for()
+    assert chat.last(".note.error").count() == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_engine_that_fails_in_the_midst(visit):
+    chat = visit(per_step=2, pause=0.01)
+    chat.ask("a" * 200, wait=False)
+    chat.page.wait_for_function("document.querySelector('.markdown').textContent.length > 20")
+    chat.engine.fail = True
+    chat.settle()
+    assert "engine failed" in chat.last(".note.error").inner_text()
+    assert len(chat.last(".markdown").first.inner_text()) > 20  # what came is kept
