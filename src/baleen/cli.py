@@ -61,10 +61,21 @@ def train(
     max_steps: MaxStepsOption = None,
     resume: ResumeOption = False,
     track: TrackOption = "none",
+    only: Annotated[str | None, typer.Option(help="Train the recipe's base on: its MTP layers (mtp) or all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a recipe, or continue with --resume."""
-    from baleen.config import load_recipe
+    from baleen.config import UserError, load_recipe, read_recipe
+
+    if only is not None:
+        from baleen.train.continued import train_on
+        from baleen.train.continued_recipe import ContinuedRecipe
+
+        if track != "none":
+            raise UserError("--track is not for --only: read metrics.jsonl in the run's directory")
+        continued = read_recipe(ContinuedRecipe, recipe, overrides, data)
+        _report(train_on(continued, run, only=only, resume=resume, max_steps=max_steps), as_json)  # type: ignore[arg-type]
+        return
     from baleen.train.loop import train as run_training
 
     resolved = load_recipe(recipe, overrides, data)
@@ -88,22 +99,33 @@ def evaluate(
 
 @app.command("chat")
 def chat_(
-    run: RunArgument,
+    run: Annotated[Path | None, typer.Argument(help="A run, a Hugging Face directory or `smollm2`.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One question: prints the answer and ends.")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a server instead, such as http://127.0.0.1:8000.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="BALEEN_API_KEY", help="The server's key.")] = None,
 ) -> None:
-    """Talk to a model."""
+    """Talk to a model, here or on a server."""
     from rich.console import Console
 
-    from baleen.infer.chat import answer_once, chat
+    from baleen.config import UserError
+    from baleen.infer.chat import Local, answer_once, chat
     from baleen.infer.engine import Engine
     from baleen.interop.load import load
+    from baleen.serve.remote import Remote
 
-    loaded = load(run)
-    engine = Engine(loaded.model, loaded.tokenizer)
-    if prompt is None:
-        chat(engine, Console())
+    if (run is None) == (url is None):
+        raise UserError("chat takes either a RUN or a --url")
+    if url is not None:
+        partner = Remote(url, model, api_key)
     else:
-        answer_once(engine, prompt, sys.stdout)
+        assert run is not None
+        loaded = load(run)
+        partner = Local(Engine(loaded.model, loaded.tokenizer))
+    if prompt is None:
+        chat(partner, Console())
+    else:
+        answer_once(partner, prompt, sys.stdout)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.console import Console
 from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.data.tokenizer import train_tokenizer
-from baleen.infer.chat import Chat, answer_once, printable, recent
+from baleen.infer.chat import Chat, Local, answer_once, printable, recent
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 
@@ -30,7 +30,7 @@ def chat(engine):
 
     def make(**changes):
         screen = io.StringIO()
-        chat = Chat(engine(**changes), Console(file=screen, width=200), GREEDY)
+        chat = Chat(Local(engine(**changes)), Console(file=screen, width=200), GREEDY)
 
         def printed():
             text = screen.getvalue()
@@ -53,11 +53,11 @@ def expected(engine, messages, params=GREEDY):
 def test_the_conversation_goes_on(chat):
     chat, printed = chat()
     chat.take("hello")
-    first = expected(chat.engine, [Message("user", "hello")])
+    first = expected(chat.partner.engine, [Message("user", "hello")])
     assert first and printed() == first + "\n"
     assert chat.messages == [Message("user", "hello"), Message("assistant", first)]
     chat.take("and you?")
-    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:3])
+    assert chat.messages[-1].content == expected(chat.partner.engine, chat.messages[:3])
     chat.take("/reset")
     chat.take("hello")
     assert chat.messages == [Message("user", "hello"), Message("assistant", first)]
@@ -67,7 +67,7 @@ def test_system_message_stays(chat):
     chat, printed = chat()
     chat.take("/system you are well")
     chat.take("hello")
-    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:2])
+    assert chat.messages[-1].content == expected(chat.partner.engine, chat.messages[:2])
     chat.take("/reset")
     assert chat.messages == [Message("system", "you are well")]
     chat.take("/system")
@@ -135,7 +135,7 @@ def test_save_overwrites_nothing(chat, tmp_path):
 
 def test_interrupt_stops_the_answer_only(chat):
     chat, printed = chat(num_nextn_predict_layers=0)
-    whole = expected(chat.engine, [Message("user", "hello")])
+    whole = expected(chat.partner.engine, [Message("user", "hello")])
     forwards = []
 
     def interrupt(*_):
@@ -143,7 +143,7 @@ def test_interrupt_stops_the_answer_only(chat):
         if len(forwards) == 6:
             raise KeyboardInterrupt
 
-    handle = chat.engine.model.register_forward_hook(interrupt)
+    handle = chat.partner.engine.model.register_forward_hook(interrupt)
     chat.take("hello")
     handle.remove()
     assert len(forwards) == 6
@@ -151,7 +151,7 @@ def test_interrupt_stops_the_answer_only(chat):
     assert whole.startswith(partial) and 0 < len(partial) < len(whole)
     assert printed() == partial + " …\n"
     chat.take("go on")
-    assert chat.messages[-1].content == expected(chat.engine, chat.messages[:3])
+    assert chat.messages[-1].content == expected(chat.partner.engine, chat.messages[:3])
 
 
 def test_run_ends_at_quit(chat):
@@ -187,10 +187,10 @@ def test_oldest_turns_are_dropped_with_a_notice(chat):
         notices += "the context is full" in printed()
     assert notices >= 2
     assert len(chat.messages) == 17  # the system message and every turn are kept for /save
-    kept = recent(chat.engine, chat.messages, 32)
+    kept = recent(chat.partner.engine, chat.messages, 32)
     assert kept[0] == Message("system", "be brief") and kept[1].role == "user"
     assert kept[1:] == chat.messages[-len(kept) + 1 :] and len(kept) < 17
-    assert len(chat.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)) <= 96
+    assert len(chat.partner.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)) <= 96
 
 
 def test_the_last_turn_may_fill_the_context(engine):
@@ -198,13 +198,13 @@ def test_the_last_turn_may_fill_the_context(engine):
     turns = [Message("user", "hi"), Message("assistant", "hello"), Message("user", "?" * 50)]
     assert recent(engine, turns, 32) == turns[2:]
     with pytest.raises(UserError, match="context holds 64"):
-        answer_once(engine, "?" * 80, io.StringIO())
+        answer_once(Local(engine), "?" * 80, io.StringIO())
 
 
 def test_one_answer(engine):
     engine = engine()
     out = io.StringIO()
-    stats = answer_once(engine, "hello", out, GREEDY)
+    stats = answer_once(Local(engine), "hello", out, GREEDY)
     assert out.getvalue() == expected(engine, [Message("user", "hello")]) + "\n"
     assert 0 < stats.tokens <= 12
 
@@ -216,7 +216,7 @@ def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
         engine.model.model.norm.weight.zero_()
     engine = Engine(engine.model, MarkerFirst(engine.tokenizer))
     out = io.StringIO()
-    stats = answer_once(engine, "hello", out, GREEDY)
+    stats = answer_once(Local(engine), "hello", out, GREEDY)
     assert out.getvalue() == "\n" and stats.tokens == 1
 
 

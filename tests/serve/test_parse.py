@@ -53,13 +53,14 @@ def call(name, arguments):
 
 
 ADD, TIME = '{"a": 1, "b": 2}', "{}"
+ONE = Call("add", ADD)
 
 
 @pytest.mark.parametrize(
     "text, content, calls",
     [
         (f"{BEGIN}{call('add', ADD)}{DONE}", "", [Call("add", ADD)]),
-        (f"Wait.{BEGIN}\n{call('add', ADD)}\n{call('get_time', TIME)}{DONE}\n", "Wait.", [Call("add", ADD), Call("get_time", TIME)]),
+        (f"So.{BEGIN}\n{call('add', ADD)}\n{call('get_time', TIME)}{DONE}\n", "So.", [ONE, Call("get_time", TIME)]),
         (call("add", ADD), "", [Call("add", ADD)]),
         (f"{BEGIN}{CALL}add{SEP}{ADD}", "", [Call("add", ADD)]),  # ended by its end-of-text token
         (f"{BEGIN}{call('add', ADD[:-1])}{DONE}", call("add", ADD[:-1]), []),

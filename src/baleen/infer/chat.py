@@ -1,14 +1,17 @@
-"""Talking with a model in the terminal: the REPL of `baleen chat RUN`, and one answer for `--prompt`."""
+"""Talking with a model in the terminal: the REPL of `baleen chat`, and one answer for `--prompt`.
+
+Who answers is a `Partner`: an engine in this process (`Local`), or a server elsewhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +24,54 @@ from baleen.infer.sampler import SamplingParams
 
 CHAT_PARAMS = SamplingParams(temperature=0.7, top_p=0.95)
 ROOM_SHARE = 4  # a quarter of the context is kept free for the answer while there are older turns to drop
+
+
+class Reply(Protocol):
+    """An answer on its way: iterate for its text. `dropped`: the oldest messages that the context has no room for."""
+
+    @property
+    def dropped(self) -> int: ...
+
+    @property
+    def stats(self) -> Stats: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+class Partner(Protocol):
+    """Whoever answers. `depth`: how far ahead its MTP layers draft if nobody says otherwise; 0 if it is not to say."""
+
+    @property
+    def depth(self) -> int: ...
+
+    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply: ...
+
+
+class Local:
+    """An engine in this process."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @property
+    def depth(self) -> int:
+        return self.engine.model.config.num_nextn_predict_layers
+
+    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply:
+        kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
+        return _LocalReply(respond(self.engine, kept, params, speculate), len(messages) - len(kept))
+
+
+class _LocalReply:
+    def __init__(self, generation: Generation, dropped: int):
+        self._generation, self.dropped = generation, dropped
+
+    @property
+    def stats(self) -> Stats:
+        return self._generation.stats
+
+    def __iter__(self) -> Iterator[str]:
+        return (event.text for event in self._generation)
 
 
 def respond(engine: Engine, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Generation:
@@ -48,19 +99,14 @@ def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Messa
         turns = turns[following:]
 
 
-def answer_once(engine: Engine, prompt: str, out: TextIO, params: SamplingParams = CHAT_PARAMS) -> Stats:
+def answer_once(partner: Partner, prompt: str, out: TextIO, params: SamplingParams = CHAT_PARAMS) -> Stats:
     """One answer to one prompt, as it comes, then a line break: `baleen chat RUN --prompt TEXT`."""
-    generation = respond(engine, [Message("user", prompt)], params, default_depth(engine))
-    for event in generation:
-        out.write(printable(event.text))
+    reply = partner.reply([Message("user", prompt)], params, partner.depth)
+    for text in reply:
+        out.write(printable(text))
         out.flush()
     out.write("\n")
-    return generation.stats
-
-
-def default_depth(engine: Engine) -> int:
-    """Drafts ahead if nobody says otherwise: as deep as the model was trained for."""
-    return engine.model.config.num_nextn_predict_layers
+    return reply.stats
 
 
 def printable(text: str) -> str:
@@ -71,9 +117,9 @@ def printable(text: str) -> str:
 class Chat:
     """One conversation on one console. `messages` keeps every turn, those too that the context no longer holds."""
 
-    def __init__(self, engine: Engine, console: Console, params: SamplingParams = CHAT_PARAMS):
-        self.engine, self.console, self.params = engine, console, params
-        self.depth = default_depth(engine)
+    def __init__(self, partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS):
+        self.partner, self.console, self.params = partner, console, params
+        self.depth = partner.depth
         self.messages: list[Message] = []
         self.stats: Stats | None = None
         self._dropped = 0
@@ -116,22 +162,20 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         messages = [*self.messages, Message("user", text)]
-        kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
-        generation = respond(self.engine, kept, self.params, self.depth)
-        dropped = len(messages) - len(kept)
-        if dropped > self._dropped:
-            self._say(f"(the context is full: the oldest {dropped} messages are no longer seen)")
-        self._dropped = dropped
+        reply = self.partner.reply(messages, self.params, self.depth)
+        if reply.dropped > self._dropped:
+            self._say(f"(the context is full: the oldest {reply.dropped} messages are no longer seen)")
+        self._dropped = reply.dropped
         answer = ""
         try:
-            for event in generation:
-                text = printable(event.text)
+            for piece in reply:
+                text = printable(piece)
                 answer += text
                 self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             self.console.print(" …", end="", style="dim")
         self.console.print()
-        self.stats = generation.stats
+        self.stats = reply.stats
         if answer:
             self.messages = [*messages, Message("assistant", answer)]
 
@@ -164,9 +208,9 @@ class Chat:
     def _speculate(self, argument: str) -> None:
         if argument not in ("on", "off"):
             raise UserError(f"/speculate takes on or off, not {argument!r}")
-        if argument == "on" and not default_depth(self.engine):
-            raise UserError("this model has no MTP layer to draft with: it was trained without")
-        self.depth = default_depth(self.engine) if argument == "on" else 0
+        if not self.partner.depth:
+            raise UserError("there is nothing to choose: the model has no MTP layer to draft with, or a server decides")
+        self.depth = self.partner.depth if argument == "on" else 0
 
     def _show_stats(self, argument: str) -> None:
         if self.stats is None:
@@ -197,9 +241,9 @@ class Chat:
         self._running = False
 
 
-def chat(engine: Engine, console: Console, params: SamplingParams = CHAT_PARAMS) -> None:
+def chat(partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS) -> None:
     """The REPL, with the terminal's own line editing where there is one."""
     with contextlib.suppress(ImportError):  # not on Windows
         importlib.import_module("readline")  # input() uses it once it is loaded
     console.print("Type a message, or /help. Ctrl-C stops an answer.", style="dim")
-    Chat(engine, console, params).run(lambda: console.input("[bold cyan]>[/] "))
+    Chat(partner, console, params).run(lambda: console.input("[bold cyan]>[/] "))

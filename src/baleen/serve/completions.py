@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from baleen.infer.engine import Request
 from baleen.infer.sampler import SamplingParams
-from baleen.serve.logprobs import completion_logprobs
+from baleen.serve.logprobs import TextLogprobs
 from baleen.serve.models import Served
 from baleen.serve.prompt import beginning, completion_prompts
 from baleen.serve.protocol import (
@@ -39,7 +39,9 @@ class Choice:
     def __init__(self, request: CompletionRequest, model: Served, prompt_ids: Sequence[int], text: str, added: int):
         self._request, self._model = request, model
         self._echoed = (list(prompt_ids[added:]), added, text) if request.echo else None
-        self._offset = 0 if request.echo else len(text)
+        offset = 0 if request.echo else len(text)
+        wanted = request.logprobs is not None
+        self._logprobs = TextLogprobs(model.tokenizer, request.logprobs or 0, offset) if wanted else None
         self.tally = Tally(len(prompt_ids))
 
     def take(self, arrival: Arrival) -> Part:
@@ -53,10 +55,7 @@ class Choice:
             if event.prompt_logprobs is not None:  # of all but the first token, which nothing predicts
                 ids = prompt_ids + ids
                 entries = [*([] if added else [None]), *event.prompt_logprobs, *entries]
-        logprobs = None
-        if self._request.logprobs is not None:
-            top = self._request.logprobs
-            logprobs, self._offset = completion_logprobs(self._model.tokenizer, ids, entries, top, self._offset)
+        logprobs = None if self._logprobs is None else self._logprobs.take(ids, entries)
         parts = ["content"] * len(event.token_ids)
         trace = trace_of(arrival, self._model.tokenizer, parts) if self._request.baleen.trace else None
         reason = None if event.finish_reason is None else "length" if event.finish_reason == "length" else "stop"

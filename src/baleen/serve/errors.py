@@ -80,9 +80,9 @@ def explained(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors as one sentence. What was sent is not repeated: it may hold anything."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    param = place[0] if place else None  # what follows names pydantic's branches too
     if first["type"] == "json_invalid":
         return BadRequest("the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{place[-1]!a} is not a parameter that this server knows", param=param, code="unknown_param")
-    return BadRequest(f"{param or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+    return BadRequest(f"{'.'.join(place) or 'the body'}: {first['msg']}", param=param, code="invalid_value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import codecs
 from collections.abc import Iterable, Sequence
 
 from baleen.data.tokenizer import Tokenizer
@@ -28,22 +28,25 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprob], top: int) ->
     ]
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], entries: Sequence[Logprob | None], top: int, offset: int
-) -> tuple[CompletionLogprobs, int]:
-    """`entries` go with `ids`; None for a prompt's first token. `offset`: characters of the text before the first.
+class TextLogprobs:
+    """The old shape, for one answer: it counts the characters of the text. `offset`: those before the first token."""
 
-    Returns the offset after the last as well.
-    """
-    lengths = [len(tokenizer.token_bytes(id).decode(errors="ignore")) for id in ids]
-    offsets = list(itertools.accumulate(lengths, initial=offset))
-    shape = CompletionLogprobs(
-        tokens=[token_text(tokenizer, id) for id in ids],
-        token_logprobs=[None if entry is None else max(entry.logprob, LEAST) for entry in entries],
-        top_logprobs=[None if entry is None else _best(tokenizer, entry, top) for entry in entries],
-        text_offset=offsets[:-1],
-    )
-    return shape, offsets[-1]
+    def __init__(self, tokenizer: Tokenizer, top: int, offset: int):
+        self._tokenizer, self._top, self._offset = tokenizer, top, offset
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def take(self, ids: Sequence[int], entries: Sequence[Logprob | None]) -> CompletionLogprobs:
+        """`entries` go with `ids`; None for a prompt's first token."""
+        offsets = []
+        for id in ids:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(id)))
+        return CompletionLogprobs(
+            tokens=[token_text(self._tokenizer, id) for id in ids],
+            token_logprobs=[None if entry is None else max(entry.logprob, LEAST) for entry in entries],
+            top_logprobs=[None if entry is None else _best(self._tokenizer, entry, self._top) for entry in entries],
+            text_offset=offsets,
+        )
 
 
 def _best(tokenizer: Tokenizer, entry: Logprob, top: int) -> dict[str, float]:

@@ -1,0 +1,123 @@
+"""A server as a partner of the terminal's chat: `baleen chat --url URL`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from baleen.config import UserError
+from baleen.data.document import Message
+from baleen.infer.request import Stats
+from baleen.infer.sampler import SamplingParams
+from baleen.serve.parse import END_THINK, THINK
+
+TIMEOUT = 600.0  # seconds without a byte
+SENT = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
+
+
+class Remote:
+    """Any server that speaks the OpenAI API; one of ours also drops old turns and tells its speed.
+
+    model: None for the first that it has. Raises UserError where it can't be reached or has no such model.
+    """
+
+    depth = 0  # the server decides
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None):
+        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        with self._open("/models") as response:
+            cards = {card["id"]: card for card in json.load(response)["data"]}
+        if not cards or (model or next(iter(cards))) not in cards:
+            raise UserError(f"{url} has no model {model}: take one of {', '.join(cards) or 'none'}")
+        self.model = model or next(iter(cards))
+        self._is_ours = "baleen" in cards[self.model]
+
+    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> RemoteReply:
+        body: dict[str, Any] = {name: value for name in SENT if (value := getattr(params, name))}
+        body |= {"temperature": params.temperature, "model": self.model, "stream": True}
+        body["messages"] = [{"role": message.role, "content": message.content} for message in messages]
+        if self._is_ours:
+            body["baleen"] = {"trace": True, "fit": True}
+        return RemoteReply(self._open("/chat/completions", body))
+
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self._base + path, data, self._headers)
+            return urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            raise UserError(_message(error)) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UserError(f"{self._base} can't be reached ({error}): is `baleen serve` running there?") from None
+
+
+class RemoteReply:
+    """An answer as it streams in; given up, its connection closes, and the server stops writing."""
+
+    def __init__(self, response: http.client.HTTPResponse):
+        self._chunks = _chunks(response)
+        self.stats = Stats()
+        self._first = next(self._chunks, {})
+        self.dropped = self._first.get("baleen", {}).get("dropped_messages", 0)
+
+    def __iter__(self) -> Iterator[str]:
+        thinking = False
+        try:
+            chunk = self._first
+            while chunk:
+                self._count(chunk.get("baleen", {}).get("stats"))
+                delta = chunk["choices"][0]["delta"] if chunk.get("choices") else {}
+                if (thought := delta.get("reasoning_content")) is not None:
+                    yield thought if thinking else f"{THINK}\n{thought}"
+                    thinking = True
+                if text := delta.get("content"):
+                    yield f"{END_THINK}\n{text}" if thinking else text
+                    thinking = False
+                chunk = next(self._chunks, {})
+        finally:
+            self._chunks.close()
+
+    def _count(self, stats: dict[str, Any] | None) -> None:
+        if stats is not None:
+            tokens, accepted = stats["completion_tokens"], stats["accepted"]
+            self.stats = Stats(
+                prompt_tokens=stats["prompt_tokens"],
+                cached_tokens=stats["cached_tokens"],
+                tokens=tokens,
+                turns=tokens - accepted,
+                drafted=[stats["drafted"]],
+                accepted=[accepted],
+                seconds=stats["seconds"],
+            )
+
+
+def _chunks(response: http.client.HTTPResponse) -> Generator[dict[str, Any], None, None]:
+    """The chunks of an event stream. Raises UserError for an error among them, or an end before the end."""
+    with response:
+        try:
+            for line in response:
+                data = line.strip().removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    return
+                if line.startswith(b"data:"):
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise UserError(f"the server says: {chunk['error']['message']}")
+                    yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"the connection to the server broke ({error}): ask again") from None
+    raise UserError("the server ended the answer in its midst: ask again")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return f"the server says: {json.load(error)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"the server answers with status {error.code}: is it an OpenAI API?"

@@ -1,0 +1,187 @@
+"""The command: its address, its doors, its orderly end, its entry in the ledger."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import CONFIG, SHAPE
+
+from baleen.config import UserError
+from baleen.cost.ledger import read_rows
+from baleen.interop.huggingface import save_model
+from baleen.model.transformer import Transformer
+from baleen.serve.models import Models, Served, name_of
+from baleen.serve.server import Address, listen
+
+RECIPE = """
+name = "whale"
+[model]
+{model}
+[train]
+tokens = 512
+batch_tokens = 64
+seq_len = 64
+lr = 1e-3
+[cost]
+project = "sea"
+purpose = "final"
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tokenizer):
+    """A run directory as a training leaves it: recipe and model."""
+    run = tmp_path_factory.mktemp("lab") / "whale"
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    save_model(model, run / "model")
+    tokenizer.save(run / "model")
+    keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SHAPE.items())
+    (run / "recipe.toml").write_text(RECIPE.format(model=keys))
+    return run
+
+
+class Process:
+    """`baleen serve` as a person starts it."""
+
+    def __init__(self, *arguments, **env):
+        command = [sys.executable, "-m", "baleen", "serve", *map(str, arguments)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        self.line = self.process.stderr.readline()
+        while self.process.poll() is None and "http://" not in self.line:
+            self.line += self.process.stderr.readline()
+        self.address = self.line.partition("http://")[2].split()[0].split("/")[0] if "http://" in self.line else None
+
+    def ask(self, **options):
+        """An open connection on which an answer has been asked for."""
+        host, _, port = self.address.rpartition(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        body = json.dumps({"model": "whale", "messages": [{"role": "user", "content": "hi"}], **options}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.address}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return connection
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(30)
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def make(*arguments, **env):
+        started.append(Process(*arguments, **env))
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.end()
+
+
+def rest(connection):
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_ends_its_answers_and_then_itself(start, run_dir, number):
+    server = start(run_dir, "--port", "0")
+    eos = {"1": -100}
+    connection = server.ask(stream=True, max_tokens=200, logit_bias=eos, seed=1)
+    received = connection.recv(300)
+    server.process.send_signal(number)
+    received += rest(connection)
+    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and b'"finish_reason":"length"' in received
+    assert server.process.wait(30) == 0
+    rows, torn = read_rows(next((run_dir.parent / "ledger").glob("whale-*.jsonl")))
+    assert torn == 0 and rows[-1]["stage"] == "serve" and rows[-1]["event"] == "end"
+    assert (rows[-1]["status"], rows[-1]["project"], rows[-1]["purpose"]) == ("done", "sea", "final")
+    assert rows[-1]["tokens"] == 200 and rows[-1]["productive_device_seconds"] > 0
+
+
+def test_the_grace_time_is_bounded(start, run_dir):
+    server = start(run_dir, "--port", "0", "--grace-seconds", "0")
+    connections = [server.ask(stream=stream, max_tokens=450, logit_bias={"1": -100}, n=16) for stream in (True, False)]
+    received = connections[0].recv(300)
+    server.process.send_signal(signal.SIGTERM)
+    received += rest(connections[0])
+    assert b"shutting_down" in received and received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert rest(connections[1]).startswith(b"HTTP/1.1 503")
+    assert server.process.wait(30) == 0
+
+
+def test_mistakes_end_with_2(start, run_dir):
+    for arguments, words in (
+        ((run_dir, "--host", "0.0.0.0"), "--api-key"),
+        ((run_dir / "nothing",), "neither a run"),
+        ((run_dir, run_dir, "--port", "0"), "same name"),
+        ((run_dir, "--port", "0", "--max-queue", "0"), "queue"),
+    ):
+        server = start(*arguments)
+        output = server.line + server.process.stderr.read()
+        assert server.process.wait(60) == 2 and words in output and "Traceback" not in output
+
+
+def test_a_taken_port_is_a_mistake():
+    with listen(Address(port=0)) as door, pytest.raises(UserError, match="--port"):
+        listen(Address(port=door.getsockname()[1]))
+
+
+HOSTS = {"127.0.0.1": False, "::1": False, "localhost": False, "::": True, "10.0.0.1": True, "whale.example": True}
+
+
+@pytest.mark.parametrize("host, open", HOSTS.items())
+def test_beyond_this_machine_a_key_is_wanted(host, open):
+    assert Address(host, api_key="sesame").host == host
+    if open:
+        with pytest.raises(UserError, match="--api-key"):
+            Address(host)
+    else:
+        assert Address(host).api_key is None
+    with pytest.raises(UserError, match="printable"):
+        Address(host, api_key="")
+
+
+def test_names_of_models(tmp_path, run_dir):
+    assert name_of(str(run_dir)) == name_of(str(run_dir / "model")) == "whale"
+    assert name_of(str(run_dir / "model-ema")) == "whale-ema"
+    assert name_of("models/tiny.Q4_0.gguf") == "tiny.Q4_0" and name_of("smollm2") == "smollm2"
+
+
+def test_nothing_waits_for_a_slow_reader(make_engine):
+    """A client that takes nothing must not hold up the others."""
+    from conftest import running
+    from test_wire import chat_body, events, request, send, talk
+
+    engine = make_engine()
+    with running({"tiny": engine}) as server:
+        body = json.dumps(chat_body("tiny", stream=True, n=8, max_tokens=200, baleen={"trace": True})).encode()
+        deaf = send(server, request("POST", "/v1/chat/completions", body))
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        quick = json.dumps(chat_body("tiny", stream=True, max_tokens=5)).encode()
+        done = threading.Event()
+
+        def ask():
+            assert events(talk(server, request("POST", "/v1/chat/completions", quick))[2])[-1] == b"[DONE]"
+            done.set()
+
+        threading.Thread(target=ask).start()
+        assert done.wait(60)
+        deaf.close()
+
+
+def test_served_models_need_names_of_their_own(make_engine):
+    engine = make_engine()
+    with pytest.raises(UserError, match="same name"):
+        Models([Served("whale", engine), Served("whale", engine)])
