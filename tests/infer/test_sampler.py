@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from chi_square import chi_square_excess
 
 from baleen.config import UserError
-from baleen.infer.sampler import Sampler, SamplingParams, draw, probabilities
+from baleen.infer.sampler import Place, SamplingParams, choose, gumbel
 
 
 def reference(logits, params):
@@ -42,40 +43,94 @@ MIXTURE = [
 ]
 
 
-def test_processors_equal_reference():
-    logits = torch.randn(len(MIXTURE), 2, 17, generator=torch.Generator().manual_seed(0)) * 2
-    together = Sampler(MIXTURE).probabilities(logits)
-    for row, params in enumerate(MIXTURE):
-        alone = Sampler([params]).probabilities(logits[row : row + 1])[0]
-        for place in range(2):
-            expected = torch.tensor(reference(logits[row, place].tolist(), params), dtype=torch.float64)
-            torch.testing.assert_close(together[row, place], expected, rtol=1e-6, atol=1e-9)
-            torch.testing.assert_close(alone[place], expected, rtol=1e-6, atol=1e-9)
+DRAWS = 20_000
 
 
-def test_processors_are_pure():
-    logits = torch.randn(2, 1, 5)
+def draws(logits, params, count=DRAWS, seed=0):
+    """How often each token is drawn at `count` places of one answer."""
+    places = [Place(params, seed, (), index) for index in range(count)]
+    return torch.bincount(choose(logits.expand(count, -1), places), minlength=len(logits))
+
+
+@pytest.mark.parametrize("params", MIXTURE)
+def test_draws_follow_the_reference(params):
+    logits = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    expected = torch.tensor(reference(logits.tolist(), params), dtype=torch.float64)
+    assert chi_square_excess(draws(logits, params), expected) < 4
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 0.8}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}])
+def test_another_distribution_is_caught(changed):
+    logits = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    expected = torch.tensor(reference(logits.tolist(), SamplingParams()), dtype=torch.float64)
+    assert chi_square_excess(draws(logits, SamplingParams(**changed)), expected) > 8
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=380, top_p=0.95), SamplingParams(top_p=0.97, temperature=2.0)])
+def test_a_nucleus_beyond_the_first_candidates(params):
+    """More than 256 tokens are in: then the whole vocabulary is sorted."""
+    logits = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
+    expected = torch.tensor(reference(logits.tolist(), params), dtype=torch.float64)
+    assert (expected > 0).sum() > 256
+    assert chi_square_excess(draws(logits, params, 8_000), expected) < 4
+
+
+def test_a_row_does_not_depend_on_the_others():
+    logits = torch.randn(len(MIXTURE), 400, generator=torch.Generator().manual_seed(0)) * 3
+    places = [Place(params, seed, (), 5) for seed, params in enumerate(MIXTURE)]
+    together = choose(logits, places).tolist()
+    assert together == [int(choose(logits[r : r + 1], places[r : r + 1])) for r in range(len(places))]
+
+
+def test_noise_depends_on_seed_place_and_token():
+    ids = torch.arange(1000)
+    logits = torch.zeros(1, 1000)
+    drawn = {(s, i): int(choose(logits, [Place(SamplingParams(), s, (), i)])) for s in range(4) for i in range(4)}
+    assert len(set(drawn.values())) == 16
+    noise = gumbel(torch.tensor([[1], [2]]), ids)
+    assert torch.equal(noise[1:], gumbel(torch.tensor([[2]]), ids)) and len(noise.unique()) == 2000
+    assert torch.equal(noise[:, 3:5], gumbel(torch.tensor([[1], [2]]), ids[3:5]))
+
+
+def test_logits_are_not_changed():
+    logits = torch.randn(2, 5)
     before = logits.clone()
-    probabilities(logits, torch.tensor([0.0, 1.0]), torch.tensor([0, 2]), torch.tensor([1.0, 0.5]))
+    params = SamplingParams(top_p=0.5, logit_bias={1: 3.0}, presence_penalty=1.0)
+    choose(logits, [Place(params, 0, (1, 1), 2)] * 2)
     assert torch.equal(logits, before)
 
 
-def test_draw_inverts_the_distribution():
-    weights = torch.tensor([[0.0, 2.0, 0.0, 1.0, 1.0, 0.0]], dtype=torch.float64).expand(6, -1)
-    uniform = torch.tensor([0.0, 0.4999, 0.5, 0.75, 1 - 2**-53, 0.1], dtype=torch.float64)
-    assert draw(weights, uniform).tolist() == [1, 1, 3, 4, 4, 1]
+def test_bias_and_penalties():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    answer = (3, 3, 2)
+
+    def best(**changes):
+        params = SamplingParams(temperature=0, **changes)
+        return int(choose(logits, [Place(params, 0, answer, 3)]))
+
+    assert best() == 3
+    assert best(logit_bias={0: 3.5}) == 0
+    assert best(logit_bias={3: -100.0}) == 2
+    assert best(presence_penalty=1.5) == 3 and best(presence_penalty=-9.0) == 3  # 3 and 2 alike, 1 and 0 not
+    assert best(presence_penalty=2.1) == 1
+    assert best(frequency_penalty=0.9) == 3 and best(frequency_penalty=1.01) == 1  # 3 - 2.02, 2 - 1.01, 1
+    assert best(frequency_penalty=1.01, logit_bias={2: 0.5}) == 2
 
 
-def test_streams_do_not_depend_on_the_batch():
-    a, b, c = (SamplingParams(seed=seed) for seed in (1, 2, 3))
-    batch = Sampler([a, b, c])
-    first = batch.uniforms(2)
-    batch.select([2, 0])
-    second = batch.uniforms(3)
-    alone = Sampler([c])
-    assert torch.equal(alone.uniforms(2)[0], first[2]) and torch.equal(alone.uniforms(3)[0], second[0])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(Sampler([SamplingParams()]).uniforms(4), Sampler([SamplingParams()]).uniforms(4))
+class Even:
+    """Only even tokens may follow an odd number of them, and anything an even number; knows but four tokens."""
+
+    def allowed(self, answer_ids):
+        return torch.tensor([True, False, True, False]) if len(answer_ids) % 2 else None
+
+
+def test_constraint():
+    logits = torch.arange(6.0)[None]
+    params = SamplingParams(temperature=0, constraint=Even())
+    assert int(choose(logits, [Place(params, 0, (), 0)])) == 5
+    assert int(choose(logits, [Place(params, 0, (1,), 1)])) == 2
+    drawn = choose(logits.expand(200, -1), [Place(SamplingParams(constraint=Even()), 0, (1,), i) for i in range(200)])
+    assert set(drawn.tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +143,10 @@ def test_streams_do_not_depend_on_the_batch():
         {"top_k": -1},
         {"min_p": 1.5},
         {"max_tokens": 0},
+        {"max_tokens": -1, "prompt_logprobs": 0},
+        {"logprobs": -1},
+        {"prompt_logprobs": -1},
+        {"logit_bias": {1: float("inf")}},
         {"stop": ("a", "")},
     ],
 )

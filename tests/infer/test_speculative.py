@@ -1,117 +1,18 @@
-"""Speculation loses nothing: greedy text is identical, sampled text follows the trunk's law, caches stay true."""
+"""Speculation loses nothing: every answer is the one that would have come without it, and caches stay true."""
 
 import itertools
-import math
 
 import pytest
 import torch
+from chi_square import chi_square_excess
 from toy import ByteTokenizer
 
-import baleen.infer.decoder
-from baleen.infer.decoder import Decoder
+import baleen.infer.engine
 from baleen.infer.engine import Engine, Request
-from baleen.infer.sampler import SamplingParams, draw
-from baleen.infer.speculative import verify
-from baleen.model.cache import LatentCache
-
-DRAWS = 100_000
-
-
-def chi_square_excess(counts, probs):
-    """Standard deviations by which chi-square lies above its mean (Wilson-Hilferty); below 4 for a true sampler.
-
-    Cells that expect fewer than ten draws are counted as one; a draw of probability 0 is infinitely wrong.
-    """
-    if counts[probs == 0].any():
-        return math.inf
-    draws = counts.sum()
-    expected, rare = probs * draws, probs * draws < 10
-    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
-    expected = torch.cat((expected[~rare], expected[rare].sum()[None])) + 1e-300
-    freedom = len(counts) - 1
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    variance = 2 / (9 * freedom)
-    return ((statistic / freedom) ** (1 / 3) - (1 - variance)) / math.sqrt(variance)
-
-
-# --- samplers that are wrong in ways seen in the wild
-
-
-def residual_not_subtracted(target, draft, drafts, accept, final):
-    kept, _ = verify(target, draft, drafts, accept, final)
-    return kept, draw(target[torch.arange(len(kept)), kept], final)
-
-
-def residual_without_clamp(target, draft, drafts, accept, final):
-    kept, _ = verify(target, draft, drafts, accept, final)
-    rows = torch.arange(len(kept))
-    difference = (target[:, :-1] - draft)[rows, kept.clamp(max=drafts.shape[1] - 1)].abs()
-    return kept, draw(torch.where((kept < drafts.shape[1])[:, None], difference, target[rows, kept]), final)
-
-
-def accepts_too_often(target, draft, drafts, accept, final):
-    return verify(target, draft, drafts, accept * 0.9, final)
-
-
-def accepts_by_target_alone(target, draft, drafts, accept, final):
-    return verify(target, torch.ones_like(draft), drafts, accept, final)
-
-
-def judges_all_drafts_by_the_first(target, draft, drafts, accept, final):
-    return verify(target, draft, drafts, accept[:, :1].expand_as(accept), final)
-
-
-BROKEN = [
-    residual_not_subtracted,
-    residual_without_clamp,
-    accepts_too_often,
-    accepts_by_target_alone,
-    judges_all_drafts_by_the_first,
-]
-
-
-def joint_of_three(verify):
-    """Counts of 100,000 triples over 4 tokens: two drafts from q, verified against p, completed from p; and p's own."""
-    generator = torch.Generator().manual_seed(0)
-    Z = 4
-    p1, q1 = (torch.randn(Z, generator=generator).double().softmax(-1) for _ in range(2))
-    p2, q2 = (torch.randn(Z, Z, generator=generator).double().softmax(-1) for _ in range(2))
-    p3 = torch.randn(Z, Z, Z, generator=generator).double().softmax(-1)
-    u = torch.rand(DRAWS, 7, generator=generator, dtype=torch.float64)
-    d1 = draw(q1.expand(DRAWS, Z), u[:, 0])
-    d2 = draw(q2[d1], u[:, 1])
-    target = torch.stack((p1.expand(DRAWS, Z), p2[d1], p3[d1, d2]), 1)
-    draft = torch.stack((q1.expand(DRAWS, Z), q2[d1]), 1)
-    kept, new = verify(target, draft, torch.stack((d1, d2), 1), u[:, 2:4], u[:, 4])
-    t1 = torch.where(kept >= 1, d1, new)
-    t2 = torch.where(kept >= 2, d2, torch.where(kept == 1, new, draw(p2[t1], u[:, 5])))
-    t3 = torch.where(kept == 2, new, draw(p3[t1, t2], u[:, 6]))
-    counts = torch.bincount(t1 * Z * Z + t2 * Z + t3, minlength=Z**3)
-    return counts, (p1[:, None, None] * p2[:, :, None] * p3).flatten(), kept
-
-
-def test_verify_follows_the_target():
-    counts, probs, kept = joint_of_three(verify)
-    assert chi_square_excess(counts, probs) < 4
-    assert torch.bincount(kept).min() > DRAWS / 20  # all of 0, 1 and 2 kept drafts are under test
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-def test_broken_verify_is_caught(broken):
-    counts, probs, _ = joint_of_three(broken)
-    assert chi_square_excess(counts, probs) > 8
-
-
-def test_verify_where_target_and_draft_agree():
-    """All drafts are kept, the largest random number below 1 included."""
-    p = torch.tensor([[[0.3, 0.7], [0.5, 0.5]]], dtype=torch.float64)
-    almost_one = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
-    for token in (0, 1):
-        kept, _ = verify(p, p[:, :1], torch.tensor([[token]]), almost_one, torch.zeros(1))
-        assert kept.tolist() == [1]
-
-
-# --- the whole engine
+from baleen.infer.run import Run
+from baleen.infer.sampler import Place, SamplingParams, choose
+from baleen.infer.speculative import Payoff
+from baleen.model.cache import Batch, LatentPages
 
 
 def small(tiny_model, **changes):
@@ -127,21 +28,22 @@ def smallest(tiny_model):
     return small(tiny_model, num_hidden_layers=1, first_k_dense_replace=3, **ranks, **widths)
 
 
-def triples(model, answers, depth=2, batch=2_000):
-    """Counts of the first three tokens of sampled answers to one prompt, with temperature and top-k at work."""
-    counts = torch.zeros(6**3, dtype=torch.long)
-    kept = []
-    for start in range(0, answers, batch):
-        params = [SamplingParams(temperature=0.8, top_k=5, seed=start + i) for i in range(batch)]
-        decoder = Decoder(model, [[3, 1, 4]] * batch, params, depth=depth)
-        decoder.prefill()
-        known = torch.ones(batch, dtype=torch.long)
-        while known.min() < 3:
-            new = decoder.step()
-            kept += [len(tokens) - 1 for tokens in new]
-            known += torch.tensor([len(tokens) for tokens in new])
-        counts += torch.bincount(decoder.tokens_BS[:, 3:6] @ torch.tensor([36, 6, 1]), minlength=216)
-    return counts, torch.bincount(torch.tensor(kept), minlength=depth + 1)
+# --- the law of what is drawn
+
+
+def triples(model, answers):
+    """Counts of the first three tokens of sampled answers to one prompt, and how often 0, 1, 2 drafts were kept."""
+    engine = Engine(model, None, max_batch=2_000, cache_tokens=50_000)
+    params = [
+        SamplingParams(temperature=0.8, top_k=5, seed=seed, max_tokens=4, ignore_eos=True) for seed in range(answers)
+    ]
+    texts, kept = {}, torch.zeros(3, dtype=torch.long)
+    for event in engine.generate([Request([3, 1, 4], p) for p in params], speculate=2):
+        texts.setdefault(event.request, []).extend(event.token_ids)
+        if event.drafted == 2:
+            kept[event.accepted] += 1
+    tokens = torch.tensor([texts[row][:3] for row in range(answers)])
+    return torch.bincount(tokens @ torch.tensor([36, 6, 1]), minlength=216), kept
 
 
 @torch.no_grad()
@@ -155,25 +57,66 @@ def exact_triples(model):
     return (p1 * p2 * p3).flatten()
 
 
-def test_engine_follows_the_trunk(smallest):
-    counts, kept = triples(smallest, answers=34_000)  # of three draws each
+def test_drafted_answers_follow_the_trunk(smallest):
+    counts, kept = triples(smallest, 4_000)
     assert chi_square_excess(counts, exact_triples(smallest)) < 4
     assert kept.min() > kept.sum() / 20
 
 
-def test_broken_engine_is_caught(smallest, monkeypatch):
-    monkeypatch.setattr(baleen.infer.decoder, "verify", residual_not_subtracted)
-    counts, _ = triples(smallest, answers=10_000)
+def keeps_every_draft(run, drawn, logprobs, experts, move_on=Run.move_on):
+    drafts = run.job.drafts
+    return move_on(run, [*drafts, drawn[len(drafts)]], logprobs, experts)
+
+
+def one_noise_for_all_places(logits, places):
+    return choose(logits, [place._replace(index=0) for place in places])
+
+
+def one_noise_for_all_seeds(logits, places):
+    return choose(logits, [place._replace(seed=0) for place in places])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (Run, "move_on", keeps_every_draft),
+        (baleen.infer.engine, "choose", one_noise_for_all_places),
+        (baleen.infer.engine, "choose", one_noise_for_all_seeds),
+    ],
+)
+def test_another_law_is_caught(smallest, monkeypatch, owner, name, broken):
+    monkeypatch.setattr(owner, name, broken)
+    counts, _ = triples(smallest, 1_500)
     assert chi_square_excess(counts, exact_triples(smallest)) > 8
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_greedy_is_plain_greedy(tiny_model, depth):
-    model = small(tiny_model, num_nextn_predict_layers=3)
-    engine = Engine(model, ByteTokenizer())
-    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    generator = torch.Generator().manual_seed(depth)
-    requests = [Request(torch.randint(0, 6, (n,), generator=generator).tolist(), params) for n in (1, 2, 3, 7, 20)]
+def test_two_distributions_agree_as_often_as_the_theory_says():
+    """Gumbel noise in common: P(agree) = sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), arXiv 2408.07978 §3."""
+    generator = torch.Generator().manual_seed(5)
+    p, q = (torch.randn(7, generator=generator).double().mul(1.5).softmax(-1) for _ in range(2))
+    places = [Place(SamplingParams(), 1, (), index) for index in range(40_000)]
+    agreed = choose(p.log().expand(40_000, -1), places) == choose(q.log().expand(40_000, -1), places)
+    theory = (1 / torch.maximum(p / p[:, None], q / q[:, None]).sum(1)).sum()
+    distance = (p - q).abs().sum() / 2
+    assert (1 - distance) / (1 + distance) <= theory <= 1 - distance
+    assert agreed.double().mean().item() == pytest.approx(theory.item(), abs=4 * 0.5 / 200)
+
+
+# --- the same answers
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, "auto"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafted_is_plain(tiny_model, depth, temperature):
+    engine = Engine(small(tiny_model, num_nextn_predict_layers=3), ByteTokenizer(), prefill_chunk=9)
+    generator = torch.Generator().manual_seed(8)
+    requests = [
+        Request(
+            torch.randint(0, 6, (n,), generator=generator).tolist(),
+            SamplingParams(temperature=temperature, top_p=0.95, seed=n, max_tokens=60, ignore_eos=True),
+        )
+        for n in (1, 2, 3, 7, 20)
+    ]
     plain = engine.generate(requests)
     drafted = engine.generate(requests, speculate=depth)
     assert tokens_of(plain) == tokens_of(drafted)
@@ -222,35 +165,38 @@ def tokens_of(generation):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_caches_hold_only_accepted_tokens(tiny_model, depth, temperature):
-    """After any mixture of acceptances, rows that leave included, the caches are those of a forward over the text."""
+    """After any mixture of acceptances, chunks of prompts included, the caches are those of a forward over the text."""
     model = small(tiny_model, num_nextn_predict_layers=3)
-    prompts = [[1], [2, 3], [0, 5, 1, 4, 4, 2, 3], [1, 2]]
-    params = [SamplingParams(temperature=temperature, seed=i) for i in range(4)]
-    decoder = Decoder(model, prompts, params, depth=depth)
-    decoder.prefill()
+    engine = Engine(model, None, speculate=depth, page_size=4, prefill_chunk=5)
+    prompts = [[1], [2, 3], [0, 5, 1, 4, 4, 2, 3, 0, 0, 1, 2, 5, 4], [1, 2]]
+    ids = [
+        engine.submit(Request(p, SamplingParams(temperature=temperature, seed=i, ignore_eos=True)))
+        for i, p in enumerate(prompts)
+    ]
     kept = set()
-    for step in range(12):
-        if step == 6:
-            decoder.select([3, 0, 2])
-        drafted_at = decoder.lengths_B.tolist()
-        kept |= {len(tokens) - 1 for tokens in decoder.step()}
-        for row, length in enumerate(decoder.lengths_B.tolist()):
-            assert_true_cache(model, decoder, row, length, drafted_at[row], depth)
+    for step in range(14):
+        if step == 8:
+            engine.abort(ids.pop(1))
+        kept |= {event.accepted for event in engine.step() if event.drafted}
+        for job in engine._scheduler.running:
+            assert_true_cache(model, engine, job, depth)
     assert kept >= {0, 1}
 
 
 @torch.no_grad()
-def assert_true_cache(model, decoder, row, length, drafted_at, depth):
-    """Trunk rows of all tokens but the last; MTP layer k's of those for which t_{i+k} was known when it drafted."""
-    ids = decoder.tokens_BS[row : row + 1, :length].clone()
-    fresh = LatentCache(model.config, 1, length, mtp=True, dtype=torch.float64)
-    hidden = model(ids, cache=fresh).hidden_BTd
-    for k in range(1, min(depth, length - 1) + 1):
-        hidden = model.predict_ahead(k - 1, hidden[:, : length - k], ids[:, k:], cache=fresh).hidden_BTd
+def assert_true_cache(model, engine, job, depth):
+    """Trunk rows of all tokens but the last; MTP layer k's of those for which t_{i+k} is known."""
+    ids = torch.tensor([job.tokens[: job.computed + 1]])
+    n = job.computed + 1
+    fresh = LatentPages(model.config, 1, page_size=n, mtp=True, dtype=torch.float64)
+    hidden = model(ids, cache=fresh.view(Batch(ids[0].tolist(), [0], [n], [[0]]))).hidden_BTd
+    for k in range(1, min(depth, n - 1) + 1):
+        batch = Batch(ids[0, k:].tolist(), [0], [n - k], [[0]])
+        hidden = model.predict_ahead(k - 1, hidden[:, : n - k], ids[:, k:], cache=fresh.view(batch)).hidden_BTd
     layers = model.config.num_hidden_layers
     for layer in range(layers + depth):
-        true = length - 1 if layer < layers else max(0, drafted_at - (layer - layers + 1))
-        kept = decoder.cache.latents[layer, row, :true]
+        true = max(0, n - 1 - max(0, layer - layers))
+        kept = engine.latents.latents[layer, job.pages].flatten(0, 1)[:true]
         torch.testing.assert_close(kept, fresh.latents[layer, 0, :true], rtol=1e-9, atol=1e-11)
 
 
@@ -292,7 +238,7 @@ def test_acceptance_one(tiny_model):
 def test_events_say_which_tokens_were_drafts(tiny_model):
     engine = Engine(counting_model(tiny_model), ByteTokenizer())
     events = list(engine.generate([Request([5], SamplingParams(temperature=0, max_tokens=6))], speculate=2))
-    assert [(len(event.token_ids), event.accepted) for event in events] == [(1, 0), (3, 2), (2, 2)]
+    assert [(len(event.token_ids), event.accepted) for event in events] == [(1, 0), (3, 2), (2, 1)]
 
 
 def test_acceptance_none(tiny_model):
@@ -315,3 +261,21 @@ def test_acceptance_known(tiny_model):
         last, known, steps, accepted = (last + 1 + kept) % 12, known + 1 + kept, steps + 1, accepted + kept
     assert (generation.stats.steps, generation.stats.accepted) == (steps, [accepted])
     assert generation.stats.tokens_per_step == 1 + accepted / steps
+
+
+def test_drafting_turns_itself_off_and_on():
+    """By the clock alone, apart for small and large batches, with a few trials of the slower way."""
+    payoff = Payoff()
+
+    def share(rows, seconds_drafting, steps):
+        drafted = 0
+        for _ in range(steps):
+            drafts = payoff.drafts(rows)
+            payoff.observe(rows, drafts, rows * (2 if drafts else 1), seconds_drafting if drafts else 1.0)
+            drafted += drafts
+        return drafted / steps
+
+    assert share(1, 1.5, 600) > 0.9  # twice the tokens in 1.5 times the time
+    assert 0 < share(32, 2.5, 600) < 0.1
+    assert share(1, 1.5, 300) > 0.9
+    assert share(1, 9.0, 3_000) < 0.2  # the text has changed

@@ -7,7 +7,7 @@ import torch
 
 from baleen.config import ModelConfig
 from baleen.model.attention import LatentAttention
-from baleen.model.cache import LatentCache
+from baleen.model.cache import Batch, LatentPages
 from baleen.model.grouped import grouped_linear, grouped_linear_loop
 from baleen.model.moe import DeepseekMoE, Gate, Routing, sequence_balance_loss
 from baleen.model.rope import RotaryEmbedding, rotate, softmax_scale, yarn_mscale
@@ -27,13 +27,35 @@ def test_cached_equals_full(tiny_model, monkeypatch, absorb, chunk):
     tokens = ids(2, 29)
     full = model(tokens).hidden_BTd
     monkeypatch.setattr(LatentAttention, "prefers_absorbed", lambda *_: absorb)
-    cache = LatentCache(model.config, 2, 8, dtype=torch.float64)  # smaller than the text: it has to grow
+    pages = LatentPages(model.config, 12, page_size=5, dtype=torch.float64)
     parts = []
     for start in range(0, 29, chunk):
         part = tokens[:, start : start + chunk]
-        positions = torch.arange(start, start + part.shape[1]).expand_as(part)
-        parts.append(model(part, positions_BT=positions, cache=cache).hidden_BTd)
+        T = part.shape[1]
+        batch = Batch(part.flatten().tolist(), [start] * 2, [T] * 2, [[0, 1, 2, 3, 4, 5], [11, 6, 8, 10, 7, 9]])
+        parts.append(model(part.reshape(1, -1), cache=pages.view(batch)).hidden_BTd.view(2, T, -1))
     torch.testing.assert_close(torch.cat(parts, 1), full, **F64)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_ragged_equals_each_alone(tiny_model, monkeypatch, absorb):
+    """Sequences of any length and any number of new tokens in one forward, with pages strewn about."""
+    model = tiny_model(dtype=torch.float64)
+    monkeypatch.setattr(LatentAttention, "prefers_absorbed", lambda *_: absorb)
+    pages = LatentPages(model.config, 20, page_size=4, dtype=torch.float64)
+    tables = torch.randperm(20, generator=torch.Generator().manual_seed(2)).view(4, 5).tolist()
+    texts = ids(4, 17).tolist()
+    done = [0, 0, 0, 0]
+    for counts in ((3, 3, 9, 9), (1, 1, 1, 8), (1, 2, 2, 0), (12, 11, 5, 0)):
+        who = [b for b in range(4) if counts[b]]
+        new = [texts[b][done[b] : done[b] + counts[b]] for b in who]
+        batch = Batch(sum(new, []), [done[b] for b in who], [counts[b] for b in who], [tables[b] for b in who])
+        hidden = model(torch.tensor([batch.tokens]), cache=pages.view(batch)).hidden_BTd[0].split(list(batch.counts))
+        for b, rows in zip(who, hidden, strict=True):
+            done[b] += counts[b]
+            alone = model(torch.tensor([texts[b][: done[b]]])).hidden_BTd[0, -counts[b] :]
+            torch.testing.assert_close(rows, alone, **F64)
+    assert done == [17, 17, 17, 17]
 
 
 def test_absorbed_is_chosen_by_its_cost():
@@ -48,22 +70,23 @@ def test_rows_at_different_positions(tiny_model):
     """A batch whose sequences have different lengths, one of them shortened after a rejected draft."""
     model = tiny_model(dtype=torch.float64)
     tokens = ids(2, 12)
-    cache = LatentCache(model.config, 2, 16, dtype=torch.float64)
-    model(tokens[:, :8], positions_BT=torch.arange(8).expand(2, 8), cache=cache)
-    positions = torch.tensor([[8], [3]])  # the second sequence goes back to position 3
-    step = model(torch.stack((tokens[0, 8:9], tokens[1, 9:10])), positions_BT=positions, cache=cache).hidden_BTd
+    pages, tables = LatentPages(model.config, 6, page_size=4, dtype=torch.float64), [[0, 1, 2], [3, 4, 5]]
+    first = Batch(tokens[:, :8].flatten().tolist(), [0, 0], [8, 8], tables)
+    model(torch.tensor([first.tokens]), cache=pages.view(first))
+    second = Batch([int(tokens[0, 8]), int(tokens[1, 9])], [8, 3], [1, 1], tables)  # one goes back to position 3
+    step = model(torch.tensor([second.tokens]), cache=pages.view(second)).hidden_BTd[0]
     long = model(tokens[:1, :9]).hidden_BTd[:, -1]
     short = model(torch.cat((tokens[1:, :3], tokens[1:, 9:10]), 1)).hidden_BTd[:, -1]
-    torch.testing.assert_close(step[:, 0], torch.cat((long, short)), **F64)
+    torch.testing.assert_close(step, torch.cat((long, short)), **F64)
 
 
 def test_cache_bytes(tiny_config):
     config = tiny_config()
     for mtp, layers in ((False, 3), (True, 4)):
-        cache = LatentCache(config, 2, 10, mtp=mtp)
-        assert cache.bytes_per_token == layers * (16 + 8) * 4
-        assert cache.latents.numel() * 4 == cache.bytes_per_token * 2 * 10
-    v3 = LatentCache(ModelConfig(), 1, 1, dtype=torch.bfloat16, device="meta")
+        pages = LatentPages(config, 5, page_size=4, mtp=mtp)
+        assert pages.bytes_per_token == layers * (16 + 8) * 4
+        assert pages.latents.nbytes == pages.bytes_per_token * 5 * 4 and not pages.latents.any()
+    v3 = LatentPages(ModelConfig(), 1, dtype=torch.bfloat16, device="meta")
     assert v3.bytes_per_token == 70_272
 
 

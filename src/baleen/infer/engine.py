@@ -1,13 +1,11 @@
 """Requests to answers, many at once: continuous batching over one paged latent cache.
 
-docs/life-of-a-request.md tells the life of a request; who runs when is the scheduler's business, what is drawn the
-sampler's, what is drafted the drafter's. Nothing here depends on what else is in the batch.
-
-Shapes: N tokens of a step, R places that want a token, d hidden, Z = vocab_size.
+docs/life-of-a-request.md tells the life of a request. What is answered does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -16,20 +14,18 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from baleen.config import UserError
 from baleen.data.tokenizer import Tokenizer
-from baleen.infer.logprobs import logprobs_of
 from baleen.infer.pages import PagePool
 from baleen.infer.request import Completion, Event, Logprob, Request, Stats
 from baleen.infer.run import Run
 from baleen.infer.runner import Runner, TorchRunner
-from baleen.infer.sampler import choose
 from baleen.infer.scheduler import Busy, Job, Scheduler, check_fits
-from baleen.infer.speculative import Drafter, Payoff
+from baleen.infer.speculative import Drafter
+from baleen.infer.step import Stepper
 from baleen.infer.text import Answer
-from baleen.model.cache import Batch, LatentPages
+from baleen.model.cache import LatentPages
 from baleen.model.transformer import Transformer
 
 __all__ = ["Busy", "Completion", "Engine", "Event", "Generation", "Logprob", "Request", "Stats"]
@@ -76,7 +72,7 @@ class Engine:
                 affordable = MAX_CACHE_BYTES // one.bytes_per_token
                 cache_tokens = max(self.context, min(max_batch * self.context, affordable))
             count = -(-cache_tokens // page_size)
-            self._runner = runner(model, LatentPages(config, count, page_size=page_size, mtp=True, **like))
+            made = runner(model, LatentPages(config, count, page_size=page_size, mtp=True, **like))
         self.pages = PagePool(count, page_size)
         self._scheduler = Scheduler(
             self.pages,
@@ -87,8 +83,7 @@ class Engine:
             clock=clock,
         )
         depth = config.num_nextn_predict_layers
-        self._drafter = Drafter(self._runner, depth) if depth else None
-        self._payoff = Payoff()
+        self._stepper = Stepper(made, Drafter(made, depth) if depth else None)
         self._clock = clock
         self._runs: dict[int, Run] = {}
         self._next_id = 0
@@ -107,7 +102,7 @@ class Engine:
 
     @property
     def latents(self) -> LatentPages:
-        return self._runner.pages
+        return self._stepper.runner.pages
 
     @property
     def has_work(self) -> bool:
@@ -140,11 +135,13 @@ class Engine:
         events = [self._expire(job) for job in self._scheduler.expired()]
         plan = [(self._runs[job.id], count) for job, count in self._scheduler.plan()]
         if plan:
-            events += self._move_on(plan)
+            events += self._stepper.step(plan)
+        for run, _ in plan:
+            self._scheduler.advance(run.job, run.job.computed + run.span.count)
         mine = []
         for run, event in events:
             if event.finish_reason is not None:
-                del self._runs[run.job.id]
+                self.abort(run.job.id)
             (mine if run.sink is None else run.sink).append(event)
         return mine
 
@@ -163,81 +160,6 @@ class Engine:
             events[event.request].append(event)
         return [_completion(own) for own in events]
 
-    # --- one step
-
-    def _move_on(self, plan: Sequence[tuple[Run, int]]) -> list[tuple[Run, Event]]:
-        started = self._clock()
-        runs, tokens = [run for run, _ in plan], []
-        for run, count in plan:
-            tokens += run.read(len(tokens), count)
-        starts, tables = [run.job.computed for run in runs], [run.job.pages for run in runs]
-        result = self._runner.forward(Batch(tokens, starts, [count for _, count in plan], tables))
-        self._score_prompts(runs, result.hidden_Nd)
-        speakers = [run for run in runs if run.span.is_last]
-        only_answers = all(run.job.remaining == 1 for run in runs)
-        said = [run.answer.count for run in speakers]
-        events = [
-            (run, run.move_on(drawn, logprobs, result.experts))
-            for run, (drawn, logprobs) in zip(speakers, self._draw(speakers, result.hidden_Nd), strict=True)
-        ]
-        finished = {run.job.id for run, event in events if event.finish_reason is not None}
-        drafting = self._draft([run for run in runs if run.job.id not in finished], result.hidden_Nd)
-        for run in runs:
-            self._scheduler.advance(run.job, run.job.computed + run.span.count)
-            if run.job.id in finished:
-                self._scheduler.remove(run.job)
-        if only_answers and any(run.adaptive for run in runs):
-            brought = sum(run.answer.count for run in speakers) - sum(said)
-            self._payoff.observe(len(runs), drafting, brought, self._clock() - started)
-        return events
-
-    def _score_prompts(self, runs: Sequence[Run], hidden_Nd: Tensor) -> None:
-        for run in runs:
-            rows, ids = run.scored_rows()
-            if ids:
-                logits_MZ = self._runner.logits(hidden_Nd[rows.start : rows.stop])
-                tops = [run.request.params.prompt_logprobs or 0] * len(ids)
-                run.prompt_logprobs += logprobs_of(logits_MZ, ids, tops)
-
-    def _draw(self, runs: Sequence[Run], hidden_Nd: Tensor) -> list[tuple[list[int], list[Logprob] | None]]:
-        """For each run the tokens at its places, and what it wants to know of them."""
-        places = [run.places() for run in runs]
-        rows = [row for run, own in zip(runs, places, strict=True) if own for row in run.place_rows()]
-        if not rows:
-            return [([], None) for _ in runs]
-        logits_RZ = self._runner.logits(hidden_Nd if rows == list(range(len(hidden_Nd))) else hidden_Nd[rows])
-        drawn = choose(logits_RZ, [place for own in places for place in own]).tolist()
-        wanted = [place.params.logprobs for own in places for place in own]
-        asked = [r for r, top in enumerate(wanted) if top is not None]
-        found = logprobs_of(logits_RZ[asked], [drawn[r] for r in asked], [wanted[r] or 0 for r in asked])
-        logprobs = dict(zip(asked, found, strict=True))
-        out, first = [], 0
-        for own in places:
-            own_rows = range(first, first + len(own))
-            first += len(own)
-            known = [logprobs[r] for r in own_rows] if own and own[0].params.logprobs is not None else None
-            out.append(([drawn[r] for r in own_rows], known))
-        return out
-
-    def _draft(self, runs: Sequence[Run], hidden_Nd: Tensor) -> bool:
-        """Let the MTP layers read along, and draft for the next step; whether adaptive answers under way did."""
-        rows = sum(run.span.is_last for run in runs)
-        pays = any(run.adaptive for run in runs) and rows > 0 and self._payoff.drafts(rows)
-        windows = []
-        for run in runs:
-            # Prompts are always read along: later drafts, when they pay again, rest on them.
-            if run.depth and (pays or not run.adaptive or run.job.remaining > 1 or run.answer.count <= 1):
-                windows.append((run, run.window()))
-            run.tail_Td = None
-        if windows:
-            assert self._drafter is not None
-            self._drafter.propose(hidden_Nd, [window for _, window in windows])
-        for run, window in windows:
-            run.job.drafts, run.tail_Td = window.drafts, window.tail_Td
-        return pays
-
-    # --- requests
-
     def _submit(self, request: Request, speculate: Speculate, sink: deque[Event] | None) -> int:
         self.check(request)
         params, ids = request.params, list(request.prompt_ids)
@@ -246,10 +168,10 @@ class Engine:
         end_id = self.model.config.eos_token_id if self._tokenizer is None else self._tokenizer.eos_id
         ends = params.stop_ids if params.ignore_eos else (end_id, *params.stop_ids)
         # The log-probability of a token needs the hidden state of the one before it.
-        reuse = len(ids) if params.prompt_logprobs is None else max(0, params.prompt_logprobs_from - 1)
+        reuse = self.context if params.prompt_logprobs is None else max(0, params.prompt_logprobs_from - 1)
         depth = self.model.config.num_nextn_predict_layers if speculate == "auto" else speculate
         run = Run(
-            Job(self._next_id, ids, self._clock(), reuse),
+            Job(self._next_id, ids, self._clock() if sink is None else math.inf, reuse),
             request,
             Answer(self._tokenizer, ends, params.stop, max_tokens, params.skip_special),
             seed=random.getrandbits(64) if params.seed is None else params.seed,

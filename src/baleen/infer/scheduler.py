@@ -86,14 +86,11 @@ class Scheduler:
             self.waiting.remove(job)
 
     def expired(self) -> list[Job]:
-        """Those that have waited too long leave the queue."""
+        """Those that have waited too long."""
         if self.queue_seconds is None:
             return []
         latest = self._clock() - self.queue_seconds
-        gone = [job for job in self.waiting if job.arrived < latest and not job.started]
-        for job in gone:
-            self.waiting.remove(job)
-        return gone
+        return [job for job in self.waiting if job.arrived < latest and not job.started]
 
     def plan(self) -> list[tuple[Job, int]]:
         """The jobs of the next step, each with how many tokens it reads, drafts included; fewest first."""
@@ -128,6 +125,8 @@ class Scheduler:
         job.pages += self.pool.take(max(0, missing))
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         size = self.pool.page_size
         in_the_making = {
             job.key(index, size)
