@@ -53,7 +53,9 @@ def running(engines, *, limits=None, **options):
     models = Models([Served(name, engine) for name, engine in engines.items()])
     service = make_service(models, limits or Limits(), devices=1, rate=rate_card("cpu"))
     ready = threading.Event()
-    server = Server(create_app(service, **options), service, started=ready.set)
+    app = create_app(service, **options)
+    server = Server(app, service, started=ready.set)
+    server.app = app
     door = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server.port, server.service = door.getsockname()[1], service
     server.url = f"http://127.0.0.1:{server.port}"

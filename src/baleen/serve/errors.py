@@ -61,6 +61,8 @@ def install_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # all that FastAPI says so: bytes that are no JSON
+            return explained([{"type": "json_invalid", "loc": ()}]).response
         message = f"{request.method} {request.url.path}: {error.detail}"
         response = ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None).response
         response.headers.update(error.headers or {})

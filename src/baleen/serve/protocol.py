@@ -17,6 +17,9 @@ MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+# The bound makes pydantic read a string's characters, so that half a surrogate pair, which no answer could repeat, is
+# refused.
+Text = Annotated[str, Field(max_length=2**30)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -74,15 +77,15 @@ class CompletionRequest(Sampling):
     """POST /v1/completions. `prompt`: one or more, as text or as token ids. `suffix` fills in the middle."""
 
     prompt: (
-        str
+        Text
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16  # OpenAI's default
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    suffix: str | None = None
+    suffix: Text | None = None
     best_of: Literal[1] | None = None
 
     @model_validator(mode="after")
@@ -99,10 +102,10 @@ class CompletionRequest(Sampling):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1)]
 
 
 class FunctionCall(Strict):
@@ -139,7 +142,7 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
     name: str | None = None
     refusal: None = None
@@ -259,7 +262,7 @@ class TokenizeRequest(Strict):
     """POST /tokenize: the tokens of a prompt, or of a conversation as the chat endpoint would begin its answer."""
 
     model: str
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -272,7 +275,7 @@ class TokenizeRequest(Strict):
 class RenderRequest(Strict):
     """POST /render, for the chat page: Markdown to sanitised HTML."""
 
-    text: str
+    text: Text
 
 
 # --- answers

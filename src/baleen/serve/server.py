@@ -20,6 +20,7 @@ from baleen.cost.energy import open_meter
 from baleen.cost.ledger import Ledger, Stage
 from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
+from baleen.infer.native.runner import fastest_runner
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, load_models
@@ -106,6 +107,7 @@ def serve(
             cache_tokens=cache_tokens,
             max_queue=limits.queue,
             queue_seconds=limits.queue_seconds,
+            runner=fastest_runner,
         ),
     )
     devices, rate = torch.get_num_threads(), rate_card("cpu")
