@@ -1,0 +1,170 @@
+"""Serving many clients at once, beside llama.cpp's server: tokens a second, on the same weights and prompts.
+
+    python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--llama-server PATH] [--json]
+
+Each server in its own process, one after the other, both cores for whoever is asked. --llama-server: the binary that
+llama.cpp's own sources build; without it `python -m llama_cpp.server` is the peer, which answers one request at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from contenders import gguf_file, machine, network
+
+PATIENCE = 120.0  # seconds for a server to begin
+
+
+def text(rng: random.Random, tokens: int) -> str:
+    """Letters, nearly all of them tokens of their own in the benchmark's small tokenizer."""
+    return "".join(rng.choice("bcfgjmopquvxyz") for _ in range(tokens))
+
+
+@contextlib.contextmanager
+def process(command: list[str], port: int) -> Iterator[str]:
+    """A server's address, as long as the block lasts."""
+    url = f"http://127.0.0.1:{port}"
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with (
+                contextlib.suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{url}/v1/models") as answer,
+            ):
+                json.load(answer)
+                break
+            if running.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"it does not start: {' '.join(command)}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return door.getsockname()[1]
+
+
+async def ask(port: int, body: dict[str, object]) -> tuple[int, float]:
+    """One request on a connection of its own: (tokens written, seconds)."""
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    raw = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
+    answer = await reader.read()
+    writer.close()
+    payload = answer[answer.index(b"{") : answer.rindex(b"}") + 1]
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"the server says: {answer[:500]!r}")
+    return json.loads(payload)["usage"]["completion_tokens"], time.perf_counter() - started
+
+
+async def drive(port: int, model: str, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """`clients` at once, each with `requests` prompts one after the other, none like another."""
+    rng = random.Random(seed)
+    prompts = [[text(rng, args.prompt) for _ in range(args.requests)] for _ in range(clients)]
+
+    async def client(own: list[str]) -> list[tuple[int, float]]:
+        body = {"model": model, "max_tokens": args.tokens, "temperature": 0, "logit_bias": {str(args.eos): -100}}
+        return [await ask(port, {**body, "prompt": prompt}) for prompt in own]
+
+    started = time.perf_counter()
+    answers = [answer for own in await asyncio.gather(*map(client, prompts)) for answer in own]
+    seconds = time.perf_counter() - started
+    tokens = sum(count for count, _ in answers)
+    return {"tokens": tokens, "tokens_per_second": tokens / seconds, "worst_seconds": max(s for _, s in answers)}
+
+
+def measure_server(command: list[str], port: int, args: argparse.Namespace) -> dict[str, object]:
+    with process(command, port) as url:
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            model = json.load(answer)["data"][0]["id"]
+        asyncio.run(drive(port, model, 1, args, seed=-1))
+        rows = {}
+        for clients in args.clients:
+            runs = [asyncio.run(drive(port, model, clients, args, seed)) for seed in range(args.rounds)]
+            speeds = [run["tokens_per_second"] for run in runs]
+            rows[str(clients)] = {
+                "tokens_per_second": statistics.median(speeds),
+                "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
+                "tokens": runs[0]["tokens"],
+                "worst_seconds": max(run["worst_seconds"] for run in runs),
+            }
+        return rows
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    model = network(args.config)
+    args.eos = model.config.eos_token_id
+    gguf = gguf_file(model, args.config, "f32", args.cache)
+    directory = args.cache / args.config
+    del model
+    port = free_port()
+    ours = measure_server([sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(port)], port, args)
+    port, most = free_port(), max(args.clients)
+    length = args.prompt + args.tokens + 32
+    if args.llama_server:
+        name = "llama-server"
+        command = [str(args.llama_server), "-m", str(gguf), "-np", str(most), "-c", str(most * length), "-cb"]
+        command += ["-t", str(machine()["threads"]), "--port", str(port), "--no-webui"]
+    else:
+        name = "llama_cpp.server (one request at a time)"
+        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", str(length)]
+        command += ["--n_threads", str(machine()["threads"]), "--port", str(port)]
+    peers = {name: measure_server(command, port, args)} if args.peer else {}
+
+    def speed(rows: dict, clients: int) -> float:
+        return rows[str(clients)]["tokens_per_second"]
+
+    first = args.clients[0]
+    ratios = {f"baleen {c} clients / {first}": speed(ours, c) / speed(ours, first) for c in args.clients[1:]}
+    for peer, rows in peers.items():
+        ratios |= {f"baleen / {peer}, {c} clients": speed(ours, c) / speed(rows, c) for c in args.clients}
+    return {"config": args.config, "baleen": ours, "peers": peers, "ratios": ratios, "machine": machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=("S", "M", "L"), default="M")
+    parser.add_argument("--clients", type=lambda s: [int(n) for n in s.split(",")], default=[1, 8, 16, 32])
+    parser.add_argument("--requests", type=int, default=1, help="of each client, a round")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cache", type=Path, default=Path("runs/bench-models"), help="the files of the models")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = measure(args)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, rows in {"baleen": result["baleen"], **result["peers"]}.items():  # type: ignore[dict-item]
+        for clients, row in rows.items():
+            print(
+                f"{name:42} {clients:>3} clients {row['tokens_per_second']:9,.1f} tokens/s  spread {row['spread']:4.0%}"
+            )
+    for name, ratio in result["ratios"].items():  # type: ignore[union-attr]
+        print(f"{name:60} {ratio:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
