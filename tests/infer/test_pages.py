@@ -63,7 +63,7 @@ class Pool(RuleBasedStateMachine):
             assert [self.content[page] for page in request["pages"]] == request["keys"]  # nobody wrote over them
 
 
-Pool.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Pool.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPool = Pool.TestCase
 
 

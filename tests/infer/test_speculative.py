@@ -7,7 +7,7 @@ import torch
 from chi_square import chi_square_excess
 from toy import ByteTokenizer
 
-import baleen.infer.engine
+import baleen.infer.step
 from baleen.infer.engine import Engine, Request
 from baleen.infer.run import Run
 from baleen.infer.sampler import Place, SamplingParams, choose
@@ -58,7 +58,7 @@ def exact_triples(model):
 
 
 def test_drafted_answers_follow_the_trunk(smallest):
-    counts, kept = triples(smallest, 4_000)
+    counts, kept = triples(smallest, 3_000)
     assert chi_square_excess(counts, exact_triples(smallest)) < 4
     assert kept.min() > kept.sum() / 20
 
@@ -80,8 +80,8 @@ def one_noise_for_all_seeds(logits, places):
     ("owner", "name", "broken"),
     [
         (Run, "move_on", keeps_every_draft),
-        (baleen.infer.engine, "choose", one_noise_for_all_places),
-        (baleen.infer.engine, "choose", one_noise_for_all_seeds),
+        (baleen.infer.step, "choose", one_noise_for_all_places),
+        (baleen.infer.step, "choose", one_noise_for_all_seeds),
     ],
 )
 def test_another_law_is_caught(smallest, monkeypatch, owner, name, broken):

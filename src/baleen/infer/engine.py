@@ -211,7 +211,8 @@ class Generation:
     def __init__(self, engine: Engine, requests: Sequence[Request], speculate: Speculate):
         for request in requests:
             engine.check(request)
-        self._engine, self._requests, self._speculate = engine, requests, speculate
+        self._engine, self._requests = engine, requests
+        self._speculate: Speculate = speculate
         depth = engine.model.config.num_nextn_predict_layers if speculate == "auto" else speculate
         self.stats = Stats(sum(len(r.prompt_ids) for r in requests), drafted=[0] * depth, accepted=[0] * depth)
 
