@@ -2,9 +2,11 @@
 
 import pytest
 
-from baleen.config import ModelConfig, Recipe, UserError, load_recipe, recipe_names
+from baleen.config import ModelConfig, Recipe, UserError, load_recipe, read_recipe, recipe_names
+from baleen.train.continued_recipe import ContinuedRecipe
 
-SHIPPED = recipe_names()
+CONTINUED = ("smollm2-heal", "smollm2-mtp")
+SHIPPED = [name for name in recipe_names() if name not in CONTINUED]
 
 
 def written_and_read(recipe: Recipe, tmp_path) -> Recipe:
@@ -18,6 +20,16 @@ def test_shipped_recipes_load_and_go_round(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert written_and_read(recipe, tmp_path) == recipe
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_recipes_with_a_base_are_for_only(name, tmp_path):
+    recipe = read_recipe(ContinuedRecipe, name)
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(ContinuedRecipe, file) == recipe
+    with pytest.raises(UserError, match="--only"):
+        load_recipe(name)
 
 
 def test_there_are_recipes():

@@ -429,6 +429,8 @@ def read_recipe(
     tables.setdefault("name", path.stem)
     if "stages" in tables and kind is Recipe:
         raise UserError(f"{where} is a recipe of stages: run it with `baleen sft`, `baleen rl` or `baleen distill`")
+    if "base" in tables and kind is Recipe:
+        raise UserError(f"{where} trains a model that exists: run it with --only mtp or --only all")
     return _validated(kind, tables, where)
 
 

@@ -1,0 +1,61 @@
+"""What continued training is made of: a base that exists, text, and what to train of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from baleen.config import CostConfig, Count, DataConfig, Fraction, Knot, Momentum, NotNegative, Positive, Strict
+
+
+class OwnTextConfig(Strict):
+    """The model's own greedy continuations: what drafts are made for when it is used."""
+
+    prompts: Count = 0  # beginnings of training documents to go on from; 0: none
+    prompt_tokens: Positive = 32  # of a document that no assistant answers; a conversation is cut where one begins
+    max_tokens: Positive = 128
+    share: Fraction = 0.5  # of each batch
+
+
+class ContinuedConfig(Strict):
+    """How it is trained. `lr_schedule` has the knots of a recipe's schedule.lr."""
+
+    tokens: Positive
+    batch_tokens: Positive
+    seq_len: Positive
+    micro_batch_size: Count = 0  # sequences a forward; 0: the whole batch
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    lr: float = Field(gt=0.0)
+    lr_schedule: Annotated[tuple[Knot, ...], Field(min_length=1)] = (("0%", 0.0), ("5%", 1.0), ("100%", 0.0, "cosine"))
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: NotNegative = 0.1
+    clip_norm: float = Field(1.0, gt=0.0)
+    mtp_loss_weight: NotNegative = 0.3  # of the whole model; MTP layers alone have no other loss
+    bias_update_speed: NotNegative = 0.001
+    balance_loss_weight: NotNegative = 1e-4
+    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # inputs of routers times 1 +- this, so copies part
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: Count = 0  # steps; 0: only at the end
+    keep_checkpoints: Positive = 2
+
+
+class ContinuedRecipe(Strict):
+    """`base` is a RUN, whose shape and tokenizer are kept."""
+
+    name: str = "continued"
+    base: Annotated[str, Field(min_length=1)]
+    data: DataConfig
+    own_text: OwnTextConfig = OwnTextConfig()
+    train: ContinuedConfig
+    cost: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> ContinuedRecipe:
+        if self.train.batch_tokens % self.train.seq_len:
+            raise ValueError(
+                f"train.batch_tokens ({self.train.batch_tokens}) is not a multiple of train.seq_len "
+                f"({self.train.seq_len})"
+            )
+        return self

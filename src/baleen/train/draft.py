@@ -1,0 +1,87 @@
+"""The loss of MTP layers that are trained alone: behind a frozen trunk they learn to say what it will say.
+
+A draft is kept if the trunk chooses the same token, so the target at i is not the text's t_{i+k+1} but the trunk's own
+distribution over it, which is at hand: h_{i+k} through the output head. The trunk runs once, without gradients.
+Shapes: B sequences, T positions, N rows, d hidden, Z = vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from baleen.model.transformer import Transformer
+
+ROWS_AT_ONCE = 512
+
+
+class DraftLoss(NamedTuple):
+    total: Tensor  # nats a token, mean over depths; the trunk's own entropy is its floor
+    agreement: float  # share of positions at which the first layer's choice is the trunk's
+    loads: list[Tensor]  # tokens per expert of the MTP layers' gates
+
+
+def freeze_trunk(model: Transformer) -> None:
+    """Only the MTP layers keep their gradients; the embedding and the head that they share do not."""
+    model.requires_grad_(False)
+    for layer in model.mtp_layers:
+        layer.requires_grad_(True)
+
+
+def draft_loss(model: Transformer, tokens_BT: Tensor, document_ids_BT: Tensor) -> DraftLoss:
+    """Cross-entropy of each MTP layer with the trunk's distribution, on tokens [B, T] of documents told apart.
+
+    Positions whose target lies in another document count: there the trunk's word is a word too.
+    """
+    with torch.no_grad():
+        trunk_BTd = model(tokens_BT, document_ids_BT=document_ids_BT).hidden_BTd
+    hidden_BTd, losses, loads, agreed = trunk_BTd, [], [], 0.0
+    for depth in range(len(model.mtp_layers)):
+        k = depth + 1
+        hidden_BTd, routings = model.predict_ahead(
+            depth, hidden_BTd[:, :-1], tokens_BT[:, k:], document_ids_BT=document_ids_BT[:, k:]
+        )
+        loss, agreement = distilled(hidden_BTd, trunk_BTd[:, k:], model.lm_head.weight)
+        losses.append(loss)
+        loads += [routing.load() for routing in routings]
+        agreed = agreed if depth else float(agreement)
+    return DraftLoss(torch.stack(losses).mean(), agreed, loads)
+
+
+def distilled(student: Tensor, teacher: Tensor, weight_Zd: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy in nats with the teacher's distribution, share of equal argmax), through one frozen head.
+
+    student, teacher: [..., d]. Logits exist for ROWS_AT_ONCE rows at a time, and their gradient is taken at once.
+    """
+    dtype = torch.get_autocast_dtype(student.device.type) if torch.is_autocast_enabled(student.device.type) else None
+    parts = (student.flatten(0, -2), teacher.detach().flatten(0, -2), weight_Zd.detach())
+    student_Nd, teacher_Nd, weight_Zd = (part.to(dtype) if dtype else part for part in parts)
+    return _Distilled.apply(student_Nd, teacher_Nd, weight_Zd)  # type: ignore[return-value]
+
+
+class _Distilled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_Nd: Tensor, teacher_Nd: Tensor, weight_Zd: Tensor) -> tuple[Tensor, Tensor]:
+        N = student_Nd.shape[0]
+        wide = torch.promote_types(student_Nd.dtype, torch.float32)
+        loss, equal = torch.zeros((), dtype=wide, device=student_Nd.device), 0
+        gradient_Nd = torch.empty_like(student_Nd)
+        for start in range(0, N, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wanted = (teacher_Nd[rows] @ weight_Zd.t()).to(wide).softmax(-1)
+            said = (student_Nd[rows] @ weight_Zd.t()).to(wide).log_softmax(-1)
+            loss -= torch.dot(wanted.flatten(), said.flatten())
+            equal += int((wanted.argmax(-1) == said.argmax(-1)).sum())
+            gradient = said.exp_().sub_(wanted).mul_(1 / N).to(weight_Zd.dtype)
+            torch.mm(gradient, weight_Zd, out=gradient_Nd[rows])
+        ctx.save_for_backward(gradient_Nd)
+        return loss / N, loss.new_tensor(equal / N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
+        (gradient_Nd,) = ctx.saved_tensors
+        return gradient_Nd * grad.to(gradient_Nd.dtype), None, None

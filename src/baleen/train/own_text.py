@@ -1,0 +1,94 @@
+"""Text of the model's own: beginnings of documents, continued greedily."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from baleen.data.document import Message
+from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
+from baleen.data.tokenizer import Tokenizer
+from baleen.infer.engine import Engine, Request
+from baleen.infer.sampler import SamplingParams
+from baleen.model.transformer import Transformer
+from baleen.train.continued_recipe import OwnTextConfig
+
+AT_ONCE = 32  # answers in one batch of the engine
+
+
+def own_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    packed: PackedTokens,
+    config: OwnTextConfig,
+    directory: Path,
+    *,
+    seed: int,
+    progress: Callable[[str], None],
+) -> PackedTokens:
+    """Prompts from the packed documents with the model's answers, packed into `directory`, or found there.
+
+    A killed process leaves nothing there, and its work is done again.
+    """
+    if not directory.is_dir():
+        prompts = beginnings(tokenizer, packed, config, seed)
+        aside = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        pack_to(aside, _answered(Engine(model, tokenizer), tokenizer, prompts, config, progress), packed.seq_len)
+        os.replace(aside, directory)
+    return PackedTokens.open(directory, packed.seq_len)
+
+
+def beginnings(tokenizer: Tokenizer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> list[list[int]]:
+    """Prompts of `config.prompts` documents drawn by `seed`, fewer if there are fewer: up to where the assistant first
+    speaks, else the first `prompt_tokens` tokens."""
+    ids, tokens = packed.flat_document_ids, packed.flat_tokens
+    starts = np.flatnonzero(np.diff(ids, prepend=-1))
+    chosen = np.random.default_rng(seed).permutation(len(starts))[: config.prompts]
+    opening = assistant_opening(tokenizer)
+    prompts = []
+    for index in sorted(chosen):
+        stop = starts[index + 1] if index + 1 < len(starts) else len(tokens)
+        document = tokens[starts[index] : stop].tolist()
+        at = _find(document, opening) if opening else -1
+        prompt = document[: at + len(opening)] if at >= 0 else document[: config.prompt_tokens]
+        if len(prompt) < packed.seq_len:
+            prompts.append(prompt)
+    return prompts
+
+
+def assistant_opening(tokenizer: Tokenizer) -> list[int]:
+    """The tokens with which the chat template lets the assistant speak; empty without a template."""
+    if tokenizer.template is None:
+        return []
+    question = [Message("user", "?")]
+    closed, opened = (tokenizer.encode_chat(question, add_generation_prompt=add) for add in (False, True))
+    return opened[len(closed) :] if opened[: len(closed)] == closed else []
+
+
+def _find(document: Sequence[int], part: Sequence[int]) -> int:
+    length = len(part)
+    return next((i for i in range(len(document) - length + 1) if document[i : i + length] == part), -1)
+
+
+def _answered(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    config: OwnTextConfig,
+    progress: Callable[[str], None],
+) -> Iterator[TokenisedDocument]:
+    params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens)
+    for start in range(0, len(prompts), AT_ONCE):
+        batch = prompts[start : start + AT_ONCE]
+        answers = engine.complete([Request(prompt, params) for prompt in batch])
+        for prompt, answer in zip(batch, answers, strict=True):
+            end = [tokenizer.eos_id] if answer.finish_reason == "stop" else []
+            ids = list(answer.token_ids)
+            yield TokenisedDocument([*prompt, *ids, *(end if ids[-1:] != end else [])])
+        progress(f"the model's own words: {min(start + AT_ONCE, len(prompts)):,} of {len(prompts):,} answers")

@@ -1,0 +1,59 @@
+"""What the training of upcycled models must mind: constants that stay, and copies of experts that are to part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baleen.model.moe import DeepseekMoE
+from baleen.model.transformer import Transformer
+
+
+def keep_constants(model: Transformer) -> int:
+    """Gradients of 0 for the constants that make a latent's norm an identity; returns how many there are.
+
+    They are the coordinates whose norm weight is exactly 0, as only upcycling makes them: that weight and the bias.
+    """
+    kept = 0
+    for layer in [*model.trunk_layers, *model.mtp_layers]:
+        attention = layer.self_attn
+        bias, norm = attention.kv_a_proj_with_mqa.bias, attention.kv_a_layernorm.weight
+        if bias is None or bool((norm != 0).all()):
+            continue
+        learns_norm = (norm != 0).detach().clone()
+        learns_bias = torch.cat((learns_norm, learns_norm.new_ones(len(bias) - len(norm))))
+        kept += int((~learns_norm).sum())
+        for parameter, learns in ((norm, learns_norm), (bias, learns_bias)):
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, learns=learns: gradient * learns)
+    return kept
+
+
+def jitter_routers(model: Transformer, amount: float) -> None:
+    """In training mode each router reads its input times a random 1 +- amount (Switch, arXiv 2101.03961 §2.2).
+
+    Tokens then reach either copy of an expert, and copies learn different things.
+    """
+    for gate in model.gates if amount else []:
+        gate.register_forward_pre_hook(lambda gate, args: _jittered(gate.training, args, amount))
+
+
+def _jittered(training: bool, args: tuple[Tensor, ...], amount: float) -> tuple[Tensor, ...]:
+    if not training:
+        return args
+    x, *rest = args
+    return (x * torch.empty_like(x).uniform_(1 - amount, 1 + amount), *rest)
+
+
+@torch.no_grad()
+def closest_experts(model: Transformer) -> float:
+    """The largest cosine between two experts of a layer, over all their weights: 1.0 where one is a copy."""
+    largest = -1.0
+    for layer in [*model.trunk_layers, *model.mtp_layers]:
+        if isinstance(layer.mlp, DeepseekMoE):
+            experts = layer.mlp.experts
+            rows = torch.cat((experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)), 1)
+            rows = torch.nn.functional.normalize(rows.double(), dim=1)
+            cosines = (rows @ rows.t()).fill_diagonal_(-1.0)
+            largest = max(largest, float(cosines.max()))
+    return largest

@@ -1,0 +1,161 @@
+"""Training on from weights that exist: MTP layers behind a frozen trunk, constants kept, copies parted, resumable."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baleen.config import DataConfig, UserError
+from baleen.data.prepare import prepare
+from baleen.data.tokenizer import train_tokenizer
+from baleen.interop.huggingface import load_model, save_model
+from baleen.train.continued import train_on
+from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
+from baleen.train.draft import distilled, draft_loss, freeze_trunk
+from baleen.train.own_text import assistant_opening, beginnings
+from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants
+
+
+@pytest.fixture
+def base(tmp_path, tiny_model, corpus):
+    """Makes tmp_path/base of a random model with a tokenizer of the corpus; returns it."""
+
+    def make(**changes):
+        model = tiny_model(vocab_size=290, **changes)
+        texts = [file.read_text() for file in sorted(corpus.iterdir())]
+        save_model(model, tmp_path / "base", tokenizer=train_tokenizer(texts, 290))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def recipe(tmp_path, corpus):
+    """Makes a recipe of eight steps on tmp_path/base; `train` changes keys of its section."""
+
+    def make(own=0, **train) -> ContinuedRecipe:
+        return ContinuedRecipe.model_validate(
+            {
+                "base": str(tmp_path / "base"),
+                "data": {"sources": (str(corpus),), "heldout_fraction": 0.1},
+                "own_text": {"prompts": own, "prompt_tokens": 8, "max_tokens": 8},
+                "train": {"tokens": 512, "batch_tokens": 64, "seq_len": 16, "lr": 1e-2, "precision": "fp32"} | train,
+            }
+        )
+
+    return make
+
+
+def test_only_the_mtp_layers_change(tmp_path, base, recipe):
+    before = base()
+    summary = train_on(recipe(own=6), tmp_path / "run", only="mtp")
+    after = load_model(tmp_path / "run/model")
+    changed = {name for name, a in before.state_dict().items() if not torch.equal(a, after.state_dict()[name])}
+    assert changed and all(name.startswith("model.layers.3.") for name in changed)
+    assert summary["status"] == "done" and summary["step"] == 8 and 0 <= summary["agreement"] <= 1
+    assert sorted(p.name for p in (tmp_path / "run/data/own-text").iterdir()) == ["document_ids.npy", "tokens.npy"]
+
+
+def test_an_mtp_layer_learns_what_the_trunk_will_say(base):
+    model = base()
+    freeze_trunk(model)
+    tokens = torch.randint(290, (8, 24), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros_like(tokens)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    first = draft_loss(model, tokens, documents)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = draft_loss(model, tokens, documents)
+        loss.total.backward()
+        optimizer.step()
+    with torch.no_grad():
+        hidden = model(tokens, document_ids_BT=documents).hidden_BTd
+        ahead = model.predict_ahead(0, hidden[:, :-1], tokens[:, 1:], document_ids_BT=documents[:, 1:]).hidden_BTd
+        equal = (model.logits(ahead).argmax(-1) == model.logits(hidden[:, 1:]).argmax(-1)).double().mean()
+    assert first.agreement < 0.1 and equal > 0.3 and abs(loss.agreement - equal) < 0.1
+    assert all(p.grad is None for name, p in model.named_parameters() if "layers.3" not in name)
+
+
+def test_distillation_equals_its_twin():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weight = (torch.randn(n, 8, generator=generator).double() for n in (700, 700, 30))
+    student.requires_grad_(True)
+    loss, agreement = distilled(student, teacher, weight)
+    loss.backward()
+    twin_of = student.detach().clone().requires_grad_(True)
+    twin = F.cross_entropy(twin_of @ weight.t(), (teacher @ weight.t()).softmax(-1))
+    twin.backward()
+    torch.testing.assert_close(loss, twin)
+    torch.testing.assert_close(student.grad, twin_of.grad)
+    assert agreement == ((student @ weight.t()).argmax(-1) == (teacher @ weight.t()).argmax(-1)).double().mean()
+
+
+@pytest.mark.parametrize("only", ["mtp", "all"])
+def test_resumed_equals_straight(tmp_path, base, recipe, only):
+    base()
+    whole = recipe(own=6, checkpoint_every=3, router_jitter=0.2)
+    train_on(whole, tmp_path / "straight", only=only)
+    train_on(whole, tmp_path / "resumed", only=only, max_steps=4)
+    train_on(whole, tmp_path / "resumed", only=only, resume=True)
+    one, other = (load_model(tmp_path / name / "model").state_dict() for name in ("straight", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UserError, match="--only"):
+        train_on(whole, tmp_path / "resumed", only="all" if only == "mtp" else "mtp", resume=True)
+
+
+def test_bad_input(tmp_path, base, recipe):
+    base(num_nextn_predict_layers=0)
+    for options, words in [({"only": "mtp"}, "no MTP layer"), ({"only": "head"}, "mtp")]:
+        with pytest.raises(UserError, match=words):
+            train_on(recipe(), tmp_path / "run", **options)
+    with pytest.raises(UserError, match="longer than the context"):
+        train_on(recipe(seq_len=512, batch_tokens=512), tmp_path / "run", only="all")
+    with pytest.raises(ValueError, match="multiple"):
+        recipe(batch_tokens=65)
+
+
+def test_constants_stay_and_all_else_learns(base):
+    model = base(attention_bias=True)
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.kv_a_layernorm.weight[-2:] = 0
+        attention.kv_a_proj_with_mqa.bias[14:16] = torch.tensor([5.0, 13.0])
+    assert keep_constants(model) == 2
+    model(torch.arange(20)[None]).hidden_BTd.square().sum().backward()
+    norm, bias = attention.kv_a_layernorm.weight.grad, attention.kv_a_proj_with_mqa.bias.grad
+    assert torch.equal(norm == 0, torch.arange(16) >= 14) and (bias[14:16] == 0).all() and (bias[:14] != 0).all()
+    assert (bias[16:] != 0).all()
+
+
+def test_jitter_moves_routes_in_training_only(tiny_model):
+    model, ids = tiny_model(), torch.arange(60)[None]
+    jitter_routers(model, 0.5)
+
+    def routes():
+        return torch.cat([routing.indices_NK.sort(-1).values for routing in model(ids).routings])
+
+    assert torch.equal(model.eval() and routes(), routes())
+    assert not torch.equal(model.train() and routes(), routes())
+
+
+def test_closest_experts(tiny_model):
+    model = tiny_model()
+    assert closest_experts(model) < 0.5
+    experts = model.model.layers[2].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[3] = experts.gate_up_proj[5]
+        experts.down_proj[3] = experts.down_proj[5]
+    assert closest_experts(model) == pytest.approx(1.0)
+
+
+def test_prompts_end_where_the_assistant_begins(tmp_path):
+    turns = '[{{"role": "user", "content": "whale {i}"}}, {{"role": "assistant", "content": "krill"}}]'
+    lines = ['{"messages": ' + turns.format(i=i) + "}" for i in range(60)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    tokenizer = train_tokenizer(["whale krill 0123456789 " * 30], 284)
+    data = DataConfig(sources=(str(tmp_path / "chats.jsonl"),), format="chat")
+    prepared = prepare(data, vocab_size=290, seq_len=16, seed=0, cache_dir=tmp_path / "cache", tokenizer=tokenizer)
+    prompts = beginnings(tokenizer, prepared.train, OwnTextConfig(prompts=5), seed=0)
+    assert len(prompts) == 5 and assistant_opening(tokenizer) == [tokenizer.assistant_id]
+    for prompt in prompts:
+        text = tokenizer.decode(prompt, skip_special=False)
+        assert text.startswith("<|begin_of_sentence|><|user|>whale") and text.endswith("<|assistant|>")
