@@ -1,5 +1,6 @@
 """The chat page as a person uses it, and a scripted engine that also tells experts and guesses."""
 
+import time
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,7 @@ from scripted_engine import ScriptedEngine
 
 LAYERS, EXPERTS = 2, 8  # routed ones, of the scripted engine's configuration
 LAPTOP = {"width": 1360, "height": 820}
+PATIENCE = 30.0  # seconds
 PHONE = {"width": 390, "height": 844}
 
 RICH = """<think>first the formula</think>The square:
@@ -32,13 +34,22 @@ def experts_of(id: int, layer: int) -> list[int]:
 
 
 class TracedEngine(ScriptedEngine):
-    """Of the tokens of a step, all but the last were guessed. Set `fail`, and the next step fails."""
+    """Of the tokens of a step, all but the last were guessed.
 
+    steps_left: after so many steps it waits, None: never. fail: the next step fails.
+    """
+
+    steps_left = None
     fail = False
 
     def step(self):
         if self.fail:
             raise RuntimeError("told to fail")
+        if self.steps_left == 0:
+            time.sleep(0.01)
+            return []
+        if self.steps_left is not None:
+            self.steps_left -= 1
         return [self._traced(event) for event in super().step()]
 
     def _traced(self, event):
@@ -87,7 +98,14 @@ class ChatPage:
     def settle(self) -> None:
         """Until the last answer has ended and is laid out: then it is announced."""
         script = "!['', 'Answering'].includes(document.getElementById('announcer').textContent)"
-        self.page.wait_for_function(script)
+        self.until(script)
+
+    def until(self, script: str, argument=None) -> None:
+        """Waits for a condition. (playwright waits by evaluating a string in the page, and its policy forbids that.)"""
+        deadline = time.monotonic() + PATIENCE
+        while not self.page.evaluate(script, argument):
+            assert time.monotonic() < deadline, script
+            self.page.wait_for_timeout(20)
 
     def last(self, selector: str = ""):
         """The last answer, or something in it."""

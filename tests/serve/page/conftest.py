@@ -32,12 +32,10 @@ def visit(chromium, scripted):
     """
     contexts, faults, strangers = [], [], []
 
-    def open_page(
-        answers=None, *, server=None, viewport=LAPTOP, dark=False, phone=False, per_step=8, pause=0.0, api_key=None
-    ):
+    def open_page(answers=None, *, server=None, viewport=LAPTOP, dark=False, phone=False, per_step=8, api_key=None):
         if server is None:
             answer = say(answers or {})
-            server = scripted(answer, engine=TracedEngine, per_step=per_step, pause=pause, api_key=api_key)
+            server = scripted(answer, engine=TracedEngine, per_step=per_step, api_key=api_key)
         scheme = "dark" if dark else "light"
         context = chromium.new_context(viewport=viewport, color_scheme=scheme, is_mobile=phone, has_touch=phone)
         contexts.append(context)

@@ -110,7 +110,7 @@ FOCUSED = """() => {
 
 
 def test_a_screen_reader_is_told_once_and_whole(visit):
-    chat = visit({"go": RICH}, per_step=2, pause=0.005)
+    chat = visit({"go": RICH}, per_step=2)
     page = chat.page
     page.evaluate(LISTEN)
     chat.ask("go")
