@@ -17,6 +17,7 @@ from baleen.model.fused import (
 from baleen.model.grouped import combine_rows, sum_rows_twin
 from baleen.model.native.library import load_library
 from baleen.model.native.training import SOURCE
+from baleen.model.sdpa import attend, attend_twin
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
@@ -140,3 +141,26 @@ def test_combine_rows_passes_gradcheck():
     slots = torch.tensor([[8, 0], [3, 5], [1, 2]])
     inputs = (y.requires_grad_(), weights.requires_grad_())
     assert torch.autograd.gradcheck(lambda y, w: combine_rows(y, slots, w), inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("tokens", [2, 7, 64, 131])
+def test_causal_attention(dtype: torch.dtype, tokens: int):
+    torch.manual_seed(0)
+    B, H, N, P, V = 2, 3, 20, 6, 12
+    queries, turned = torch.randn(B, tokens, H, N + P).to(dtype), torch.randn(B, tokens, H, P)
+    kv, k_rope = torch.randn(B, tokens, H, N + V).to(dtype), torch.randn(B, tokens, P)
+    inputs = [queries, turned, kv, k_rope]
+
+    def ours(q, q_rope, kv, k_rope):
+        return attend(q[..., :N], q_rope, kv, k_rope, None, 0.3)
+
+    def theirs(q, q_rope, kv, k_rope):
+        return attend_twin(q[..., :N], q_rope, kv, k_rope, None, 0.3)
+
+    out, grads = gradients(ours, inputs)
+    expected, expected_grads = gradients(theirs, [x.float() for x in inputs])
+    assert close(out, expected.to(dtype), dtype)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert close(grad, wanted.to(grad.dtype), dtype)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
 from baleen.model.cache import CacheView
 from baleen.model.fused import rms_norm
 from baleen.model.rope import rotate, softmax_scale
+from baleen.model.sdpa import attend
 
 # Released code builds the norms of the latents with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -114,11 +114,7 @@ class LatentAttention(nn.Module):
         cfg = self.config
         c_kv, k_rope = latents_BSC.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         kv_BSHX = self.kv_b_proj(c_kv).unflatten(-1, (cfg.num_attention_heads, -1))
-        k_nope, value = kv_BSHX.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
-        query = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
-        key = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, cfg.num_attention_heads, -1)), -1).transpose(1, 2)
-        out = _attend(query, key, value.transpose(1, 2), mask, self.scale)
-        return out.transpose(1, 2)
+        return attend(q_nope, q_rope, kv_BSHX, k_rope, mask, self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor, mask: Tensor | None) -> Tensor:
         """The same over the latents as one shared key and value head, all of them without a mask; [B, T, H, V]."""
@@ -141,18 +137,3 @@ class LatentAttention(nn.Module):
         naive = S * up + T * S * (cfg.qk_head_dim + cfg.v_head_dim)
         absorbed = T * up + T * S * (cfg.latent_dim + cfg.kv_lora_rank)
         return absorbed < naive
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """SDPA over [B, H, T, N + P] queries, [B, H, S, N + P] keys and [B, H, S, V] values; causal without a mask."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
-    # On CPUs the fast path wants values as wide as the keys (3.5 x faster at 48/32), and bf16 is slower than fp32.
-    width = value.shape[-1]
-    wide = torch.promote_types(value.dtype, torch.float32)
-    value = F.pad(value, (0, max(0, key.shape[-1] - width)))
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(
-            query.to(wide), key.to(wide), value.to(wide), mask, is_causal=mask is None, scale=scale
-        )
-    return out[..., :width].to(value.dtype)

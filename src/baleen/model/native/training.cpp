@@ -1,61 +1,18 @@
-// The memory-bound parts of a training step, each in one pass over its rows where PyTorch's operators take many.
+// The memory-bound parts of a training step, each in one pass over its rows where PyTorch's operators take many; and
+// causal attention (attention.h).
 //
 // Shapes: N rows, d their width, Z = vocab_size. Rows are contiguous inside and `stride` elements apart.
 // Every one of `threads` takes one contiguous block of rows, so that sums are added in the same order in every run.
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <omp.h>
+
+#include "attention.h"
+#include "common.h"
 
 namespace {
 
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-inline void narrow(float x, float &out) { out = x; }
-inline void narrow(float x, bf16 &out) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    out.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// exp(x) to 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. A library call would not vectorise.
-inline float fast_exp(float x) {
-    x = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
-    float n = std::nearbyint(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691e-4f;
-    p = p * r + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665795e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 5.0000001e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
-}
-
 constexpr int64_t TILE = 256;
-
-struct Rows {
-    int64_t first, last;
-};
-
-inline Rows share(int64_t N) {
-    int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
-    return {N * id / team, N * (id + 1) / team};
-}
 
 template <class X, class Y>
 void rms_norm(int threads, const X *x, int64_t stride, const float *w, Y *y, float *scale, int64_t N, int64_t d, float eps) {
@@ -234,4 +191,8 @@ auto *sum_rows_float = sum_rows<float>;
 auto *sum_rows_bfloat16 = sum_rows<bf16>;
 auto *sum_rows_backward_float = sum_rows_backward<float>;
 auto *sum_rows_backward_bfloat16 = sum_rows_backward<bf16>;
+auto *attention_float = attention<float>;
+auto *attention_bfloat16 = attention<bf16>;
+auto *attention_backward_float = attention_backward<float>;
+auto *attention_backward_bfloat16 = attention_backward<bf16>;
 }

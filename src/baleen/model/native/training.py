@@ -22,6 +22,8 @@ _ARGUMENTS = {
     "cross_entropy": [_P, _P, _F, _P, _P, _I, _I, _I],
     "sum_rows": [_P, _P, _P, _P, _I, _I, _I],
     "sum_rows_backward": [_P, _P, _P, _P, _P, _P, _I, _I, _I],
+    "attention": [*[_P] * 7, *[_I] * 6, _F],
+    "attention_backward": [*[_P] * 12, *[_I] * 6, _F],
 }
 
 
