@@ -140,13 +140,20 @@ class _Run:
         count = sum(p.numel() for p in self.trained.values())
         display.say(f"{recipe.name}: {count / 1e6:.1f}M parameters trained, {self.precision}, on {self.model.device}")
 
+    @property
+    def position(self) -> float:
+        """Where the schedule stands, in tokens: those trained on, or the share of train.minutes that is used up."""
+        train = self.recipe.train
+        by_clock = train.tokens * self.counters.seconds / (60 * train.minutes) if train.minutes else 0.0
+        return max(self.counters.tokens, by_clock)
+
     def train(self, last_step: float) -> str:
         """Steps until the tokens or the steps are used up, or Ctrl-C; returns "done" or "stopped"."""
         metrics, train, before = Metrics(self.run_dir, self.counters.step), self.recipe.train, self.counters.seconds
         tokens_before, status = self.counters.tokens, "done"
         self.model.train()
         try:
-            while self.counters.tokens < train.tokens and self.counters.step < last_step:
+            while self.position < train.tokens and self.counters.step < last_step:
                 metrics.write(self._step())
                 tokens = self.counters.tokens - tokens_before
                 self.stage.progress(tokens=tokens, productive_seconds=self.counters.seconds - before)
@@ -180,7 +187,7 @@ class _Run:
             loads = [a + b for a, b in zip(loads, of_part, strict=True)] if loads else of_part
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), train.clip_norm).item()
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * self.lr(counters.tokens)
+            group["lr"] = train.lr * self.lr(self.position)
         if math.isfinite(norm):
             self.optimizer.step()
             for gate, load in zip(self._gates(), loads, strict=True):
@@ -188,7 +195,7 @@ class _Run:
         counters.step += 1
         counters.tokens += B * train.seq_len
         counters.seconds += time.monotonic() - started
-        share = min(1.0, counters.tokens / train.tokens)
+        share = min(1.0, self.position / train.tokens)
         self.display.update(
             share,
             {

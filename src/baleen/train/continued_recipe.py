@@ -24,6 +24,7 @@ class ContinuedConfig(Strict):
     tokens: Positive
     batch_tokens: Positive
     seq_len: Positive
+    minutes: NotNegative = 0.0  # of steps; 0: no limit. Else lr_schedule ends by the clock if that comes first
     micro_batch_size: Count = 0  # sequences a forward; 0: the whole batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     lr: float = Field(gt=0.0)
