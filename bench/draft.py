@@ -1,0 +1,92 @@
+"""What MTP drafts bring: how many are kept on held-out prompts, how often answers repeat, and the speed with and without.
+
+    python bench/draft.py runs/smollm2-mtp [--prompts 32] [--max-tokens 96] [--rounds 3] [--json]
+
+Greedy answers to the openings of the run's held-out conversations, one at a time; both ways take turns, and must give
+the same answers (but for a token whose two best logits are equal within rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from baleen.config import UserError, read_recipe
+from baleen.data.prepare import prepare
+from baleen.infer.engine import Engine, Request
+from baleen.infer.sampler import SamplingParams
+from baleen.interop.load import load
+from baleen.train.continued_recipe import ContinuedRecipe
+
+GRAM = 4
+
+
+def repetition(answers: Sequence[Sequence[int]]) -> float:
+    """Share of the 4-grams of an answer that stood in it before."""
+    counts = [Counter(tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)) for ids in answers]
+    total = sum(sum(count.values()) for count in counts)
+    return 1 - sum(map(len, counts)) / total if total else 0.0
+
+
+def heldout_prompts(run: Path, tokenizer, count: int) -> list[list[int]]:
+    recipe = read_recipe(ContinuedRecipe, run / "recipe.toml")
+    prepared = prepare(
+        recipe.data,
+        vocab_size=tokenizer.vocab_size,
+        seq_len=recipe.train.seq_len,
+        seed=recipe.train.seed,
+        cache_dir=run / "data",
+        tokenizer=tokenizer,
+    )
+    openings = [document.messages[0] for document in prepared.heldout if document.messages]
+    if not openings:
+        raise UserError(f"{run} held no conversations out")
+    return [tokenizer.encode_chat([opening], add_generation_prompt=True) for opening in openings[:count]]
+
+
+def measure(args: argparse.Namespace) -> dict:
+    loaded = load(args.run)
+    prompts = heldout_prompts(args.run, loaded.tokenizer, args.prompts)
+    engine = Engine(loaded.model, loaded.tokenizer)
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
+    speeds: dict[int, list[float]] = {0: [], 1: []}
+    answers: dict[int, list[list[int]]] = {0: [], 1: []}
+    drafted = accepted = 0
+    for round_ in range(args.rounds):
+        for depth in (0, 1):
+            tokens, seconds = 0, 0.0
+            for prompt in prompts:
+                generation = engine.generate([Request(prompt, params)], speculate=depth)
+                ids = [id for event in generation for id in event.token_ids]
+                tokens, seconds = tokens + len(ids), seconds + generation.stats.seconds
+                if round_ == 0:
+                    answers[depth].append(ids)
+                    drafted += sum(generation.stats.drafted)
+                    accepted += sum(generation.stats.accepted)
+            speeds[depth].append(tokens / seconds)
+    plain, speculative = (statistics.median(speeds[depth]) for depth in (0, 1))
+    return {
+        "prompts": len(prompts),
+        "tokens": sum(map(len, answers[0])),
+        "acceptance": accepted / drafted,
+        "repetition": repetition(answers[0]),
+        "equal_answers": sum(a == b for a, b in zip(answers[0], answers[1], strict=True)) / len(prompts),
+        "tokens_per_second": {"plain": plain, "speculative": speculative},
+        "ratio": speculative / plain,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(json.dumps(result, indent=None if arguments.json else 2))
