@@ -3,41 +3,47 @@
 
 #include "step.h"
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
+// The `k` greatest of those that `count` and `value` name, greatest first; of equals the first.
+template <class Value> inline void greatest(int count, int k, Value value, int32_t* out) {
+    int found = 0;
+    for (int i = 0; i < count; i++) {
+        if (found == k && !(value(i) > value(out[k - 1]))) continue;
+        int at = found < k ? found++ : k - 1;
+        for (; at > 0 && value(i) > value(out[at - 1]); at--) out[at] = out[at - 1];
+        out[at] = i;
+    }
+}
+
 // Eq. 13-16: the top_k experts of one token and their gates. scores: router logits; turned into affinities in place.
 inline void choose(const Shape& s, float* scores, const float* correction, int32_t* chosen, float* gates) {
-    constexpr float NONE = -std::numeric_limits<float>::infinity();
-    const int per_group = s.experts / s.groups;
     float choice[s.experts], group_score[s.groups];
-    for (int e = 0; e < s.experts; e += LANES) {
-        vf affinity = sigmoid(load(scores + e));  // scores are padded to whole panels
-        store(scores + e, affinity);
-    }
+    int32_t kept[s.top_groups];
+    for (int e = 0; e < s.experts; e += LANES) store(scores + e, sigmoid(load(scores + e)));  // padded to whole panels
     for (int e = 0; e < s.experts; e++) choice[e] = scores[e] + correction[e];
     if (s.groups > 1) {
+        const int per_group = s.experts / s.groups;
         for (int g = 0; g < s.groups; g++) {
-            float best = NONE, second = NONE;
+            float best = -std::numeric_limits<float>::infinity(), second = best;
             for (int e = g * per_group; e < (g + 1) * per_group; e++) {
-                if (choice[e] > best) second = best, best = choice[e];
-                else if (choice[e] > second) second = choice[e];
+                second = std::max(second, std::min(best, choice[e]));
+                best = std::max(best, choice[e]);
             }
             group_score[g] = best + second;
         }
-        for (int dropped = s.top_groups; dropped < s.groups; dropped++) {
-            const int g = (int)(std::min_element(group_score, group_score + s.groups,
-                                                 [](float a, float b) { return a < b; }) - group_score);
-            group_score[g] = -NONE;
-            std::fill_n(choice + g * per_group, per_group, NONE);
-        }
+        greatest(s.groups, s.top_groups, [&](int g) { return group_score[g]; }, kept);
+        std::sort(kept, kept + s.top_groups);
+        const auto expert = [&](int i) { return kept[i / per_group] * per_group + i % per_group; };
+        greatest(s.top_groups * per_group, s.top_k, [&](int i) { return choice[expert(i)]; }, chosen);
+        for (int k = 0; k < s.top_k; k++) chosen[k] = expert(chosen[k]);
+    } else {
+        greatest(s.experts, s.top_k, [&](int e) { return choice[e]; }, chosen);
     }
     float total = 0;
-    for (int k = 0; k < s.top_k; k++) {
-        const int e = (int)(std::max_element(choice, choice + s.experts) - choice);
-        chosen[k] = e, gates[k] = scores[e], choice[e] = NONE;
-        total += scores[e];
-    }
+    for (int k = 0; k < s.top_k; k++) total += gates[k] = scores[chosen[k]];
     const float scale = s.normalise_gates ? s.gate_scale / (total + 1e-20f) : s.gate_scale;
     for (int k = 0; k < s.top_k; k++) gates[k] *= scale;
 }

@@ -1,0 +1,95 @@
+"""Taking turns: contenders checked against each other, timed in rounds, and shown as medians, ratios and spread."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from contenders import Baleen, Contender, LlamaCpp, Transformers, difference, gguf_file, machine
+from torch import Tensor
+
+from baleen.model.transformer import Transformer
+
+LLAMA = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}  # the same bits a weight
+TOLERANCE = {"fp32": 1e-3, "f32": 1e-3, "bf16": 0.1, "int8": 0.1, "q8_0": 0.1, "int4": 0.6}  # against fp32
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=("S", "M", "L"), default="M")
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=["fp32", "int8"], help="Baleen's")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=["transformers", "llama.cpp"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cache", type=Path, default=Path("runs/bench-models"), help="keeps the files for llama.cpp")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def contenders(args: argparse.Namespace, model: Transformer, *, sequences: int, length: int) -> dict[str, Contender]:
+    """Baleen in every format, fp32 first, and the peers that are asked for; llama.cpp at the same bits a weight."""
+    formats = ["fp32", *(format for format in args.formats if format != "fp32")]
+    room = {"sequences": sequences, "length": length}
+    made: dict[str, Contender] = {}
+    for format in formats:
+        made[f"baleen {format}"] = Baleen(model, None if format == "fp32" else format, **room)
+    if "transformers" in args.peers:
+        made["transformers"] = Transformers(model)
+    for format in formats:
+        if "llama.cpp" in args.peers and format in LLAMA:
+            path = gguf_file(model, args.config, LLAMA[format], args.cache)
+            made[f"llama.cpp {LLAMA[format]}"] = LlamaCpp(path, **room)
+    return made
+
+
+def check(made: dict[str, Contender], run: Callable[[Contender], Sequence[Tensor]]) -> dict[str, float]:
+    """How far the logits of each lie from those of the first; an error where it is too far."""
+    first, *others = made
+    reference, found = run(made[first]), {}
+    for name in others:
+        found[name] = max(difference(a, b) for a, b in zip(run(made[name]), reference, strict=True))
+        if found[name] > TOLERANCE.get(name.split()[-1], TOLERANCE["fp32"]):
+            raise SystemExit(f"{name} computes something else than {first}: logits differ by {found[name]:.2g}")
+    return found
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def summary(made: dict[str, Contender], speeds: dict[str, list[float]], differences: dict[str, float]) -> dict:
+    """{baleen, peers, ratios, machine} of tokens a second, one number a round."""
+
+    def row(name: str) -> dict[str, object]:
+        runs, contender = speeds[name], made[name]
+        median = statistics.median(runs)
+        out: dict[str, object] = {"tokens_per_second": median, "spread": (max(runs) - min(runs)) / median}
+        if name in differences:
+            out["logits_differ_by"] = differences[name]
+        return out | ({"path": contender.path} if isinstance(contender, Baleen) else {})
+
+    ours = [name for name in made if isinstance(made[name], Baleen)]
+    peers = [name for name in made if name not in ours]
+    median = {name: statistics.median(speeds[name]) for name in made}
+    return {
+        "baleen": {name.split()[1]: row(name) for name in ours},
+        "peers": {name: row(name) for name in peers},
+        "ratios": {f"{a} / {b}": median[a] / median[b] for a in ours for b in peers},
+        "machine": machine(),
+    }
+
+
+def show(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, row in ({f"baleen {name}": row for name, row in result["baleen"].items()} | result["peers"]).items():
+        note = f"  {row['path']}" if "path" in row else ""
+        print(f"{name:18} {row['tokens_per_second']:9,.1f} tokens/s  spread {row['spread']:4.0%}{note}")
+    for name, ratio in result["ratios"].items():
+        print(f"{name:36} {ratio:6.2f}")
