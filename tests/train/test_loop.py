@@ -16,6 +16,7 @@ from baleen.config import UserError
 from baleen.train import checkpoint, loop
 from baleen.train.checkpoint import load_newest
 from baleen.train.display import Display
+from baleen.parallel.worker import Alone
 from baleen.train.loop import train
 from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.trainer import Trainer, max_violation
@@ -301,24 +302,28 @@ def test_another_thread_count_warns(tiny_recipe, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_told(tiny_recipe, tmp_path, monkeypatch):
-    original = Trainer._forward_backward
+    original = Alone.accumulate
     before_and_after = []
 
     def state(trainer):
         tensors = {**trainer.model.state_dict(), **trainer.optimizer.state_tensors(), **trainer.ema}
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def poisoned(trainer, *args):
-        result = original(trainer, *args)
+    trainers = []
+    init = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *args: (init(self, *args), trainers.append(self))[0])
+
+    def poisoned(worker, *args):
+        totals, trainer = original(worker, *args), trainers[0]
         if trainer.counters.step == 2:
             before_and_after.append(state(trainer))
             trainer.model.lm_head.weight.grad[0, 0] = float("nan")
-            result.loss = result.mtp_loss = float("nan")
+            totals = totals._replace(main=float("nan"), mtp=float("nan"))
         if trainer.counters.step == 3:
             before_and_after.append(state(trainer))
-        return result
+        return totals
 
-    monkeypatch.setattr(Trainer, "_forward_backward", poisoned)
+    monkeypatch.setattr(Alone, "accumulate", poisoned)
     summary, warnings = run(tiny_recipe(train={"ema_decay": 0.5}), tmp_path / "run", max_steps=5)
     before, after = before_and_after
     assert all(tensor.equal(after[name]) for name, tensor in before.items())

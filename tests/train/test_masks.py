@@ -5,7 +5,7 @@ import torch
 
 from baleen.config import Recipe, TrainConfig
 from baleen.data.loader import Batch
-from baleen.train.loss import training_loss
+from baleen.train.loss import Objective, training_loss
 from baleen.train.trainer import Trainer
 
 
@@ -33,8 +33,10 @@ def gradients(model, batch, **train):
     keys = {"tokens": 64, "batch_tokens": 64, "seq_len": 16, "lr": 1e-3, "precision": "fp32", "clip_norm": 1e9}
     recipe = Recipe(model=model.config, train=TrainConfig(**keys, **train))
     trainer = Trainer(recipe, model, OneBatch(batch))
-    result = trainer._forward_backward(batch, 0.3)
-    return result.loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    totals = trainer.worker.accumulate(
+        trainer._micro_batches(batch), Objective(0.3, recipe.train.balance_loss_weight, "fp32")
+    )
+    return totals.main, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])

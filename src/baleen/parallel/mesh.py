@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from baleen.config import ModelConfig, ParallelConfig, UserError
 
+HYBRID = ("replicate", "shard")
 STAGES_PER_RANK = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
 
 
@@ -73,8 +75,17 @@ class Mesh:
         self.data: DeviceMesh = self._all[axes[1:]]._flatten("data")
         self.shard: DeviceMesh = self._all["share", "expert"]._flatten("shard")
         self.replicas: DeviceMesh = self._all["replicate", "share"]._flatten("replicas")
-        self.hybrid: DeviceMesh = _pair(self._all, self.shard) if grid.replicate > 1 else self.shard
+        # FSDP takes (replicate, shard) for HSDP, and one axis where there is only one shard group
+        wide = init_device_mesh(
+            device_type, (grid.pipeline, grid.replicate, grid.share * grid.expert), mesh_dim_names=("pipeline", *HYBRID)
+        )
+        self.hybrid: DeviceMesh = wide[HYBRID] if grid.replicate > 1 else self.shard
         self.hybrid_replicas: DeviceMesh = self._all["replicate", "share"] if grid.replicate > 1 else self._all["share"]
+        # experts are cut over `expert` first and each part over `share`: the order of a stack on disk
+        ranks = torch.arange(grid.world).view(tuple(grid)).transpose(2, 3)
+        self.stored_experts: DeviceMesh = DeviceMesh(
+            device_type, ranks, mesh_dim_names=("pipeline", "replicate", "expert", "share")
+        )["replicate", "expert", "share"]
 
     @property
     def pipeline_rank(self) -> int:

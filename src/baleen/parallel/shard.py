@@ -42,6 +42,7 @@ def shard(module: nn.Module, mesh: Mesh, zero: int) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # else a sum that scales, which gloo does not have
 
 
 def _shard_unit(

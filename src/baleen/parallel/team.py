@@ -1,15 +1,16 @@
-"""Workers that train one model together: data and expert parallel (Team), and with a pipeline besides (PipelineTeam)."""
+"""Workers that train one model together: data and expert parallel (Team), with a pipeline besides (PipelineTeam)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from baleen.config import ModelConfig, ParallelConfig, UserError
 from baleen.model.moe import Gate
@@ -20,6 +21,7 @@ from baleen.parallel.shard import shard, synchronise
 from baleen.parallel.stage import Objective, Stage, Told, split_layers
 from baleen.parallel.worker import MicroBatch, Totals
 
+BIAS = "mlp.gate.e_score_correction_bias"
 EMBEDDING = "model.embed_tokens.weight"
 PipelineSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 TORCH_SCHEDULES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
@@ -40,6 +42,9 @@ class Team:
         self.parallel, self.mesh = parallel, mesh
         self.config: ModelConfig = model.config
         self.device = model.device
+        degrees = {"PP": mesh.grid.pipeline, "DP": mesh.grid.data, "EP": mesh.grid.expert}
+        words = [f"{name}{value}" for name, value in degrees.items() if value > 1] + [f"ZeRO-{parallel.zero}"]
+        self.layout = " ".join([*words, *([parallel.schedule] if mesh.grid.pipeline > 1 else [])])
         self.rank, self.world = dist.get_rank(), mesh.grid.world
         self.data_rank, self.data_ranks = mesh.data_rank, mesh.grid.data
         self.parts: list[nn.Module] = self._cut(model)
@@ -119,6 +124,25 @@ class Team:
         if self.parallel.zero:
             return self.mesh.grid.replicate
         return self.mesh.grid.replicas if ".experts." in name else self.mesh.grid.data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank holds of the model's weights and saved buffers, by name."""
+        dense = self.config.first_k_dense_replace
+        biases = {f"model.layers.{i + dense}.{BIAS}": gate.e_score_correction_bias for i, gate in self.gates.items()}
+        return {name: p.detach() for name, p in self.parameters.items()} | biases
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor shaped like this rank's part of parameter `name`, as a part of the whole: a view."""
+        whole, mesh = self._whole.get(name), self.mesh
+        if whole is None or tensor.shape != self.parameters[name].shape:  # a buffer, or an optimizer's count of steps
+            return tensor
+        if ".experts." in name and mesh.grid.expert > 1:
+            inner = whole.placements[-1] if isinstance(whole, DTensor) and self.parallel.zero else Replicate()
+            shape = (self.config.n_routed_experts, *whole.shape[1:])
+            return _from_local(tensor, mesh.stored_experts, (Replicate(), Shard(0), inner), shape)
+        if isinstance(whole, DTensor):
+            return _from_local(tensor, whole.device_mesh, whole.placements, whole.shape)
+        return tensor
 
     def sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -230,3 +254,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter
+
+
+def _from_local(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -40,7 +40,15 @@ class Worker(Protocol):
     world: int
     data_rank: int  # which share of a batch is this rank's, of data_ranks
     data_ranks: int
-    device: torch.device
+    layout: str  # for people, and for comparing
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> Transformer:
+        """The whole model, where there is one; if it is spread over ranks, all must call it together."""
+        ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those held here, under their names in the whole model."""
@@ -63,12 +71,21 @@ class Worker(Protocol):
         """Over the ranks that hold different sequences."""
         ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank holds of the model's weights and saved buffers, by name; a tied matrix once."""
+        ...
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor shaped like this rank's part of parameter `name`, as a part of the whole: a view."""
+        ...
+
 
 class Alone:
     """One process with the whole model."""
 
     rank = data_rank = 0
     world = data_ranks = 1
+    layout = "one process"
 
     def __init__(self, model: Transformer):
         self.model = model
@@ -101,3 +118,12 @@ class Alone:
 
     def sum(self, value: float) -> float:
         return value
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        if self.model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        return state
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor

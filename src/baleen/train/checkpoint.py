@@ -5,6 +5,8 @@ step-N/model.safetensors       weights and buffers, our names
        optimizer.safetensors   optimizer state by parameter name
        state.json              counters, loader position, RNG, thread count, library versions
        manifest.json           sha256 of each file
+
+Several processes write shards/ in place of the three groups of tensors (`baleen.parallel.state`).
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
 
 from baleen.config import UserError, read_json
+from baleen.parallel.state import SHARDS, Groups, copy_piece, read_shards, require_shape, stored_shapes
 
 MANIFEST = "manifest.json"
 
@@ -34,13 +36,54 @@ class NotSaved(UserError):
     """A checkpoint that the disk refused; those before it stay."""
 
 
+class Stored(Protocol):
+    """A checkpoint that can be continued from."""
+
+    step: int
+    state: dict[str, Any]
+
+    def names(self, group: str) -> list[str]:
+        """Of the tensors of a group: model, optimizer or ema."""
+        ...
+
+    def read_into(self, groups: Groups) -> None:
+        """Fill these tensors, or what lies here of DTensors. Raises UserError for one that is missing or misshapen."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What one step leaves behind: named groups of tensors and a JSON-able state."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Groups
     state: dict[str, Any]
+
+    def names(self, group: str) -> list[str]:
+        return list(self.tensors.get(group, {}))
+
+    def read_into(self, groups: Groups) -> None:
+        for group, tensors in groups.items():
+            for name, target in tensors.items():
+                whole = self.tensors.get(group, {}).get(name)
+                require_shape(name, None if whole is None else whole.shape, target.shape)
+                assert whole is not None
+                copy_piece(target, whole)
+
+
+@dataclass(frozen=True)
+class ShardedCheckpoint:
+    """One that several processes wrote: a folder of shards. Read by all ranks together."""
+
+    step: int
+    directory: Path
+    state: dict[str, Any]
+
+    def names(self, group: str) -> list[str]:
+        return list(stored_shapes(self.directory).get(group, {}))
+
+    def read_into(self, groups: Groups) -> None:
+        read_shards(self.directory, groups)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -58,24 +101,30 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             safetensors.torch.save_file(contiguous, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps(checkpoint.state))
         sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps(sums, indent=1))
-        for file in aside.iterdir():
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        _sync(folder)
+        return publish(aside, final, sums, keep=keep)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise NotSaved(f"checkpoint {final.name} could not be saved ({error}); the one before it stays") from error
-    steps = saved_steps(folder)
-    kept = [step for step in steps if step <= checkpoint.step][-keep:]  # a later one was passed over as torn
-    for step in set(steps) - set(kept):
-        shutil.rmtree(folder / f"step-{step}")
+
+
+def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> Path:
+    """The end of a save: what was written aside, with these checksums, takes its name; old ones go. Raises OSError."""
+    (aside / MANIFEST).write_text(json.dumps(sums, indent=1))
+    for file in [*aside.rglob("*"), aside]:
+        _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    folder = final.parent
+    _sync(folder)
+    steps, step = saved_steps(folder), int(final.name.removeprefix("step-"))
+    kept = [number for number in steps if number <= step][-keep:]  # a later one was passed over as torn
+    for number in set(steps) - set(kept):
+        shutil.rmtree(folder / f"step-{number}")
     return final
 
 
-def load(folder: Path, step: int) -> Checkpoint:
+def load(folder: Path, step: int) -> Stored:
     """Raises TornCheckpoint unless every file is there and has the checksum it was written with."""
     directory = folder / f"step-{step}"
     try:
@@ -87,6 +136,8 @@ def load(folder: Path, step: int) -> Checkpoint:
                 raise TornCheckpoint(f"{directory / name} is torn or altered: its checksum differs")
         if "state.json" not in manifest:
             raise TornCheckpoint(f"{directory / MANIFEST} does not list state.json")
+        if any(name.startswith(f"{SHARDS}/") for name in manifest):
+            return open_step(folder, step)
         names = [name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")]
         tensors = {name: safetensors.torch.load_file(directory / f"{name}.safetensors") for name in names}
         return Checkpoint(step, tensors, read_json(directory / "state.json"))
@@ -94,7 +145,15 @@ def load(folder: Path, step: int) -> Checkpoint:
         raise TornCheckpoint(str(error)) from error
 
 
-def load_newest(folder: Path, warn) -> Checkpoint | None:
+def open_step(folder: Path, step: int) -> Stored:
+    """As `load`, of a checkpoint that another process has already found whole."""
+    directory = folder / f"step-{step}"
+    if not (directory / SHARDS).is_dir():
+        return load(folder, step)
+    return ShardedCheckpoint(step, directory / SHARDS, read_json(directory / "state.json"))
+
+
+def load_newest(folder: Path, warn) -> Stored | None:
     """The newest whole checkpoint; `warn(message)` names each torn one that is passed over. None if there is none.
 
     Raises UserError if there are checkpoints and none is whole.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.config import CostConfig, Recipe
+from baleen.config import CostConfig, Recipe, UserError
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Ledger, Stage, StageName
@@ -26,10 +26,16 @@ from baleen.infer.sampler import SamplingParams
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.model.transformer import Transformer
-from baleen.train import checkpoint
+from baleen.parallel.mesh import Grid, make_grid
+from baleen.parallel.ranks import ALONE, Ranks, fingerprint_of_code, joined
+from baleen.parallel.state import SHARDS
+from baleen.parallel.team import join
+from baleen.parallel.worker import Alone
 from baleen.train.display import Display
+from baleen.train.export import export_shards
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run
+from baleen.train.saver import Saver, TeamSaver
 from baleen.train.track import TrackerKind, open_tracker
 from baleen.train.trainer import StepResult, Trainer, max_violation
 
@@ -51,60 +57,114 @@ def train(
     Ctrl-C and SIGTERM end the step under way, save and return. Returns {run, status ("done" | "stopped"), step, tokens,
     train_seconds, loss, heldout_bpb, weights_sha256}. Raises UserError for bad input, having overwritten nothing.
     """
-    display = display or Display()
-    open_run(run_dir, recipe, resume=resume)
-    tracker = open_tracker(track, run_dir, recipe.model_dump())
+    with joined(recipe.parallel.timeout_seconds) as ranks:
+        return _train(recipe, run_dir, ranks, resume, max_steps, track, display or Display(quiet=ranks.rank > 0))
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    ranks: Ranks,
+    resume: bool,
+    max_steps: int | None,
+    track: TrackerKind,
+    display: Display,
+) -> dict[str, Any]:
+    """`train` on one of several ranks: rank 0 keeps the run directory and the ledger."""
+    grid = check_layout(recipe, ranks)
+    ranks.lead(lambda: open_run(run_dir, recipe, resume=resume))
+    tracker = open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump())
     keep_freed_memory()
-    with run_stage(recipe.cost, run_dir, "data"):
+    with run_stage(recipe.cost, run_dir, "data", ranks):
         prepared = _prepare(recipe, run_dir, display)
-    with run_stage(recipe.cost, run_dir, "pretrain") as stage, display, Interruption() as interruption:
-        run = _Run(recipe, run_dir, prepared, stage, display)
-        metrics = Metrics(run_dir, run.trainer.counters.step)
+    with run_stage(recipe.cost, run_dir, "pretrain", ranks) as stage, display, Interruption() as interruption:
+        run = _Run(recipe, run_dir, prepared, stage, display, ranks, grid)
+        metrics = Metrics(run_dir, run.trainer.counters.step) if ranks.rank == 0 else None
         last_step = math.inf if max_steps is None else max_steps
+        stopped = False
         try:
-            while not run.trainer.done and run.trainer.counters.step < last_step and not interruption.wanted:
+            while not run.trainer.done and run.trainer.counters.step < last_step and not stopped:
                 row = run.step()
-                metrics.write(row)
+                if metrics is not None:
+                    metrics.write(row)
                 tracker.log(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
                 run.save_if_due()
+                stopped = run.agree(interruption)
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
             tracker.close()
-        stopped = interruption.wanted
         if stopped:
             stage.interrupted()
         saved = run.save()
     if stopped:
-        where = "and saved" if saved else f"and NOT saved; step {run.saved_step} is the last that is"
+        where = "and saved" if saved else f"and NOT saved; step {run.saver.saved_step} is the last that is"
         display.say(f"stopped at step {run.trainer.counters.step} {where}; go on with --resume")
         return run.summary("stopped", None)
-    with run_stage(recipe.cost, run_dir, "eval"):
+    with run_stage(recipe.cost, run_dir, "eval", ranks):
         heldout = run.heldout_bpb()
-    with run_stage(recipe.cost, run_dir, "export"):
+    with run_stage(recipe.cost, run_dir, "export", ranks):
         run.export(heldout)
     return run.summary("done", heldout)
+
+
+def check_layout(recipe: Recipe, ranks: Ranks) -> Grid:
+    """The grid of ranks. Raises UserError if it does not divide, or if the ranks were started differently."""
+    train, grid = recipe.train, make_grid(recipe.parallel, recipe.model, ranks.world)
+    if ranks.world == 1:
+        return grid
+    ranks.require_equal({"recipe": recipe.to_toml(), "version of the code": fingerprint_of_code()})
+    sequences, at_once = train.batch_tokens // train.seq_len, grid.data * max(1, train.micro_batch_size)
+    if sequences % at_once:
+        near = max(1, round(sequences / at_once)) * at_once * train.seq_len
+        raise UserError(
+            f"train.batch_tokens={train.batch_tokens} are {sequences} sequences, which do not divide over {grid.data} "
+            f"data-parallel ranks with train.micro_batch_size={train.micro_batch_size}: take {near}"
+        )
+    if train.eval_every:
+        raise UserError("train.eval_every is for one process: set it to 0 and use `baleen eval` on the run's model")
+    if train.optimizer == "muon" and recipe.parallel.zero:
+        raise UserError("Muon needs whole matrices: take parallel.zero=0, or train.optimizer=adamw")
+    return grid
 
 
 class _Run:
     """One process's work on a run: the trainer, and what is told and saved on its way."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, prepared: Prepared, stage: Stage, display: Display):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        prepared: Prepared,
+        stage: Stage,
+        display: Display,
+        ranks: Ranks,
+        grid: Grid,
+    ):
         self.recipe, self.run_dir, self.prepared, self.stage, self.display = recipe, run_dir, prepared, stage, display
+        self.ranks = ranks
         model = Transformer(recipe.model).to(device())
         model.init_weights(recipe.train.seed)
-        self.trainer = Trainer(recipe, model, Loader(prepared.train, seed=recipe.train.seed))
-        self.checkpoints = run_dir / "checkpoints"
-        newest = checkpoint.load_newest(self.checkpoints, display.warn)
+        parameters = sum(p.numel() for p in model.parameters())
+        worker = Alone(model) if ranks.world == 1 else join(model, recipe.parallel, grid)
+        loader = Loader(prepared.train, seed=recipe.train.seed, rank=worker.data_rank, world_size=worker.data_ranks)
+        self.trainer = Trainer(recipe, worker, loader)
+        folder, keep = run_dir / "checkpoints", recipe.train.keep_checkpoints
+        self.saver = (
+            Saver(folder, keep=keep, warn=display.warn)
+            if ranks.world == 1
+            else TeamSaver(folder, keep=keep, warn=display.warn, ranks=ranks)
+        )
+        newest = self.saver.newest()
         if newest is not None:
             for difference in self.trainer.restore(newest):
                 display.warn(f"this run will not repeat bit for bit: {difference}")
-        self.saved_step = self.trainer.counters.step
         self._before = self.trainer.counters.wall_seconds, self.trainer.counters.seconds, self.trainer.counters.tokens
         self._started = time.monotonic()
         self._next_sample = self._before[0] + FIRST_SAMPLE_SECONDS
         self._recent: deque[StepResult] = deque(maxlen=100)
-        parameters = sum(p.numel() for p in model.parameters())
-        display.say(f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {self.trainer.precision}, on {device()}")
+        where = f"{worker.layout} on {device()}"
+        display.say(f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {self.trainer.precision}, {where}")
 
     def step(self) -> dict[str, Any]:
         """One training step and what falls due after it; returns its row of metrics.jsonl."""
@@ -128,7 +188,7 @@ class _Run:
         if train.eval_every and counters.step % train.eval_every == 0:
             row["heldout_bpb"] = self.heldout_bpb()
         self._tick()
-        if train.sample_every_seconds and counters.wall_seconds >= self._next_sample:
+        if self.ranks.world == 1 and train.sample_every_seconds and counters.wall_seconds >= self._next_sample:
             self._next_sample = counters.wall_seconds + train.sample_every_seconds
             row["sample"] = self._sample()
         self._tick()
@@ -170,9 +230,9 @@ class _Run:
         return f"{prompt} {text}".strip()
 
     def heldout_bpb(self) -> float | None:
-        """Bits per byte on the held-out text; None if nothing was held out."""
+        """Bits per byte on the held-out text; None if nothing was held out, or the model is spread over ranks."""
         prepared, window = self.prepared, self.recipe.train.seq_len
-        if not prepared.heldout:
+        if not prepared.heldout or self.ranks.world > 1:
             return None
         result = bits_per_byte(self.trainer.model, prepared.tokenizer, prepared.heldout, window=window)
         return result["bits_per_byte"]
@@ -181,25 +241,30 @@ class _Run:
         """Called when the step's row is written, so that no checkpoint is ahead of metrics.jsonl."""
         every = self.recipe.train.checkpoint_every
         if every and self.trainer.counters.step % every == 0:
-            self.save()
+            self._begin_save()
 
     def save(self) -> bool:
-        """A checkpoint of now, unless this step has one; whether there is one then. A disk that refuses it costs only
-        this checkpoint."""
-        step = self.trainer.counters.step
-        if step == self.saved_step:
-            return True
-        self._tick()
-        try:
-            checkpoint.save(self.checkpoints, self.trainer.checkpoint(), keep=self.recipe.train.keep_checkpoints)
-            self.saved_step = step
-        except checkpoint.NotSaved as error:
-            self.display.warn(str(error))
-        return step == self.saved_step
+        """A checkpoint of now, unless this step has one; whether it is on the disk then."""
+        self._begin_save()
+        self.saver.settle(wait=True)
+        return self.trainer.counters.step == self.saver.saved_step
+
+    def _begin_save(self) -> None:
+        self.saver.settle(wait=False)
+        if self.trainer.counters.step != self.saver.saved_step:
+            self._tick()
+            self.saver.save(self.trainer.checkpoint())
+
+    def agree(self, interruption: Interruption) -> bool:
+        """Whether any rank is to stop. Clocks differ from rank to rank, and schedules may depend on them."""
+        wanted, wall = self.ranks.largest([float(interruption.wanted), self.trainer.counters.wall_seconds])
+        self.trainer.counters.wall_seconds = wall
+        self.saver.settle(wait=False)
+        return bool(wanted)
 
     def export(self, heldout_bpb: float | None) -> None:
         """model/ (and model-ema/) in Hugging Face layout."""
-        recipe, model = self.recipe, self.trainer.model
+        recipe = self.recipe
         card = model_card(
             recipe.model,
             name=recipe.name,
@@ -208,6 +273,21 @@ class _Run:
             sources=recipe.data.sources,
             cost=card_paragraph(cost_card(self.run_dir)),
         )
+        if self.ranks.world > 1:
+            shards = self.saver.folder / f"step-{self.saver.saved_step}" / SHARDS
+            for group in ["model", "ema"] if self.trainer.ema else ["model"]:
+                export_shards(
+                    shards,
+                    group,
+                    self.run_dir / {"model": "model", "ema": "model-ema"}[group],
+                    recipe.model,
+                    self.ranks,
+                    dtype=torch.float32,
+                    tokenizer=self.prepared.tokenizer,
+                    card=card,
+                )
+            return
+        model = self.trainer.model
         save_model(model, self.run_dir / "model", tokenizer=self.prepared.tokenizer, card=card)
         if self.trainer.ema:
             averaged = Transformer(recipe.model).to(model.device)
@@ -226,8 +306,12 @@ class _Run:
             "loss": loss if math.isfinite(loss) else None,
             "heldout_bpb": heldout_bpb,
             "max_violation_pooled": self._pooled_violation() if self._recent else None,
-            "weights_sha256": weights_sha256(self.trainer.model.state_dict()),
+            "weights_sha256": self.ranks.digest_of_all(weights_sha256(self._weights())),
         }
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Those held here."""
+        return self.trainer.model.state_dict() if self.ranks.world == 1 else self.trainer.worker.tensors()
 
     def _pooled_violation(self) -> float:
         """max_violation of the last 100 steps' loads added up: what is left of imbalance when chance averages out."""
@@ -259,14 +343,14 @@ def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
     )
 
 
-def run_stage(cost: CostConfig, run_dir: Path, name: StageName) -> Stage:
-    """The ledger's stage: a device is a GPU, or a thread of the CPU."""
+def run_stage(cost: CostConfig, run_dir: Path, name: StageName, ranks: Ranks = ALONE) -> Stage:
+    """The ledger's stage, kept by rank 0 for all: a device is a GPU, or a thread of the CPU."""
     gpu = device().type == "cuda"
     device_name = torch.cuda.get_device_name() if gpu else "cpu"
-    return Ledger.open(run_dir, project=cost.project).stage(
+    return Ledger.open(run_dir, project=cost.project, rank=ranks.rank).stage(
         name,
         purpose=cost.purpose,
-        devices=1 if gpu else torch.get_num_threads(),
+        devices=ranks.world * (1 if gpu else torch.get_num_threads()),
         device_name=device_name,
         rate=rate_card(device_name, cost.usd_per_device_hour),
     )

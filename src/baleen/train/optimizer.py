@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from baleen.config import TrainConfig, UserError
+from baleen.parallel.worker import Worker
 from baleen.train.muon import Muon
 from baleen.train.precision import multiplies_bf16
 
@@ -13,7 +16,7 @@ from baleen.train.precision import multiplies_bf16
 class Optimizer:
     """One or two torch optimizers that step as one; its state is a flat dict of tensors by parameter name."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(self, model: nn.Module | Worker, config: TrainConfig):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in named.items() if config.optimizer == "muon" and _is_hidden_matrix(n, p)}
         apart = {n for n in named if config.embedding_lr_scale != 1.0 and n.endswith("embed_tokens.weight")}
@@ -54,6 +57,16 @@ class Optimizer:
             for part in self.parts
             for key, value in part.state.get(parameter, {}).items()
         }
+
+    def empty_state_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Room for those of `names`, keys of `state_tensors`, that are of parameters held here."""
+        room = {}
+        for key in names:
+            name, _, state = key.rpartition(".")
+            if name in self._named:
+                parameter = self._named[name]
+                room[key] = torch.zeros(()) if state == "step" else torch.zeros_like(parameter, requires_grad=False)
+        return room
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse. Raises UserError if a tensor is of no parameter, of another shape or of another optimizer."""

@@ -45,7 +45,8 @@ class Schedules:
     def mtp_loss_weight(self, tokens: float) -> float:
         return self.recipe.train.mtp_loss_weight * self.curves["mtp_loss_weight"](tokens)
 
-    def batch_sequences(self, tokens: float) -> int:
-        """Sequences of the next step, at least one."""
+    def batch_sequences(self, tokens: float, multiple: int = 1) -> int:
+        """Sequences of the next step, to the nearest multiple, at least one."""
         train = self.recipe.train
-        return max(1, round(train.batch_tokens * self.curves["batch_tokens"](tokens) / train.seq_len))
+        sequences = train.batch_tokens * self.curves["batch_tokens"](tokens) / train.seq_len
+        return multiple * max(1, round(sequences / multiple))

@@ -14,10 +14,11 @@ from baleen.config import Recipe, UserError
 from baleen.data.loader import Batch, Loader
 from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
-from baleen.train.checkpoint import Checkpoint
-from baleen.train.loss import training_loss
+from baleen.parallel.worker import Alone, MicroBatch, Worker
+from baleen.train.checkpoint import Checkpoint, Stored
+from baleen.train.loss import Objective
 from baleen.train.optimizer import Optimizer
-from baleen.train.precision import Precision, computing_in, resolve_precision
+from baleen.train.precision import Precision, resolve_precision
 from baleen.train.schedule import Schedules
 
 
@@ -58,13 +59,19 @@ def max_violation(loads: list[Tensor]) -> float:
 class Trainer:
     """A model with its optimizer, loader, schedules and counters: everything that a checkpoint must bring back."""
 
-    def __init__(self, recipe: Recipe, model: Transformer, loader: Loader):
-        self.recipe, self.model, self.loader = recipe, model, loader
-        self.optimizer = Optimizer(model, recipe.train)
+    def __init__(self, recipe: Recipe, worker: Worker | Transformer, loader: Loader):
+        """worker: this process's share of the work; a whole model works alone."""
+        self.recipe, self.loader = recipe, loader
+        self.worker: Worker = Alone(worker) if isinstance(worker, Transformer) else worker
+        self.optimizer = Optimizer(self.worker, recipe.train)
         self.schedules = Schedules(recipe)
-        self.precision: Precision = resolve_precision(recipe.train.precision, model.device)
+        self.precision: Precision = resolve_precision(recipe.train.precision, self.worker.device)
         self.counters = Counters()
-        self.ema = {n: t.detach().clone() for n, t in weights_of(model).items()} if recipe.train.ema_decay else {}
+        self.ema = {n: t.detach().clone() for n, t in self.worker.tensors().items()} if recipe.train.ema_decay else {}
+
+    @property
+    def model(self) -> Transformer:
+        return self.worker.model
 
     @property
     def position(self) -> float:
@@ -81,100 +88,104 @@ class Trainer:
         """One optimizer step over one global batch. A gradient that is not finite changes nothing but `skipped`."""
         started = time.monotonic()
         train, position = self.recipe.train, self.position
-        batch = self.loader.next_batch(self.schedules.batch_sequences(position))
+        sequences = self.schedules.batch_sequences(position, multiple=self._sequences_at_once)
+        batch = self.loader.next_batch(sequences)
         self.optimizer.zero_grad()
-        result = self._forward_backward(batch, self.schedules.mtp_loss_weight(position))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-        result.grad_norm, result.lr = norm.item(), self.schedules.lr(position)
+        objective = Objective(self.schedules.mtp_loss_weight(position), train.balance_loss_weight, self.precision)
+        totals = self.worker.accumulate(self._micro_batches(batch), objective)
+        norm = self.worker.clip_gradients(train.clip_norm)
+        lr = self.schedules.lr(position)
         if torch.isfinite(norm):
-            self.optimizer.step(result.lr)
-            for gate, load in zip(self.model.gates, result.loads, strict=False):
-                gate.update_bias(load, self.schedules.bias_update_speed(position))
+            self.optimizer.step(lr)
+            for place, gate in self.worker.gates.items():
+                if place < len(totals.loads):  # the MTP layers may be left out
+                    gate.update_bias(totals.loads[place], self.schedules.bias_update_speed(position))
             if self.ema:
-                weights, step = weights_of(self.model), self.counters.step
+                weights, step = self.worker.tensors(), self.counters.step
                 decay = min(train.ema_decay, (1 + step) / (10 + step))  # else short runs average their random start
                 for name, average in self.ema.items():
                     average.lerp_(weights[name], 1 - decay)
         else:
             self.counters.skipped += 1
         self.counters.step += 1
-        result.tokens = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-        result.seconds = time.monotonic() - started
-        self.counters.tokens += result.tokens
-        self.counters.seconds += result.seconds
-        return result
+        tokens, seconds = sequences * (batch.tokens.shape[1] - 1), time.monotonic() - started
+        self.counters.tokens += tokens
+        self.counters.seconds += seconds
+        main, mtp, balance, loads = totals
+        return StepResult(main, mtp, balance, norm.item(), lr, loads, tokens, seconds)
 
-    def _forward_backward(self, batch: Batch, mtp_loss_weight: float) -> StepResult:
-        """Accumulates gradients over micro-batches, each weighted by its share of the learnt targets."""
-        B = batch.tokens.shape[0]
-        size = self.recipe.train.micro_batch_size or B
-        total = StepResult(0.0, 0.0, 0.0, 0.0, 0.0, [])
+    @property
+    def _sequences_at_once(self) -> int:
+        """Batches of several ranks are multiples of this, so that all of them run as many micro-batches of one size."""
+        ranks = self.worker.data_ranks
+        return 1 if self.worker.world == 1 else ranks * max(1, self.recipe.train.micro_batch_size)
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's sequences by micro-batches, each with its share of the learnt targets of the whole batch."""
+        size = self.recipe.train.micro_batch_size or len(batch.tokens)
         documents = batch.document_ids if self.recipe.train.document_mask else None
-        for start in range(0, B, size):
-            tokens, document_ids, loss_mask = (
-                None if rows is None else rows[start : start + size].to(self.model.device)
-                for rows in (batch.tokens, documents, batch.loss_mask)
+        cut = [
+            MicroBatch(*rows, share=1.0)
+            for rows in zip(
+                *(
+                    [None] * -(-len(batch.tokens) // size) if rows is None else rows.to(self.worker.device).split(size)
+                    for rows in (batch.tokens, documents, batch.loss_mask)
+                ),
+                strict=True,
             )
-            assert tokens is not None
-            share = tokens.shape[0] / B
-            if batch.loss_mask is not None and loss_mask is not None:
-                share = float(loss_mask[:, 1:].sum() / batch.loss_mask[:, 1:].sum().clamp(min=1))
-            with computing_in(self.precision, self.model.device):
-                loss = training_loss(
-                    self.model,
-                    tokens,
-                    mtp_loss_weight=mtp_loss_weight,
-                    balance_loss_weight=self.recipe.train.balance_loss_weight,
-                    document_ids=document_ids,
-                    loss_mask=loss_mask,
-                )
-            (loss.total * share).backward()
-            total.loss += loss.main.item() * share
-            total.mtp_loss += loss.mtp.item() * share
-            total.balance_loss += loss.balance.item() * share
-            total.loads = [a + b for a, b in zip(total.loads, loss.loads, strict=True)] if total.loads else loss.loads
-        return total
+        ]
+        learnt = [len(m.tokens) if m.loss_mask is None else int(m.loss_mask[:, 1:].sum()) for m in cut]
+        total = max(1.0, self.worker.sum(sum(learnt)))
+        return [m._replace(share=count / total) for m, count in zip(cut, learnt, strict=True)]
 
     def checkpoint(self) -> Checkpoint:
-        tensors = {"model": weights_of(self.model), "optimizer": self.optimizer.state_tensors()}
+        """Of tensors that are spread over ranks it holds this rank's part, as DTensors."""
+        tensors = {"model": self.worker.tensors(), "optimizer": self.optimizer.state_tensors()}
         if self.ema:
             tensors["ema"] = self.ema
+        tensors = {group: self._placed(group, members) for group, members in tensors.items()}
         state = {
             "counters": asdict(self.counters),
             "loader": self.loader.state_dict(),
             "rng": {"torch": torch.get_rng_state().tolist(), "python": random.getstate()},
-            "environment": environment(self.precision),
+            "environment": self._environment(),
         }
         return Checkpoint(self.counters.step, tensors, state)
 
-    def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Continue from a checkpoint; returns what differs from the machine that wrote it, in words.
+    def restore(self, checkpoint: Stored) -> list[str]:
+        """Continue from a checkpoint of any layout; returns what differs from the run that wrote it, in words.
 
         Raises UserError if the checkpoint is of another model.
         """
-        try:
-            weights = checkpoint.tensors["model"]
-            if self.model.config.tie_word_embeddings:
-                weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
-            self.model.load_state_dict(weights, assign=False)
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"checkpoint step-{checkpoint.step} is of another model: {reason}") from None
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
-        for name, tensor in self.ema.items():
-            tensor.copy_(checkpoint.tensors["ema"][name])
+        optimizer = self.optimizer.empty_state_tensors(checkpoint.names("optimizer"))
+        groups = {"model": self.worker.tensors(), "optimizer": optimizer, "ema": self.ema}
+        if self.worker.world == 1:
+            unknown = set(checkpoint.names("model")) - set(groups["model"])
+            if unknown:
+                raise UserError(f"checkpoint step-{checkpoint.step} is of another model: it has {min(unknown)}")
+        checkpoint.read_into({group: self._placed(group, members) for group, members in groups.items()})
+        self.optimizer.load_state_tensors(optimizer)
         state: dict[str, Any] = checkpoint.state
         self.counters = Counters(**state["counters"])
         self.loader.load_state_dict(state["loader"])
         torch.set_rng_state(torch.tensor(state["rng"]["torch"], dtype=torch.uint8))
         version, internal, gauss = state["rng"]["python"]
         random.setstate((version, tuple(internal), gauss))
-        now, then = environment(self.precision), state["environment"]
+        now, then = self._environment(), state["environment"]
         return [f"{key} was {then.get(key)}, is {now[key]}" for key in now if now[key] != then.get(key)]
+
+    def _placed(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each as a part of the whole; an optimizer's tensors are named PARAMETER.STATE."""
+        parameter_of = (lambda name: name.rpartition(".")[0]) if group == "optimizer" else str
+        return {name: self.worker.placed(parameter_of(name), tensor) for name, tensor in tensors.items()}
+
+    def _environment(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to equal the straight one bit for bit."""
+        return {**environment(self.precision), "layout": self.worker.layout}
 
 
 def environment(precision: Precision) -> dict[str, Any]:
-    """What must be equal for a resumed run to equal the straight one bit for bit."""
+    """What of the machine decides over the last bit of a step."""
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -182,11 +193,3 @@ def environment(precision: Precision) -> dict[str, Any]:
         "precision": precision,
         "kernels": kernels(),
     }
-
-
-def weights_of(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, a tied matrix once."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state

@@ -1,0 +1,127 @@
+"""When checkpoints are written: at once by one process, beside the training by several."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from baleen.parallel.ranks import Ranks
+from baleen.parallel.state import SHARDS, begin_save, shard_file
+from baleen.train import checkpoint
+from baleen.train.checkpoint import Checkpoint, Stored
+
+POLL_SECONDS = 0.05
+
+
+class Saver:
+    """Checkpoints of one process. A disk that refuses one costs only that one."""
+
+    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]):
+        self.folder, self.keep, self.warn = folder, keep, warn
+        self.saved_step = 0
+
+    def newest(self) -> Stored | None:
+        """The newest whole checkpoint to continue from."""
+        newest = checkpoint.load_newest(self.folder, self.warn)
+        self.saved_step = 0 if newest is None else newest.step
+        return newest
+
+    def save(self, taken: Checkpoint) -> None:
+        try:
+            checkpoint.save(self.folder, taken, keep=self.keep)
+            self.saved_step = taken.step
+        except checkpoint.NotSaved as error:
+            self.warn(str(error))
+
+    def settle(self, *, wait: bool) -> None:
+        """Finish a save that is under way, if it can be or must be. Called after every step."""
+
+
+class TeamSaver(Saver):
+    """Checkpoints of several processes: `save` copies tensors aside, `settle` publishes what all ranks have written.
+
+    All ranks call every method together.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None], ranks: Ranks):
+        super().__init__(folder, keep=keep, warn=warn)
+        self.ranks = ranks
+        self.talk = dist.new_group(backend="gloo")
+        self._pending: tuple[Checkpoint, Future[Any]] | None = None
+
+    def newest(self) -> Stored | None:
+        found = self.ranks.lead(lambda: checkpoint.load_newest(self.folder, self.warn))
+        step = int(self.ranks.largest([-1.0 if found is None else found.step])[0])
+        if step < 0:
+            return None
+        self.saved_step = step
+        return found or checkpoint.open_step(self.folder, step)
+
+    def save(self, taken: Checkpoint) -> None:
+        self.settle(wait=True)
+        self.ranks.lead(lambda: _fresh(self._aside(taken.step) / SHARDS))
+        self._pending = taken, begin_save(self._aside(taken.step) / SHARDS, taken.tensors, self.talk)
+
+    def settle(self, *, wait: bool) -> None:
+        if self._pending is None:
+            return
+        taken, future = self._pending
+        while self.ranks.largest([float(not future.done())])[0]:
+            if not wait:
+                return
+            time.sleep(POLL_SECONDS)
+        self._pending = None
+        aside, final = self._aside(taken.step), self.folder / f"step-{taken.step}"
+        fault = future.exception()
+        mine = aside / SHARDS / shard_file(self.ranks.rank)
+        digest = b"" if fault or not mine.is_file() else bytes.fromhex(checkpoint.sha256(mine))
+        if self.ranks.largest([float(fault is not None)])[0]:
+            if self.ranks.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.warn(f"checkpoint {final.name} could not be saved ({fault}); the one before it stays")
+            return
+        sums = self._gather(digest)
+        published = self.ranks.lead(lambda: self._publish(aside, final, taken, sums))
+        if self.ranks.largest([float(bool(published))])[0]:
+            self.saved_step = taken.step
+
+    def _publish(self, aside: Path, final: Path, taken: Checkpoint, sums: dict[str, str]) -> bool:
+        try:
+            (aside / "state.json").write_text(json.dumps(taken.state))
+            sums = {**sums, "state.json": checkpoint.sha256(aside / "state.json")}
+            checkpoint.publish(aside, final, sums, keep=self.keep)
+            return True
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            self.warn(f"checkpoint {final.name} could not be saved ({error}); the one before it stays")
+            return False
+
+    def _gather(self, digest: bytes) -> dict[str, str]:
+        """{file: sha256} of every rank that wrote one."""
+        mine = torch.zeros(33, dtype=torch.uint8)
+        if digest:
+            mine[:] = torch.frombuffer(bytearray(b"\1" + digest), dtype=torch.uint8)
+        all_sums = torch.empty(self.ranks.world * 33, dtype=torch.uint8)
+        dist.all_gather_into_tensor(all_sums, mine, group=self.talk)
+        return {
+            f"{SHARDS}/{shard_file(rank)}": bytes(row[1:].tolist()).hex()
+            for rank, row in enumerate(all_sums.view(-1, 33))
+            if row[0]
+        }
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".aside-step-{step}"
+
+
+def _fresh(directory: Path) -> None:
+    shutil.rmtree(directory.parent, ignore_errors=True)
+    os.makedirs(directory)
