@@ -1,11 +1,13 @@
 """Processors and draws, held to plain loops over one row."""
 
+import math
+
 import pytest
 import torch
 from chi_square import chi_square_excess
 
 from baleen.config import UserError
-from baleen.infer.sampler import Place, SamplingParams, choose, gumbel
+from baleen.infer.sampler import Place, SamplingParams, _keys, choose, gumbel
 
 
 def reference(logits, params):
@@ -83,13 +85,38 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_noise_depends_on_seed_place_and_token():
-    ids = torch.arange(1000)
+    ids = torch.arange(1000, dtype=torch.int32)
     logits = torch.zeros(1, 1000)
     drawn = {(s, i): int(choose(logits, [Place(SamplingParams(), s, (), i)])) for s in range(4) for i in range(4)}
-    assert len(set(drawn.values())) == 16
-    noise = gumbel(torch.tensor([[1], [2]]), ids)
-    assert torch.equal(noise[1:], gumbel(torch.tensor([[2]]), ids)) and len(noise.unique()) == 2000
-    assert torch.equal(noise[:, 3:5], gumbel(torch.tensor([[1], [2]]), ids[3:5]))
+    assert len(set(drawn.values())) >= 14  # 16 of 1,000 rarely coincide
+    keys = torch.tensor([[1, 0], [2, 0], [1, 1]], dtype=torch.int32)
+    noise = gumbel(keys, ids)
+    assert torch.equal(noise[1:2], gumbel(keys[1:2], ids)) and len(noise.unique()) == 3000
+    assert torch.equal(noise[:, 3:5], gumbel(keys, ids[3:5]))
+
+
+def test_noise_is_gumbel_and_uncorrelated():
+    """A million numbers, over consecutive places of consecutive seeds: moments, and neighbours in every direction."""
+    places = [Place(SamplingParams(), seed, (), index) for seed in range(32) for index in range(32)]
+    noise = gumbel(_keys(places, torch.device("cpu")), torch.arange(1024, dtype=torch.int32)).double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.006) and noise.var().item() == pytest.approx(
+        math.pi**2 / 6, abs=0.02
+    )
+    uniform = (-(-noise).exp()).exp()
+    counts = torch.histc(uniform, 256, 0, 1)
+    assert chi_square_excess(counts.long(), torch.full((256,), 1 / 256, dtype=torch.float64)) < 4
+    grid = (uniform - 0.5).view(32, 32, 1024) * math.sqrt(12)
+    for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1]), (grid[..., 1:], grid[..., :-1])):
+        assert abs((a * b).mean().item()) < 0.004  # four standard deviations
+    assert noise.isfinite().all()
+
+
+def test_the_ends_of_the_noise_are_finite():
+    every = torch.arange(-(2**31), 2**31, 2**12 + 1, dtype=torch.int64).int()
+    assert gumbel(torch.zeros(1, 2, dtype=torch.int32), every).isfinite().all()
+    one = torch.full((3000, 4), -math.inf)
+    one[:, 2] = 0.0
+    assert set(choose(one, [Place(SamplingParams(), 0, (), i) for i in range(3000)]).tolist()) == {2}
 
 
 def test_logits_are_not_changed():

@@ -117,52 +117,62 @@ def choose(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     drawn = [r for r, place in enumerate(places) if place.params.temperature > 0]
     if not drawn:
         return logits_RZ.argmax(-1)
-    cut = [r for r in drawn if places[r].params.top_k or places[r].params.top_p < 1]
-    whole = [r for r in drawn if not (places[r].params.top_k or places[r].params.top_p < 1)]
-    greedy = [r for r, place in enumerate(places) if place.params.temperature == 0]
     tokens_R = torch.empty(len(places), dtype=torch.long, device=logits_RZ.device)
+    whole, cut = _split(drawn, [bool(places[r].params.top_k or places[r].params.top_p < 1) for r in drawn])
+    greedy = [r for r, place in enumerate(places) if place.params.temperature == 0]
     if greedy:
         tokens_R[greedy] = logits_RZ[greedy].argmax(-1)
     for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_best)):
         if rows:
             some = [places[r] for r in rows]
-            chosen_RZ = logits_RZ if len(rows) == len(places) else logits_RZ[rows]
-            temperature_R1 = _column([p.params.temperature for p in some], logits_RZ.device)
-            tokens_R[rows] = draw(chosen_RZ.double() / temperature_R1, some)
+            wide = torch.promote_types(logits_RZ.dtype, torch.float32)
+            scaled_RZ = (logits_RZ if len(rows) == len(places) else logits_RZ[rows]).to(wide)
+            tokens_R[rows] = draw(scaled_RZ / _column([place.params.temperature for place in some], scaled_RZ), some)
     return tokens_R
 
 
 def _draw_from_all(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     """Gumbel-max over the vocabulary, less what min_p forbids."""
-    device = scaled_RZ.device
-    scores_RZ = scaled_RZ + gumbel(_keys(places, device), torch.arange(scaled_RZ.shape[1], device=device))
+    ids_Z = torch.arange(scaled_RZ.shape[1], dtype=torch.int32, device=scaled_RZ.device)
+    scores_RZ = gumbel(_keys(places, scaled_RZ.device), ids_Z) + scaled_RZ
     if any(place.params.min_p for place in places):
-        least_R1 = scaled_RZ.amax(-1, keepdim=True) + _column([_log(p.params.min_p) for p in places], device)
+        least_R1 = scaled_RZ.amax(-1, keepdim=True) + _column([_log(p.params.min_p) for p in places], scaled_RZ)
         scores_RZ = scores_RZ.masked_fill(scaled_RZ < least_R1, -math.inf)
     return scores_RZ.argmax(-1)
 
 
-def _draw_from_best(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
-    """The top k; of those the fewest that reach top p; of those all with min p times the probability of the best."""
-    Z, device = scaled_RZ.shape[1], scaled_RZ.device
-    top_k = [min(place.params.top_k or Z, Z) for place in places]
-    top_k_R1, top_p_R1 = _column(top_k, device), _column([p.params.top_p for p in places], device)
-    total_R1 = scaled_RZ.logsumexp(-1, keepdim=True)
-    for width in (min(NUCLEUS, Z), Z):
-        best_RK, ids_RK = scaled_RZ.topk(width, dim=-1)
-        probs_RK = (best_RK - total_R1).exp()
-        inside_RK = torch.arange(width, device=device) < top_k_R1
-        reached_RK = (probs_RK * inside_RK).cumsum(-1)
-        # The share is one of the top k's sum: known if they are all here, and 1 if they are everything.
-        known_R1 = top_k_R1 <= width
-        goal_R1 = top_p_R1 * torch.where(known_R1, reached_RK[:, -1:], 1.0)
-        if bool((known_R1 | ((top_k_R1 == Z) & (top_p_R1 < 1) & (reached_RK[:, -1:] >= goal_R1))).all()):
-            break
-    inside_RK &= (reached_RK - probs_RK * inside_RK < goal_R1) | (top_p_R1 >= 1)
-    inside_RK &= probs_RK >= _column([place.params.min_p for place in places], device) * probs_RK[:, :1]
-    scores_RK = best_RK + gumbel(_keys(places, device), ids_RK)
-    at_R1 = scores_RK.masked_fill(~inside_RK, -math.inf).argmax(-1, keepdim=True)
-    return ids_RK.gather(1, at_R1).squeeze(1)
+def _draw_from_best(scaled_RZ: Tensor, places: Sequence[Place], width: int = NUCLEUS) -> Tensor:
+    """The top k; of those the fewest that reach top p; of those all with min p times the probability of the best.
+
+    Looks at the `width` best only; places at which these are not enough are drawn once more, from all.
+    """
+    Z = scaled_RZ.shape[1]
+    width = min(width, Z)
+    top_k_R1 = _column([min(place.params.top_k or Z, Z) for place in places], scaled_RZ)
+    top_p_R1 = _column([place.params.top_p for place in places], scaled_RZ)
+    best_RK, ids_RK = scaled_RZ.topk(width, dim=-1)
+    probs_RK = (best_RK - scaled_RZ.logsumexp(-1, keepdim=True)).exp()
+    kept_RK = torch.arange(width, device=scaled_RZ.device) < top_k_R1
+    reached_RK = (probs_RK * kept_RK).cumsum(-1)
+    # The share is one of the top k's sum: known if they are all here, and 1 if they are everything.
+    is_known_R1 = top_k_R1 <= width
+    goal_R1 = top_p_R1 * torch.where(is_known_R1, reached_RK[:, -1:], 1.0)
+    is_enough_R1 = is_known_R1 | ((top_k_R1 == Z) & (top_p_R1 < 1) & (reached_RK[:, -1:] >= goal_R1))
+    kept_RK &= (reached_RK - probs_RK * kept_RK < goal_R1) | (top_p_R1 == 1)
+    kept_RK &= probs_RK >= _column([place.params.min_p for place in places], scaled_RZ) * probs_RK[:, :1]
+    scores_RK = gumbel(_keys(places, scaled_RZ.device), ids_RK.int()) + best_RK
+    at_R1 = scores_RK.masked_fill_(~kept_RK, -math.inf).argmax(-1, keepdim=True)
+    tokens_R = ids_RK.gather(1, at_R1).squeeze(1)
+    again, _ = _split(range(len(places)), is_enough_R1[:, 0].tolist())
+    if again:
+        tokens_R[again] = _draw_from_best(scaled_RZ[again], [places[r] for r in again], Z)
+    return tokens_R
+
+
+def _split(rows: Sequence[int], marks: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """The rows that are not marked, and those that are."""
+    pairs = list(zip(rows, marks, strict=True))
+    return [row for row, mark in pairs if not mark], [row for row, mark in pairs if mark]
 
 
 def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
@@ -198,19 +208,34 @@ def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
 # --- noise
 
 
-def gumbel(keys_R1: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float64 [R, Z], for keys int64 [R, 1] and token ids [Z] or [R, Z]: splitmix64 of both."""
-    x = keys_R1 + ids * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
-        x *= _signed(factor)
-    x ^= (x >> 31) & ((1 << 33) - 1)
-    uniform = ((x >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
-    return uniform.log_().neg_().log_().neg_()
+def gumbel(keys_R2: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 [R, Z], for keys int32 [R, 2] and token ids int32 [Z] or [R, Z].
+
+    A hash of 32 bits (the multipliers and shifts of Wellons' lowbias32, the second half of the key mixed in midway),
+    read as the distribution function of an exponential E; the noise is -ln E, from -2.8 to 22.
+    """
+    x = ids * _int32(0x9E3779B9) + keys_R2[:, :1]
+    _xorshift(x, 16)
+    x *= _int32(0x7FEB352D)
+    _xorshift(x, 15)
+    x ^= keys_R2[:, 1:]
+    x *= _int32(0x846CA68B)
+    _xorshift(x, 16)
+    # Small shares make large noise, so it is there that precision counts; at 1 the logarithm would be infinite.
+    share = (x & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return share.neg_().log1p_().neg_().log_().neg_()
+
+
+def _xorshift(x: Tensor, shift: int) -> None:
+    """x ^= x >> shift, in place, as if it had no sign."""
+    shifted = x >> shift
+    shifted &= (1 << (32 - shift)) - 1
+    x ^= shifted
 
 
 def _keys(places: Sequence[Place], device: torch.device) -> Tensor:
-    return torch.tensor([[_signed(mixed(mixed(p.seed) + p.index))] for p in places], device=device)
+    keys = [mixed(mixed(place.seed) + place.index) for place in places]
+    return torch.tensor([[_int32(key & 0xFFFFFFFF), _int32(key >> 32)] for key in keys], dtype=torch.int32).to(device)
 
 
 def mixed(x: int) -> int:
@@ -221,12 +246,13 @@ def mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
+def _int32(x: int) -> int:
+    """The signed number with these 32 bits."""
+    return x - (1 << 32) if x >> 31 else x
 
 
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 def _log(share: float) -> float:
