@@ -97,6 +97,7 @@ class RLStage(Strict):
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     weight_decay: NotNegative = 0.0
     clip_norm: float = Field(1.0, gt=0.0)
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # bf16 widens the gap between rollout and training
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # how tokens are weighed, see grpo.policy_loss
     importance_level: Literal["token", "sequence"] = "token"  # sequence: GSPO, arXiv 2507.18071
     scale_rewards: Literal["group", "batch", "none"] = "group"  # none: Dr. GRPO, arXiv 2503.20783

@@ -1,0 +1,100 @@
+"""How often a model is right on held-out questions, and how sure one can be of that."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from baleen.align.judge import Judge
+from baleen.align.recipe import RewardConfig, SamplingConfig
+from baleen.align.rewards import answer_of
+from baleen.align.rollout import ACCURACY, Group, sample, score
+from baleen.align.tasks import Question
+from baleen.data.tokenizer import Tokenizer
+from baleen.model.transformer import Transformer
+
+Z_95 = 1.959963984540054
+HELDOUT_SEED = 0  # of the held-out questions, the same in every run of a recipe
+
+
+class Share(NamedTuple):
+    """A share with its 95 % interval by Wilson."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(right: float, count: int) -> Share:
+    """Of `right` in `count` independent trials. Wilson, J. Am. Stat. Assoc. 22 (1927)."""
+    if not count:
+        return Share(math.nan, 0.0, 1.0)
+    p, z2 = right / count, Z_95**2
+    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
+    reach = Z_95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    return Share(p, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def greedy_accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    judge: Judge,
+    max_tokens: int,
+    system: str = "",
+) -> float:
+    """Share of the questions whose likeliest answer is right."""
+    sampling = SamplingConfig(max_tokens=max_tokens)
+    groups = sample(model, tokenizer, questions, 1, sampling, seed=0, system=system, greedy=True)
+    return mean_correct([score(judge, [RewardConfig(name=ACCURACY)], group) for group in groups])
+
+
+def measure(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    judge: Judge,
+    sampling: SamplingConfig,
+    *,
+    samples: int,
+    seed: int,
+    system: str = "",
+) -> dict[str, Any]:
+    """{greedy, sampled, votes}: shares with intervals of greedy answers, of the mean of `samples` drawn ones, and of
+    the majority of the first k of them, for each k.
+
+    Samples of one question hang together, so the interval of their mean counts questions, not samples.
+    """
+    greedy = greedy_accuracy(model, tokenizer, questions, judge, sampling.max_tokens, system)
+    drawn = sample(model, tokenizer, questions, samples, sampling, seed=seed, system=system)
+    drawn = [score(judge, [RewardConfig(name=ACCURACY)], group) for group in drawn]
+    count = len(questions)
+    return {
+        "questions": count,
+        "greedy": wilson(greedy * count, count)._asdict(),
+        "sampled": wilson(mean_correct(drawn) * count, count)._asdict(),
+        "samples": samples,
+        "votes": {str(k): wilson(sum(vote_is_right(g, k) for g in drawn), count)._asdict() for k in _ks(samples)},
+    }
+
+
+def mean_correct(groups: Sequence[Group]) -> float:
+    scores = [score.correct for group in groups for score in group.scores]
+    return sum(scores) / len(scores)
+
+
+def vote_is_right(group: Group, k: int) -> bool:
+    """Whether the commonest of the first k answers is right; of equally common ones the first counts."""
+    said = [answer_of(answer.text) for answer in group.answers[:k]]
+    counted = Counter(text for text in said if text is not None)
+    if not counted:
+        return False
+    winner = counted.most_common(1)[0][0]
+    return group.scores[said.index(winner)].correct >= 1.0
+
+
+def _ks(samples: int) -> list[int]:
+    """1, 2, 4, ... and `samples` itself."""
+    return sorted({*(2**i for i in range(samples.bit_length()) if 2**i <= samples), samples})

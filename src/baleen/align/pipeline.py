@@ -1,0 +1,223 @@
+"""Post-training from a recipe to a run directory: its stages one after the other, each resumable.
+
+stages/1-sft/ and so on hold a stage's checkpoints while it is under way, and its model/ (or sampled.jsonl) when it is
+done: that is how a resumed run knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from baleen.align.grpo import grpo
+from baleen.align.judge import Judge
+from baleen.align.recipe import AlignRecipe, RLStage, SampleStage, SFTStage
+from baleen.align.rollout import sample
+from baleen.align.sft import Chat, chat_of, conversations, fine_tune, read_chats
+from baleen.align.stage import Work
+from baleen.align.tasks import distinct_questions
+from baleen.config import UserError
+from baleen.cost.card import card_paragraph, cost_card
+from baleen.cost.ledger import StageName
+from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.interop.card import model_card
+from baleen.interop.huggingface import save_model
+from baleen.interop.load import Loaded, load
+from baleen.model.transformer import Transformer
+from baleen.train.display import Display
+from baleen.train.loop import Interruption, device, run_stage
+from baleen.train.rundir import open_run, read_metrics, write_aside
+from baleen.train.saver import Saver
+
+SAMPLED = "sampled.jsonl"
+
+
+def align(
+    recipe: AlignRecipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    max_steps: int | None = None,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Run the stages, or go on where the run was stopped.
+
+    Returns {run, status ("done" | "stopped"), step, stages_done}. Raises UserError for bad input, having overwritten
+    nothing.
+    """
+    return Pipeline(recipe, run_dir, display or Display(), max_steps).run(resume)
+
+
+class Pipeline:
+    def __init__(self, recipe: AlignRecipe, run_dir: Path, display: Display, max_steps: int | None = None):
+        self.recipe, self.run_dir, self.display, self.max_steps = recipe, run_dir, display, max_steps
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        recipe = self.recipe
+        open_run(self.run_dir, recipe, resume=resume)
+        for number, stage in enumerate(recipe.stages):
+            if self.is_done(number):
+                continue
+            self.display.say(f"stage {number + 1} of {len(recipe.stages)}: {stage.kind}")
+            with ExitStack() as stack:
+                ledger = stack.enter_context(run_stage(recipe.cost, self.run_dir, self.ledger_name(number)))
+                stack.enter_context(self.display)
+                interruption = stack.enter_context(Interruption())
+                loaded = self.start_of(number)
+                folder = self.folder(number)
+                saver = Saver(folder / "checkpoints", keep=2, warn=self.display.warn)
+                work = Work(
+                    recipe, self.run_dir, folder, self.first_step(number), loaded.model.train(), loaded.tokenizer,
+                    ledger, saver, self.display, interruption, self.max_steps,
+                )  # fmt: skip
+                finished = self._work(work, number)
+                if not finished:
+                    ledger.interrupted()
+                    self.display.say("stopped and saved; go on with --resume")
+                    return self.summary("stopped")
+        self._export()
+        return self.summary("done")
+
+    def _work(self, work: Work, number: int) -> bool:
+        """One stage; whether it came to its end."""
+        stage = self.recipe.stages[number]
+        if isinstance(stage, SampleStage):
+            write_aside(work.folder / SAMPLED, "".join(self._sampled_rows(work, stage)))
+            return True
+        if isinstance(stage, RLStage):
+            steps = grpo(work, stage).step
+            finished = steps == stage.steps
+        else:
+            trainer = fine_tune(work, stage, conversations(work, stage, self.sampled(number)))
+            finished, steps = trainer.done, trainer.counters.step
+        if finished:
+            write_aside(work.folder / "steps", f"{steps}\n")
+            save_model(work.model, work.folder / "model", tokenizer=work.tokenizer)
+        return finished
+
+    def _sampled_rows(self, work: Work, stage: SampleStage) -> list[str]:
+        """Rejection sampling: of each question's right and well-formed answers the shortest different ones."""
+        asked = distinct_questions(work.tasks(stage.tasks), "train", stage.seed, stage.questions)
+        drawn = sample(
+            work.model, work.tokenizer, asked, stage.samples, stage.sampling, seed=stage.seed, system=work.recipe.system
+        )
+        tokens, rows = 0, []
+        with Judge(sorted({question.verifier for question in asked} | {"format"}), seconds=5.0) as judge:
+            for group in drawn:
+                tokens += sum(len(answer.token_ids) for answer in group.answers)
+                q = group.question
+                texts = sorted({answer.text for answer in group.answers if not answer.truncated}, key=len)
+                right = [
+                    text
+                    for text in texts
+                    if judge.score(q.verifier, q.prompt, text, q.answer).value >= 1.0
+                    and judge.score("format", q.prompt, text, q.answer).value >= 1.0
+                ]
+                for text in right[: stage.keep]:
+                    turns = [{"role": m.role, "content": m.content} for m in chat_of(q, text, work.recipe.system)]
+                    rows.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        work.ledger.progress(tokens=tokens, productive_seconds=work.ledger.seconds)
+        self.display.say(f"kept {len(rows):,} answers to {len(asked):,} questions")
+        return rows
+
+    # --- what a stage finds and leaves
+
+    def folder(self, number: int) -> Path:
+        folder = self.run_dir / "stages" / f"{number + 1}-{self.recipe.stages[number].kind}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def is_done(self, number: int) -> bool:
+        folder = self.run_dir / "stages" / f"{number + 1}-{self.recipe.stages[number].kind}"
+        return (folder / "model" / "config.json").is_file() or (folder / SAMPLED).is_file()
+
+    def first_step(self, number: int) -> int:
+        """Steps of the stages before."""
+        files = (self.folder(i) / "steps" for i in range(number))
+        return sum(int(file.read_text()) for file in files if file.is_file())
+
+    def start_of(self, number: int) -> Loaded:
+        """The model that a stage begins with."""
+        stage = self.recipe.stages[number]
+        if isinstance(stage, SampleStage) and stage.teacher:
+            return load(stage.teacher, device=device())
+        fresh = not isinstance(stage, SampleStage) and stage.start == "base"
+        trained = [] if fresh else [i for i in range(number) if self.recipe.stages[i].kind != "sample"]
+        if trained:
+            return load(self.folder(trained[-1]), device=device())
+        return self.base()
+
+    def base(self) -> Loaded:
+        """recipe.base, or a new network from its seed with a tokenizer of the tasks' own words."""
+        if self.recipe.base:
+            return load(self.recipe.base, device=device())
+        assert self.recipe.model is not None
+        model = Transformer(self.recipe.model).to(device())
+        model.init_weights(self.seed)
+        return Loaded(model, self.tokenizer(self.recipe.model.vocab_size), self.run_dir)
+
+    @property
+    def seed(self) -> int:
+        stage = next((s for s in self.recipe.stages if isinstance(s, SFTStage)), None)
+        return stage.train.seed if stage else 0
+
+    def tokenizer(self, vocab_size: int) -> Tokenizer:
+        """Trained on the first sft stage's words, once a run."""
+        directory = self.run_dir / "tokenizer"
+        if not (directory / "tokenizer.json").is_file():
+            train_tokenizer(self._words(), vocab_size).save(directory)
+        return Tokenizer.load(directory)
+
+    def _words(self) -> list[str]:
+        number, stage = next(((i, s) for i, s in enumerate(self.recipe.stages) if isinstance(s, SFTStage)), (0, None))
+        if stage is None:
+            raise UserError("a network made anew needs an sft stage to learn its first words from: add one, or a base")
+        words: list[str] = []
+        if stage.worked:
+            tasks = stage.tasks or self.recipe.tasks
+            for q in distinct_questions(tasks, "train", stage.train.seed, stage.worked):
+                words += [q.prompt, q.worked, q.solution]
+        sampled = self.sampled(number) if stage.sampled else []
+        chats = [*read_chats(stage.sources), *sampled]
+        return words + [message.content for chat in chats for message in chat]
+
+    def sampled(self, number: int) -> list[Chat]:
+        """What the sample stages before this one kept."""
+        files = [self.folder(i) / SAMPLED for i in range(number) if self.recipe.stages[i].kind == "sample"]
+        filled = [str(file) for file in files if file.is_file() and file.stat().st_size]
+        return read_chats(filled)
+
+    def ledger_name(self, number: int) -> StageName:
+        """distill: sampling from a teacher, and learning from what it said."""
+        stages = self.recipe.stages[: number + 1]
+        if isinstance(stages[-1], RLStage):
+            return "rl"
+        samplers = [stage for stage in stages if isinstance(stage, SampleStage)]
+        learns = not isinstance(stages[-1], SFTStage) or stages[-1].sampled
+        return "distill" if learns and samplers and samplers[-1].teacher else "sft"
+
+    def _export(self) -> None:
+        """model/ of the run: that of its last trained stage."""
+        trained = [i for i, stage in enumerate(self.recipe.stages) if stage.kind != "sample"]
+        with run_stage(self.recipe.cost, self.run_dir, "export"):
+            loaded = load(self.folder(trained[-1])) if trained else self.base()
+            cost = card_paragraph(cost_card(self.run_dir))
+            card = model_card(loaded.model.config, name=self.recipe.name, cost=cost)
+            save_model(loaded.model, self.run_dir / "model", tokenizer=loaded.tokenizer, card=card)
+
+    def summary(self, status: str) -> dict[str, Any]:
+        rows: Sequence[dict[str, Any]] = read_metrics(self.run_dir)
+        last = rows[-1] if rows else {}
+        kept = ("reward", "accuracy", "answer_tokens", "reward_failures")
+        heldout = [row["heldout_accuracy"] for row in rows if row.get("heldout_accuracy") is not None]
+        return {
+            "run": str(self.run_dir),
+            "status": status,
+            "step": last.get("step", 0),
+            "stages_done": sum(self.is_done(i) for i in range(len(self.recipe.stages))),
+            "heldout_accuracy": heldout[-1] if heldout else None,
+            **{key: last[key] for key in kept if key in last},
+        }

@@ -1,0 +1,137 @@
+"""Answers to questions: drawn by the chat's engine, G a question, and scored by the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from baleen.align.judge import Judge
+from baleen.align.recipe import RewardConfig, SamplingConfig
+from baleen.align.tasks import Question
+from baleen.data.document import Message
+from baleen.data.tokenizer import Tokenizer
+from baleen.infer.engine import Engine, Request
+from baleen.infer.sampler import SamplingParams
+from baleen.model.transformer import Transformer
+
+ACCURACY = "accuracy"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion: its tokens, the end token included, and their log-probabilities as the engine drew them."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the model's own distribution, at temperature 1
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """`rewards` by name, unweighted; `total` is their weighted sum, `correct` the task's own verdict."""
+
+    rewards: Mapping[str, float]
+    total: float
+    correct: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """A question, its G answers and, once judged, their scores."""
+
+    question: Question
+    answers: tuple[Answer, ...]
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def has_variance(self) -> bool:
+        """Whether some answers earned more than others: only then is there anything to learn (with any scaling)."""
+        totals = [score.total for score in self.scores]
+        return max(totals) - min(totals) > 1e-6
+
+
+def prompt_of(tokenizer: Tokenizer, question: Question, system: str) -> list[int]:
+    """The question as the chat asks it, up to where the assistant speaks."""
+    messages = [Message("system", system)] if system else []
+    return tokenizer.encode_chat([*messages, Message("user", question.prompt)], add_generation_prompt=True)
+
+
+def sample(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    count: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    system: str = "",
+    greedy: bool = False,
+) -> list[Group]:
+    """`count` answers to each question, in one continuous batch; the same for the same seed, whatever the batch.
+
+    A new engine each time: pages and packed weights of the last one are of weights that have since been trained.
+    """
+    was_training = model.training
+    model.eval()
+    prompts = [prompt_of(tokenizer, question, system) for question in questions]
+    requests = [
+        Request(
+            prompt,
+            SamplingParams(
+                temperature=0.0 if greedy else sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=seed * 2**20 + number * count + again,
+                logprobs=0,
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+        for again in range(count)
+    ]
+    completions = Engine(model, tokenizer, max_batch=len(requests)).complete(requests)
+    model.train(was_training)
+    answers = [
+        Answer(
+            tuple(request.prompt_ids),
+            completion.token_ids,
+            tuple(known.logprob for known in completion.logprobs or ()),
+            completion.text,
+            completion.finish_reason == "length",
+        )
+        for request, completion in zip(requests, completions, strict=True)
+    ]
+    return [Group(q, tuple(answers[i * count : (i + 1) * count])) for i, q in enumerate(questions)]
+
+
+def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:
+    """The group with each answer's rewards. A verdict that fails is worth 0; the judge counts it."""
+
+    def scored(answer: Answer) -> Score:
+        def ask(name: str) -> float:
+            spec = group.question.verifier if name == ACCURACY else name
+            return judge.score(spec, group.question.prompt, answer.text, group.question.answer).value
+
+        values = {reward.name: ask(reward.name) for reward in rewards}
+        total = sum(reward.weight * values[reward.name] for reward in rewards)
+        correct = values[ACCURACY] if ACCURACY in values else ask(ACCURACY)
+        return Score(values, total, correct)
+
+    return Group(group.question, group.answers, tuple(scored(answer) for answer in group.answers))
+
+
+def describe(groups: Sequence[Group]) -> dict[str, float]:
+    """What a rollout was like: means over its answers."""
+    answers = [answer for group in groups for answer in group.answers]
+    scores = [score for group in groups for score in group.scores]
+    names = scores[0].rewards
+    return {
+        "answers": len(answers),
+        "reward": sum(s.total for s in scores) / len(scores),
+        "accuracy": sum(s.correct for s in scores) / len(scores),
+        **{f"reward_{name}": sum(s.rewards[name] for s in scores) / len(scores) for name in names},
+        "answer_tokens": sum(len(a.token_ids) for a in answers) / len(answers),
+        "truncated": sum(a.truncated for a in answers) / len(answers),
+        "degenerate_groups": sum(not group.has_variance for group in groups) / len(groups),
+    }
