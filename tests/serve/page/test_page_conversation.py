@@ -120,26 +120,26 @@ def test_stop_and_reload_in_the_midst_of_an_answer(visit):
     page = chat.page
     chat.engine.steps_left = 5
     chat.ask("long", wait=False)
-    chat.until("document.querySelector('.markdown').textContent.length > 20")
+    chat.until("document.querySelector('.answer > .markdown').textContent.length > 20")
     assert chat.last().get_attribute("aria-busy") == "true"
     page.keyboard.press("Escape")
     chat.last().get_by_text("Stopped.").wait_for()
     chat.settle()
-    kept = page.locator(".markdown").inner_text()
+    kept = page.locator(".answer > .markdown").inner_text()
     assert 20 < len(kept) <= 5 * 8
     page.reload()
     chat.last().get_by_text("Stopped.").wait_for()
-    chat.until("kept => document.querySelector('.answer .markdown')?.innerText === kept", kept)
+    chat.until("kept => document.querySelector('.answer > .markdown')?.innerText === kept", kept)
     assert chat.engine.aborted == [0] and chat.engine.pages.in_use == 0
 
     chat.engine.steps_left = 5
     chat.button("Regenerate answer").click()  # and leave while it is on its way
-    chat.until("document.querySelector('.running .markdown')?.textContent.length > 20")
+    chat.until("document.querySelector('.running > .markdown')?.textContent.length > 20")
+    page.wait_for_timeout(1300)  # it is saved once a second
     page.reload()
     chat.last().get_by_text("Stopped.").wait_for()
     page.get_by_label("Version 2 of 2").wait_for()
-    chat.until("document.querySelector('.answer .markdown').innerText.length > 20")
-    chat.until("true")
+    chat.until("document.querySelector('.answer > .markdown').innerText.length > 20")
     assert chat.engine.aborted == [0, 1] and chat.engine.pages.in_use == 0
 
 
@@ -221,8 +221,8 @@ def test_an_engine_that_fails_in_the_midst(visit):
     chat = visit()
     chat.engine.steps_left = 5
     chat.ask("a" * 200, wait=False)
-    chat.until("document.querySelector('.markdown').textContent.length > 20")
+    chat.until("document.querySelector('.answer > .markdown').textContent.length > 20")
     chat.engine.fail = True
     chat.settle()
     assert "engine failed" in chat.last(".note.error").inner_text()
-    assert len(chat.last(".markdown").first.inner_text()) > 20  # what came is kept
+    assert len(chat.last("> .markdown").inner_text()) > 20  # what came is kept

@@ -68,11 +68,17 @@ function answer(parent) {
   scroller.toEnd();
   announce("Answering");
   if (panel.view === "mixture") openMixture(node, false);
-  let saved = performance.now();
+  let saving = null;
+  const saveSoon = () => {
+    saving ??= setTimeout(() => {
+      saving = null;
+      if (running.has(node.id) && library.get(conversation.id)) save(conversation, false);
+    }, SAVE_EVERY);
+  };
   answer.addEventListener("change", () => {
     if (conversation === current) thread.update(node);
     if (inspected === node) repaintSoon();
-    if (performance.now() - saved > SAVE_EVERY) (saved = performance.now()), save(conversation, false);
+    saveSoon();
   });
   answer.addEventListener("end", () => finish(answer));
   answer.run(api);
@@ -305,7 +311,6 @@ function listen() {
     if (wanted && wanted !== current) open(wanted);
   });
   addEventListener("resize", () => panel.view === "mixture" && mixture.paint());
-  addEventListener("pagehide", () => running.forEach(({ conversation }) => library.save(conversation)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   listenForCopies(byId("thread"), announce);
   listenForKeys({
