@@ -53,7 +53,7 @@ class Process:
 
     def __init__(self, *arguments, **env):
         command = [sys.executable, "-m", "baleen", "serve", *map(str, arguments)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "BALEEN_NATIVE": "off", **env}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.line = self.process.stderr.readline()
         while self.process.poll() is None and "http://" not in self.line:

@@ -63,8 +63,10 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if error.status_code == 400:  # all that FastAPI says so: bytes that are no JSON
             return explained([{"type": "json_invalid", "loc": ()}]).response
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        response = ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None).response
+        code = {404: "not_found", 413: "body_too_large"}.get(error.status_code)
+        response = ApiError(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}", code=code
+        ).response
         response.headers.update(error.headers or {})
         return response
 

@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baleen.serve.errors import ApiError
@@ -29,13 +30,15 @@ Responded = Callable[[str, int], None]
 
 
 class Gate:
-    """ASGI middleware. api_key None: no key is wanted, but then only requests addressed to this machine are let in,
+    """ASGI middleware.
 
-    so that a web page elsewhere can't reach the server by a name of its own (DNS rebinding).
+    api_key None: no key is wanted, but then only requests addressed to this machine are let in, so that a web page
+    elsewhere can't reach the server under a name of its own (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int, responded: Responded):
         self._app, self._key, self._body_bytes, self._responded = app, api_key, body_bytes, responded
+        self._too_large = f"the body has more than {body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,10 +58,7 @@ class Gate:
         if fault is not None:
             await fault.response(scope, receive, send_guarded)
             return
-        try:
-            await self._app(scope, self._bounded(receive), send_guarded)
-        except _BodyTooLarge:
-            await self._too_large.response(scope, receive, send_guarded)
+        await self._app(scope, self._bounded(receive), send_guarded)
 
     def _fault(self, path: str, headers: Headers) -> ApiError | None:
         if self._key is None:
@@ -73,11 +73,9 @@ class Gate:
                 message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
                 return ApiError(401, message, code="invalid_api_key")
         length = headers.get("content-length", "0")
-        return self._too_large if length.isdigit() and int(length) > self._body_bytes else None
-
-    @property
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._body_bytes} bytes", code="body_too_large")
+        if length.isdigit() and int(length) > self._body_bytes:
+            return ApiError(413, self._too_large, code="body_too_large")
+        return None
 
     def _bounded(self, receive: Receive) -> Receive:
         read = 0
@@ -86,12 +84,8 @@ class Gate:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._body_bytes:
-                raise _BodyTooLarge
+            if read > self._body_bytes:  # it had no length, or a false one
+                raise HTTPException(413, self._too_large)
             return message
 
         return receive_bounded
-
-
-class _BodyTooLarge(Exception):
-    """A body without a length, or with a false one, went past the limit."""
