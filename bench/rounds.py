@@ -15,7 +15,8 @@ from torch import Tensor
 from baleen.model.transformer import Transformer
 
 LLAMA = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}  # the same bits a weight
-TOLERANCE = {"fp32": 1e-3, "f32": 1e-3, "bf16": 0.1, "int8": 0.1, "q8_0": 0.1, "int4": 0.6}  # against fp32
+# Of the logits, against fp32. Random gates choose among near ties, which rounding turns; strangers differ by 1.4.
+TOLERANCE = {"fp32": 0.02, "f32": 0.02, "bf16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1}
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from baleen.config import UserError
+from baleen.infer.engine import Engine, Request
 from baleen.infer.native.library import native_library
-from baleen.infer.native.runner import NativeRunner
+from baleen.infer.native.runner import NativeRunner, fastest_runner
 from baleen.infer.native.weights import FORMATS, rounded
 from baleen.infer.runner import TorchRunner
+from baleen.infer.sampler import SamplingParams
 from baleen.model.cache import Batch, LatentPages
 
 LIBRARY = native_library()
@@ -149,3 +152,39 @@ def test_nothing_depends_on_the_batch_or_the_threads(tiny_model, format):
         torch.set_num_threads(threads)
     assert torch.equal(pages[0].latents, pages[1].latents)
     assert torch.equal(together, torch.cat(alone))
+
+
+def test_who_runs(tiny_model, monkeypatch):
+    """The native runner where it can, PyTorch's where it can't, an error where it must and can't."""
+    model = tiny_model()
+    assert isinstance(fastest_runner(model, pages_for(model)), NativeRunner)
+    halved = fastest_runner(model.bfloat16(), LatentPages(model.config, 80, dtype=torch.bfloat16))
+    assert isinstance(halved, NativeRunner) and halved.pages.latents.dtype == torch.float32
+    double = tiny_model(torch.float64)
+    pages = LatentPages(double.config, 4, dtype=torch.float64)
+    assert isinstance(fastest_runner(double, pages), TorchRunner)
+    with pytest.raises(UserError, match="float64"):
+        fastest_runner(double, pages, "int8")
+    monkeypatch.setenv("BALEEN_NATIVE", "require")
+    with pytest.raises(UserError, match="float64"):
+        fastest_runner(double, pages)
+    with pytest.raises(UserError, match="int7"):
+        fastest_runner(tiny_model(), pages_for(model), "int7")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_engine_says_the_same_on_either_runner(tiny_model, temperature):
+    """Whole answers, drafts and prefix reuse included; a greedy token may differ only where two logits nearly tie."""
+    model = tiny_model()
+    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=40, ignore_eos=True) for i in range(5)]
+    requests = [Request([3, 5, 7, 11, 13, 17, 19, i + 20] * 3, p) for i, p in enumerate(params)]
+    answers = [
+        [c.token_ids for c in Engine(model, None, runner=runner, page_size=4).complete(requests, speculate=speculate)]
+        for runner in (fastest_runner, TorchRunner)
+        for speculate in (0, 1)
+    ]
+    assert answers[0] == answers[1]  # bit-equal logits: drafts change nothing
+    same = sum(
+        a == b for ours, theirs in zip(answers[0], answers[2], strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
+    assert same >= 0.97 * 5 * 40

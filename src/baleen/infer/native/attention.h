@@ -67,6 +67,42 @@ class Sequences {
     std::vector<Token> tokens_;
 };
 
+// Products by a panel of which only the first `lanes` outputs are wanted: half a register where that will do. A lane's
+// sum is the same whichever is taken.
+template <class V, int ROWS>
+inline void lane_tile(const float* w, const Rows& rows, int in, float* out, bool add) {
+    typedef V V_any __attribute__((aligned(4), may_alias));
+    V acc[ROWS] = {};
+    const float* x = rows.x;
+    for (int k = 0; k < in; k++, x += rows.in_step) {
+        const V at = *(const V_any*)(w + k * PANEL);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) acc[r] += at * x[r * rows.row_step];
+    }
+    for (int r = 0; r < ROWS; r++) {
+        V_any* to = (V_any*)(out + r * PANEL);
+        *to = add ? *to + acc[r] : acc[r];
+    }
+}
+
+template <class V, int... LESS>
+inline void lane_tiles(const float* w, const Rows& x, int count, int in, float* out, bool add, std::integer_sequence<int, LESS...>) {
+    constexpr int MOST = sizeof...(LESS);
+    for (int row = 0, rows; row < count; row += rows) {
+        rows = std::min(MOST, count - row);
+        ((rows == LESS + 1 ? lane_tile<V, LESS + 1>(w, x.from(row), in, out + row * PANEL, add) : (void)0), ...);
+    }
+}
+
+// out [count][16] = x times w [in][16], or added.
+inline void lane_products(int lanes, const float* w, const Rows& x, int count, int in, float* out, bool add) {
+    typedef float half __attribute__((vector_size(LANES * 2)));
+    constexpr auto tiles = std::make_integer_sequence<int, 12>();
+    for (int lane = 0; lane < lanes; lane += LANES)
+        if (lanes - lane <= LANES / 2) lane_tiles<half>(w + lane, x, count, in, out + lane, add, tiles);
+        else lane_tiles<vf>(w + lane, x, count, in, out + lane, add, tiles);
+}
+
 // Of one part: the greatest score and the sum of exponentials of each lane, then [rank][16] weighted latents.
 inline size_t part_floats(const Shape& s) { return (size_t)(s.rank + 2) * PANEL; }
 inline size_t attention_scratch(const Shape& s) { return (size_t)(PART + s.rank + s.rope) * PANEL; }
@@ -101,10 +137,10 @@ inline void attend_part(const Sequences& sequences, const Sequences::Group& grou
         }
     };
     runs([&](int first, int count, const float* latents) {
-        multiply({(const char*)packed, nullptr, C, PANEL, F32, 0}, 0, 1, {latents, C}, count, {scores + first * PANEL, PANEL});
+        lane_products(group.lanes, packed, {latents, C}, count, C, scores + first * PANEL, false);
     });
     memset(out, 0, part_floats(s) * sizeof(float));
-    for (int v = 0; v < VECS; v++) {
+    for (int v = 0; v * LANES < group.lanes; v++) {
         const vi last = *(const vi*)(sees + v * LANES);
         vf top = splat(MASKED), total{};
         for (int i = 0; i < end - begin; i++) {
@@ -122,8 +158,7 @@ inline void attend_part(const Sequences& sequences, const Sequences::Group& grou
         store(out + PANEL + v * LANES, total);
     }
     runs([&](int first, int count, const float* latents) {
-        multiply({(const char*)(scores + first * PANEL), nullptr, count, PANEL, F32, 0}, 0, 1, {latents, 1, C}, s.rank,
-                 {out + 2 * PANEL, PANEL, true});
+        lane_products(group.lanes, scores + first * PANEL, {latents, 1, C}, s.rank, count, out + 2 * PANEL, true);
     });
 }
 
