@@ -255,20 +255,21 @@ def validate(
     cases: Annotated[Path | None, typer.Argument(help="Published runs, as CSV [default: those that ship].")] = None,
     calibrate_on: Annotated[str | None, typer.Option(help="Fit the constants on this split of the file.")] = None,
     hardware: Annotated[list[Path] | None, typer.Option(help="TOML files with more devices.")] = None,
+    set_: Sets = None,
     json: Json = False,
 ) -> None:
     """Predict published runs, and print the errors by kind beside a baseline of constant MFU."""
     from baleen.cost.validate import render
     from baleen.cost.validate import validate as validate_cases
 
-    result = validate_cases(cases, calibrate_on, tuple(hardware or ()))
+    result = validate_cases(cases, calibrate_on, tuple(hardware or ()), tuple(set_ or ()))
     show(result, render(result), json)
 
 
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="Hardware file to write into.")] = Path("hardware.toml"),
-    name: Annotated[str, typer.Option(help="What this machine is to be called.")] = "this-machine",
+    name: Annotated[str, typer.Option(help="What this machine is to be called.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Measure this machine in a minute, so that plans can be made for it: `plan --gpu NAME --hardware FILE`."""

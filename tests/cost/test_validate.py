@@ -55,11 +55,24 @@ def test_fitted_rows_are_predicted_without_their_source_and_others_with_all(tmp_
     assert result["kinds"]["step"]["mape"] < result["kinds"]["step"]["baseline_mape"] / 2
     assert set(result["splits"]) == {"anchor", "cal"}
     by_id = {row["id"]: row for row in result["rows"] if row["kind"] == "step"}
-    given = validate(write(tmp_path / "cases.csv", FEW), calibration=shipped_fit().constants)
+    sets = [f"{name}={value!r}" for name, value in shipped_fit().constants.items()]
+    given = validate(write(tmp_path / "cases.csv", FEW), sets=sets)
     same = {row["id"]: row for row in given["rows"] if row["kind"] == "step"}
     assert by_id["dsv3-step-mpft"]["predicted"] == same["dsv3-step-mpft"]["predicted"]
     assert by_id["tt-8b-8"]["predicted"] != same["tt-8b-8"]["predicted"]
     assert "tt-8b-8" in render(result)
+
+
+def test_a_sceptic_changes_one_factor_and_sees_the_effect(tmp_path):
+    path = write(tmp_path / "cases.csv", ["tt-8b-8"])
+    plain, jittery, halved = (
+        next(row for row in validate(path, sets=sets)["rows"] if row["kind"] == "step")["predicted"]
+        for sets in ((), ["attention=3"], ["memory_tb_s=1.2"])
+    )
+    assert jittery < plain and halved < plain
+    for wrong, message in (("atention=2", "did you mean 'attention'"), ("attention=-1", "positive")):
+        with pytest.raises(UserError, match=message):
+            validate(path, sets=[wrong])
 
 
 def test_memory_is_compared_in_gib(tmp_path):

@@ -51,7 +51,7 @@ def load_assumptions(hardware: Hardware, sets: Iterable[str] = ()) -> Assumption
         for table in homes:
             chosen[table].append(text)
     return Assumptions(
-        _set_hardware(hardware, chosen["hardware"]),
+        set_hardware(hardware, chosen["hardware"]),
         Calibration({**shipped_calibration(), **_numbers(chosen["calibration"])}),
         load_factors(chosen["money"]),
         load_reliability(chosen["reliability"]),
@@ -59,7 +59,26 @@ def load_assumptions(hardware: Hardware, sets: Iterable[str] = ()) -> Assumption
     )
 
 
-def _set_hardware(hardware: Hardware, sets: list[str]) -> Hardware:
+def split_sets(sets: Iterable[str]) -> tuple[list[str], dict[str, float]]:
+    """`name=number` of cells of devices, as they are, and constants of the calibration by name.
+
+    Raises UserError on a name that is neither.
+    """
+    cells, constants = set(Hardware.model_fields) - NOT_NUMBERS, []
+    of_devices = []
+    for text in sets:
+        name = text.partition("=")[0].strip()
+        if name not in cells and name not in CONSTANTS:
+            near = get_close_matches(name, [*cells, *CONSTANTS], n=1, cutoff=0.0)[0]
+            raise UserError(f"--set {text}: no constant or cell of a device {name!r}; did you mean {near!r}?")
+        (of_devices if name in cells else constants).append(text)
+    numbers = _numbers(constants)
+    Calibration(numbers)  # raises UserError where one is not positive
+    return of_devices, numbers
+
+
+def set_hardware(hardware: Hardware, sets: list[str]) -> Hardware:
+    """A device with some of its cells changed by hand. Raises UserError where that makes no device."""
     if not sets:
         return hardware
     changed: dict[str, Any] = {**hardware.model_dump(), **_numbers(sets)}

@@ -1,4 +1,4 @@
-"""Measures the machine this runs on, in a subprocess, and writes it as an entry of a hardware file."""
+"""Measures the machine this runs on, in subprocesses, and writes it as an entry of a hardware file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from baleen.config import UserError
+from baleen.config import Recipe, UserError
 from baleen.cost.hardware import parse_hardware
+from baleen.cost.measured import Step, fit_products, fit_training
 
-USUAL_SECONDS = 40.0
+USUAL_SECONDS = 45.0
+PROBE_SECONDS = 0.5  # a step of a probe, about: how many steps there is time for
+# Freed memory is kept as training keeps it (glibc reads these), or page faults would be measured with every product.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 
 
-def calibrate(out: Path, name: str = "this-machine", seconds: float = USUAL_SECONDS) -> dict[str, Any]:
+def calibrate(out: Path, name: str = "cpu", seconds: float = USUAL_SECONDS) -> dict[str, Any]:
     """Measures for about `seconds`, adds or replaces table `name` in the hardware file `out`; returns the measurement.
 
     One device of the entry is the whole machine. Raises UserError for an impossible name or time, or a broken file,
@@ -32,7 +41,7 @@ def calibrate(out: Path, name: str = "this-machine", seconds: float = USUAL_SECO
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "sources":
         raise UserError(f"{name!r} is no name for a device: use lower-case letters, digits, dots and dashes")
     raw = _existing(out)
-    measured = run_worker(seconds)
+    measured = measure(seconds)
     raw.setdefault("sources", {})[f"measured-{name}"] = {
         "title": f"baleen cost calibrate, {platform.node()}, {measured['threads']} threads, torch {measured['torch']}",
         "date": datetime.date.today().isoformat(),
@@ -45,32 +54,51 @@ def calibrate(out: Path, name: str = "this-machine", seconds: float = USUAL_SECO
     return {"name": name, "file": str(out), "measured": measured, "hardware": raw[name]}
 
 
-def run_worker(seconds: float) -> dict[str, Any]:
-    """The measuring process's JSON."""
-    command = [sys.executable, "-m", "baleen.cost.calibrate_worker", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring failed ({done.returncode}): {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout)
+def measure(seconds: float) -> dict[str, Any]:
+    """Operators before and after the training steps, for a machine's speed drifts: both halves count alike."""
+    first = _run("baleen.cost.calibrate_worker", [str(seconds / 4)])
+    probes = _probes()
+    asked = {"steps": max(1, round(seconds / 2 / PROBE_SECONDS / len(probes))), "recipes": probes}
+    steps = _run("baleen.train.probe", [], json.dumps(asked))
+    second = _run("baleen.cost.calibrate_worker", [str(seconds / 4)])
+    return {
+        "products": {name: first["products"][name] + second["products"][name] for name in first["products"]},
+        "bandwidth": (first["bandwidth"] + second["bandwidth"]) / 2,
+        "attention_flops": [
+            (a + b) / 2 for a, b in zip(first["attention_flops"], second["attention_flops"], strict=True)
+        ],
+        "threads": first["threads"],
+        "torch": first["torch"],
+        "steps": [{"recipe": recipe, **step} for recipe, step in zip(probes, steps, strict=True)],
+    }
 
 
 def hardware_entry(name: str, measured: dict[str, Any], memory: float) -> dict[str, Any]:
-    """A table of hardware.toml. A CPU has no published matrix peak: the best rate measured stands for it."""
+    """A table of hardware.toml. A CPU has no published peak: the rate that its products approach stands for it."""
     source = f"measured-{name}"
+    cells: dict[str, float] = {
+        "memory_gb": memory,
+        "memory_tb_s": measured["bandwidth"] / 1e12,
+        "threads": measured["threads"],
+        "domain": 1,
+    }
+    for precision, products in measured["products"].items():
+        rate = fit_products(products, 4 if precision == "fp32" else 2)
+        cells[f"peak_{precision}"] = cells[f"achieved_{precision}"] = rate.flops / 1e12
+        cells[f"product_call_us_{precision}"] = rate.call_seconds * 1e6
+        if rate.operand_bytes:
+            cells[f"product_tb_s_{precision}"] = rate.operand_bytes / 1e12
+    for direction, flops in zip(("forward", "backward"), measured["attention_flops"], strict=True):
+        cells[f"attention_{direction}_tflops"] = flops / 1e12
+    steps = [Step(Recipe.model_validate(s["recipe"]), s["seconds"], s["precision"], s["peak_bytes"])
+             for s in measured["steps"]]  # fmt: skip
+    cells = fit_training(name, cells, steps)
     entry: dict[str, Any] = {
         "title": f"{platform.processor() or platform.machine()}, {measured['threads']} threads",
         "generation": "cpu",
         "aliases": [],
-        "memory_gb": [round(memory, 2), source],
-        "memory_tb_s": [float(f"{measured['bandwidth'] / 1e12:.4g}"), source],
-        "op_overhead_us": [float(f"{measured['op_overhead_seconds'] * 1e6:.3g}"), source],
-        "domain": [1, source],
     }
-    for precision, rates in measured["matmul_flops"].items():
-        best = float(f"{max(rates.values()) / 1e12:.4g}")
-        entry[f"peak_{precision}"] = [best, source]
-        entry[f"achieved_{precision}"] = [best, source]
-    return entry
+    return entry | {cell: [float(f"{value:.4g}") if value % 1 else int(value), source] for cell, value in cells.items()}
 
 
 def memory_gb() -> float:
@@ -80,14 +108,29 @@ def memory_gb() -> float:
 
 def render(result: dict[str, Any]) -> str:
     """`calibrate`'s result as text."""
-    measured = result["measured"]
+    cells = {name: cell[0] for name, cell in result["hardware"].items() if isinstance(cell, list) and cell}
     lines = [f"{result['hardware']['title']} as {result['name']!r} in {result['file']}"]
-    for precision, rates in measured["matmul_flops"].items():
-        lines += [f"  matmul {precision} {shape:<16}{rate / 1e9:>9.1f} GFLOP/s" for shape, rate in rates.items()]
-    lines.append(f"  memory{measured['bandwidth'] / 1e9:>28.1f} GB/s")
-    lines.append(f"  a small operator{measured['op_overhead_seconds'] * 1e6:>18.2f} us")
+    lines += [f"  {name:<26}{value:>12,g}" for name, value in cells.items()]
     lines.append(f"use it with --hardware {result['file']} --gpu {result['name']}")
     return "\n".join(lines)
+
+
+def _probes() -> list[dict[str, Any]]:
+    """The recipes of data/probes.toml."""
+    raw = tomllib.loads(resources.files("baleen.cost").joinpath("data/probes.toml").read_text(encoding="utf-8"))
+    recipes = [{"model": {**raw["model"], **network}, "train": raw["train"]} for network in raw["network"]]
+    return [Recipe.model_validate(recipe).model_dump(mode="json") for recipe in recipes]
+
+
+def _run(module: str, arguments: list[str], stdin: str = "") -> Any:
+    """The JSON that a measuring process prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        input=stdin, capture_output=True, text=True, check=False, env={**os.environ, **KEEP_FREED_MEMORY},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"measuring failed ({done.returncode}): {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
 
 
 def _existing(out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ starts it as a process.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -13,33 +14,63 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SHAPES = ((256, 256, 256), (1024, 512, 512), (2048, 1024, 1024), (4096, 2048, 2048))  # m, k, n
+ROWS, WIDTHS = (64, 256, 1024, 2048), ((128, 512), (256, 256), (512, 1024), (1024, 384))  # of a product: m; k, n
+COLD_NUMBERS = 8 * 1024 * 1024  # weights of one shape taken in turn: more than the caches hold
 STREAM_NUMBERS = 32 * 1024 * 1024  # FP32, far beyond the caches
-SMALL_NUMBERS = 16
+ATTENTION = ((8, 4, 256, 64), (2, 8, 512, 64))  # sequences, heads, tokens, head size
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """Rates in FLOP/s and bytes/s, overhead in seconds; each the median of runs that fill `seconds` together."""
+    """Seconds of matrix products by precision, [m, n, k, seconds]; attention in FLOP/s; bandwidth in bytes/s.
+
+    Products are those of a linear layer's forward and both gradients. Each figure is a median; all take `seconds`.
+    """
     import torch
 
     torch.manual_seed(0)
-    share = seconds / (2 * len(SHAPES) + 2)
-    rates: dict[str, dict[str, float]] = {}
+    share = seconds / (2 * 3 * len(ROWS) * len(WIDTHS) + 16)
+    products: dict[str, list[tuple[int, int, int, float]]] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rates[name] = {}
-        for m, k, n in SHAPES:
-            a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-            rates[name][f"{m}x{k}x{n}"] = 2 * m * k * n / _median_seconds(lambda a=a, b=b: a @ b, share)
+        products[name] = []
+        for m, (k, n) in itertools.product(ROWS, WIDTHS):
+            copies = max(1, COLD_NUMBERS // (k * n))
+            x, g = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
+            weights = itertools.cycle(torch.randn(copies, n, k, dtype=dtype))
+            grads = itertools.cycle(torch.empty(copies, n, k, dtype=dtype))
+            for (rows, outer, inner), run in (
+                ((m, n, k), lambda x=x, w=weights: x @ next(w).t()),
+                ((m, k, n), lambda g=g, w=weights: g @ next(w)),
+                ((n, k, m), lambda x=x, g=g, out=grads: torch.mm(g.t(), x, out=next(out))),
+            ):
+                products[name].append((rows, outer, inner, _median_seconds(run, share)))
     source, target = torch.randn(STREAM_NUMBERS), torch.empty(STREAM_NUMBERS)
-    stream = _median_seconds(lambda: torch.mul(source, 2.0, out=target), share)
-    small = torch.randn(SMALL_NUMBERS, requires_grad=True)
+    stream = _median_seconds(lambda: torch.mul(source, 2.0, out=target), 4 * share)
+    forward, backward = zip(*(_attention(*shape, budget=6 * share) for shape in ATTENTION), strict=True)
     return {
-        "matmul_flops": rates,
+        "products": products,
         "bandwidth": 2 * 4 * STREAM_NUMBERS / stream,
-        "op_overhead_seconds": _median_seconds(lambda: small * 2.0, share),
+        "attention_flops": [statistics.mean(forward), statistics.mean(backward)],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _attention(batch: int, heads: int, tokens: int, width: int, budget: float) -> tuple[float, float]:
+    """FLOP/s of causal attention's core in FP32, forward and backward (counted as 1 and 2.5 forwards)."""
+    import torch
+    import torch.nn.functional as F
+
+    q, k, v = (torch.randn(batch, heads, tokens, width, requires_grad=True) for _ in range(3))
+    flops = 2 * batch * heads * tokens * tokens * width
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    gradient = torch.ones_like(out)
+
+    def backward() -> None:
+        torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+
+    with torch.no_grad():
+        forward = _median_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), budget / 3)
+    return flops / forward, 2.5 * flops / _median_seconds(backward, budget * 2 / 3)
 
 
 def _median_seconds(run: Callable[[], object], budget: float) -> float:

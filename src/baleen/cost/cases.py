@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -149,11 +150,11 @@ def _case(row: dict[str, str | None], where: str) -> Case:
     return Case(text, numbers)
 
 
-def prepare(case: Case, calibration: Calibration, *files: Path) -> Prepared:
+def prepare(case: Case, calibration: Calibration, find: Callable[[str], Hardware] = find_hardware) -> Prepared:
     """The workload of a case. Raises UserError where the row does not say enough, or its hardware is not known."""
     n = case.numbers
     arch = case_architecture(case)
-    hardware = find_hardware(case.text["gpu"], *files)
+    hardware = find(case.text["gpu"])
     precision = PRECISIONS.get(case.text["precision"].lower())
     if precision is None:
         raise UserError(f"precision {case.text['precision']!r} is not modelled: known are {', '.join(PRECISIONS)}")

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from baleen.config import Positive, Strict, UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 # Share of a dense peak that large matrix products reach where nobody has published a figure (0.78-0.87 elsewhere).
 USUAL_ACHIEVED_SHARE = 0.8
@@ -52,7 +53,18 @@ class Hardware(Strict):
     streaming_share: Share = 0.85  # of the memory's rate that kernels reach: BabelStream 0.85-0.93 on A100, H100
     link_share: Share = 0.8  # of a link's rate that collectives reach: 160 of 200, 40 of 50 GB/s (2505.09343 §4)
     overlapped_compute_share: Share = 112 / 132  # of the SMs, beside 20 that communicate (2412.19437 §3.2.2)
-    op_overhead_us: Annotated[float, Field(ge=0)] = 0.0  # per operator, where it is measured (CPUs)
+    # What `baleen cost calibrate` measures of a machine; a product takes FLOPs / achieved + bytes / rate + a call.
+    threads: Positive | None = None
+    product_tb_s_fp32: PositiveFloat | None = None  # at which a product's operands come; None: never what it waits for
+    product_tb_s_bf16: PositiveFloat | None = None
+    product_call_us_fp32: NotNegative | None = None
+    product_call_us_bf16: NotNegative | None = None
+    attention_forward_tflops: PositiveFloat | None = None
+    attention_backward_tflops: PositiveFloat | None = None
+    streaming_tb_s: PositiveFloat | None = None  # of elementwise operators on activations, part of them in caches
+    layer_overhead_us: NotNegative = 0.0  # per layer and micro-batch, whatever its size
+    update_tb_s: PositiveFloat | None = None  # of gradient clipping and the optimizer
+    process_gb: NotNegative = 0.0  # of libraries and their kernels, beside all tensors
     purchase_usd: tuple[PositiveFloat, PositiveFloat] | None = None
     rental_usd_per_hour: tuple[PositiveFloat, PositiveFloat, str] | None = None
     sources: dict[str, str] = {}  # field -> "title (date)"
@@ -60,6 +72,12 @@ class Hardware(Strict):
     @property
     def is_cpu(self) -> bool:
         return self.generation == "cpu"
+
+    @property
+    def fastest_precision(self) -> str:
+        """What is trained in where nobody asks for another: that with the highest peak; on CPUs never FP8."""
+        known = [name for name, field in PRECISION_FIELDS.items() if getattr(self, field)]
+        return max(known, key=lambda name: (self.peak_flops(name), name == "fp32"))
 
     def peak_flops(self, precision: str) -> float:
         """Dense peak in FLOP/s at 'fp32', 'bf16' or 'fp8'. Raises UserError where the device has no such format."""
@@ -134,5 +152,6 @@ def find_hardware(name: str, *files: Path) -> Hardware:
             return device
     raise UserError(
         f"unknown hardware {name!r}: known are {', '.join(sorted(devices))}; "
-        "add one with --hardware FILE.toml (a table in the format of baleen/cost/data/hardware.toml)"
+        "add one with --hardware FILE.toml (a table in the format of baleen/cost/data/hardware.toml; "
+        "`baleen cost calibrate` writes one for this machine)"
     )

@@ -6,6 +6,7 @@ Nothing here is fitted; `baleen.cost.calibration` holds the few factors by which
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from baleen.cost.architecture import Architecture
@@ -99,6 +100,12 @@ def matmul_seconds(
     half_sizes: float = 1.0,
 ) -> float:
     """One product [m, k] x [k, n] by the roofline; `half_sizes` times the device's half size in each dimension."""
+    measured_call = getattr(hardware, f"product_call_us_{precision}", None)
+    if measured_call is not None:
+        rate = getattr(hardware, f"product_tb_s_{precision}") or math.inf
+        moved = operand_bytes * (m * k + k * n + m * n)
+        achieved = hardware.peak_flops(precision) * hardware.achieved_share(precision)
+        return 2 * m * n * k / achieved + moved / (rate * 1e12) + measured_call / 1e6
     peak = hardware.peak_flops(precision)
     half = half_sizes * hardware.half_size * (peak / HALF_SIZE_AT_FLOPS) ** 0.5
     fill = m / (m + half) * n / (n + half) * k / (k + half)
@@ -151,6 +158,7 @@ def layer_kernels(
             total += product(hardware, precision, _split(matmul, layout.tensor), tokens)
     core = attention_seconds(arch, hardware, tokens, seq_len, precision, attention)
     elementwise = elementwise_bytes(arch, layout, precision, moe) * tokens / _bandwidth(hardware)
+    elementwise += hardware.layer_overhead_us / 3e6
     return total._replace(attention=core.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise))
 
 
@@ -164,11 +172,13 @@ def attention_seconds(
 ) -> Seconds:
     """The core of one attention layer, all heads: scores, softmax, values; always in BF16 on a GPU."""
     flops = tokens * attention_flops(arch, seq_len)
+    if hardware.attention_forward_tflops and hardware.attention_backward_tflops:
+        forward, backward = hardware.attention_forward_tflops * 1e12, hardware.attention_backward_tflops * 1e12
+        padded = 2 * arch.qk_head_dim / (arch.qk_head_dim + arch.v_head_dim)  # CPUs want values as wide as keys
+        return Seconds(padded * flops / forward, ATTENTION_BACKWARD_FLOPS * padded * flops / backward)
     core = "fp32" if precision == "fp32" else "bf16"
     peak = hardware.peak_flops(core)
-    if (
-        attention == "unfused"
-    ):  # no skipping of masked scores; products at the usual rate, everything else through memory
+    if attention == "unfused":  # no skipping of masked scores; everything but products goes through memory
         scores = tokens * seq_len * arch.num_attention_heads / _bandwidth(hardware)
         dense = 2 * flops / (peak * hardware.achieved_share(core))
         reads, writes = UNFUSED_SCORE_BYTES
@@ -225,11 +235,17 @@ def ends_kernels(
 def optimizer_seconds(
     hardware: Hardware, held: StageParameters, layout: Layout, precision: str, expert_ranks: int
 ) -> float:
-    """One optimizer step: state, gradient and weight of this rank's share read and written once."""
+    """One optimizer step: state, gradient and weight of this rank's share read and written once.
+
+    PyTorch on a measured machine also clips: the gradient is read for its norm, then read and written to scale it.
+    """
     state = STATE_BYTES[precision]
     shared = held.shared / (layout.shard_ranks if layout.zero else 1)
     experts = held.experts / (expert_ranks if layout.zero else 1)
-    return (2 * state.optimizer + 2 * state.gradient + state.weight) * (shared + experts) / _bandwidth(hardware)
+    moved = (2 * state.optimizer + 2 * state.gradient + state.weight) * (shared + experts)
+    if hardware.update_tb_s:
+        return (moved + 3 * state.gradient * (shared + experts)) / (hardware.update_tb_s * 1e12)
+    return moved / _bandwidth(hardware)
 
 
 def _split(matmul: Matmul, tensor: int) -> Matmul:
@@ -246,4 +262,6 @@ def _router_precision(hardware: Hardware) -> str:
 
 
 def _bandwidth(hardware: Hardware) -> float:
+    if hardware.streaming_tb_s:
+        return hardware.streaming_tb_s * 1e12
     return hardware.memory_tb_s * 1e12 * hardware.streaming_share

@@ -31,7 +31,10 @@ class StateBytes(NamedTuple):
 # fp32: as Baleen trains on a CPU. bf16: FP32 master weights, moments and gradients (Megatron's default; 18 bytes).
 # fp8: V3's recipe (2412.19437 §3.3.3): BF16 weights with an FP8 copy to multiply with, FP32 gradients and master
 # weights, BF16 moments; linear inputs in FP8 with one FP32 scale per 128.
+# autocast: BF16 products over FP32 weights, whose BF16 copies live until the backward; gradients are widened one by one;
+# the residual stream, norms and attention's operands are FP32, all else BF16: 2.8 bytes a number on average.
 STATE_BYTES = {
+    "autocast": StateBytes(6, 4, 8, 2.8, 2.8, 0),
     "fp32": StateBytes(4, 4, 8, 4, 4, 8),
     "bf16": StateBytes(2, 4, 12, 2, 2, 12),
     "fp8": StateBytes(3, 4, 8, 2, 1 + 4 / 128, 12),
@@ -46,6 +49,7 @@ class RankMemory(NamedTuple):
     optimizer: float
     activations: float
     logits: float
+    process: float = 0.0  # of the libraries, where it was measured
 
     @property
     def total(self) -> float:
@@ -138,6 +142,7 @@ def rank_memory(
     micro_batches: int,
     precision: str = "bf16",
     mtp: bool = True,
+    process_bytes: float = 0.0,
 ) -> RankMemory:
     """Memory of the fullest rank. DualPipe holds a part of each direction, so every weight twice.
 
@@ -184,7 +189,7 @@ def rank_memory(
         whole = layout.model_copy(update={"recompute": "none"})
         activations += tokens * layer_activation_bytes(arch, whole, precision, arch.is_moe)
     logits = state.logit * tokens * arch.vocab_size / layout.tensor if stages == 1 else 0.0
-    return RankMemory(weights, gradients, optimizer, activations, logits)
+    return RankMemory(weights, gradients, optimizer, activations, logits, process_bytes)
 
 
 def _expert_shard(layout: Layout) -> int:

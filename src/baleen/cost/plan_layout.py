@@ -38,6 +38,9 @@ def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int)
     stated, how = StatedLayout(), "the fastest of all that fit"
     if request.layout is not None:
         stated, how = user_layout(request.layout), "as asked for; what it leaves open, the fastest that fits"
+    elif on.hardware.is_cpu:
+        stated = StatedLayout(zero=0, recompute="none", micro_batch=model.micro_batch)
+        how = "as Baleen trains on one machine"
     elif not request.search and model.name in PUBLISHED_LAYOUTS:
         text, source = PUBLISHED_LAYOUTS[model.name]
         if search_layouts(model, gpus, on, facts.calibration, user_layout(text), top=1).best:
@@ -55,9 +58,7 @@ def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int)
 
 def conditions(request: Request, facts: Assumptions, model: PlannedModel) -> Conditions:
     hardware = facts.hardware
-    precision = request.precision or next(
-        name for name, peak in (("fp8", hardware.peak_fp8), ("bf16", hardware.peak_bf16), ("fp32", 1)) if peak
-    )
+    precision = request.precision or hardware.fastest_precision
     hardware.peak_flops(precision)  # raises UserError where the device has no such format
     seq_len = request.seq_len or model.seq_len
     if seq_len < 1:

@@ -31,6 +31,8 @@ def device_prices(facts: Assumptions, usd_per_hour: float | None) -> Prices:
     mwh = None
     if hardware.watts:
         mwh = hardware.watts / 1e6 * f["draw_share"].value * f["facility_overhead"].value
+    elif hardware.threads:
+        mwh = hardware.threads * f["cpu_watts"].value / 1e6 * f["facility_overhead"].value
     if usd_per_hour is not None:
         if not 0 < usd_per_hour <= 1e4:
             raise UserError(f"--usd-per-hour {usd_per_hour:g} is absurd: give a number above 0, up to 10,000")
@@ -44,6 +46,10 @@ def device_prices(facts: Assumptions, usd_per_hour: float | None) -> Prices:
             for price in (hardware.purchase_usd[0], sum(hardware.purchase_usd) / 2, hardware.purchase_usd[1])
         )
         return Prices(low, mid, high, f"owning, {hardware.sources['purchase_usd']}; no rental price is known", mwh)
+    if hardware.threads:
+        vcpu = f["cpu_usd_per_hour"]
+        low, mid, high = (hardware.threads * usd for usd in (vcpu.interval[0], vcpu.value, vcpu.interval[1]))
+        return Prices(low, mid, high, f"rental of {hardware.threads} vCPU: {vcpu.citation}", mwh)
     raise UserError(f"the hardware table has no price for {hardware.title}: give one with --usd-per-hour")
 
 

@@ -24,6 +24,7 @@ class PlannedModel(NamedTuple):
     batch: int
     tokens: float | None
     node_limit: int | None  # most nodes a token's experts lie on
+    micro_batch: int | None = None  # sequences a forward, as the recipe says
 
 
 def load_model(name: str) -> PlannedModel:
@@ -42,6 +43,7 @@ def load_model(name: str) -> PlannedModel:
             train.batch_tokens // train.seq_len,
             float(train.tokens),
             _node_limit(recipe.model),
+            train.micro_batch_size or train.batch_tokens // train.seq_len,
         )
     for file in (path, path / "config.json", path / "model" / "config.json"):
         if file.is_file():

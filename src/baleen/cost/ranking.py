@@ -75,7 +75,7 @@ def memory_of(work: Workload) -> RankMemory | None:
     try:
         return rank_memory(
             work.arch, work.layout, seq_len=work.seq_len, micro_batches=int(work.micro_batches),
-            precision=work.precision, mtp=work.mtp,
+            precision=work.storage, mtp=work.mtp, process_bytes=work.hardware.process_gb * 1e9,
         )  # fmt: skip
     except UserError:
         return None

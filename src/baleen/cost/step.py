@@ -78,7 +78,7 @@ def rooflines(work: Workload) -> Rooflines:
     return Rooflines(
         ideal=ideal_seconds(work),
         kernels=(total + ends).times(1 / stages),
-        optimizer=kernels.optimizer_seconds(hardware, held, layout, work.precision, layout.expert_replicas),
+        optimizer=kernels.optimizer_seconds(hardware, held, layout, work.storage, layout.expert_replicas),
         traffic=link_seconds(work, held),
         stage_imbalance=imbalance,
     )
@@ -96,6 +96,8 @@ def ideal_seconds(work: Workload) -> float:
 
 def kernel_seconds(roof: Rooflines, work: Workload, calibration: Calibration) -> Kernels:
     """Kernels of one micro-batch with products and streaming kernels as fast as they are inside real training."""
+    if work.hardware.is_cpu:  # its rates were measured inside training
+        return roof.kernels
     generation = f"matmul_{work.hardware.generation}"
     slower = calibration.get(generation, 1.0)
     if work.precision == "fp8":
@@ -154,7 +156,8 @@ def step_time(work: Workload, calibration: Calibration, roof: Rooflines | None =
     if work.layout.overlaps:
         exposed["expert"] = busy_seconds(work.layout, count, durations) - plain
     bubble = bubble_seconds(work.layout, count, durations)
-    routing = calibration["routing_imbalance"] if work.arch.is_moe and not work.balanced_routing else 1.0
+    uneven_ranks = work.layout.expert > 1 and not work.balanced_routing
+    routing = calibration["routing_imbalance"] if uneven_ranks else 1.0
     uneven = count * (routing - 1) * sum(k.grouped) + (roof.stage_imbalance - 1) * plain
     smooth = compute + sum(exposed.values()) + bubble
     jitter = (smooth + uneven) * (jitter_factor(work.layout.devices, calibration) - 1)

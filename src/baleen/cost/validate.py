@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ import numpy as np
 
 from baleen.config import UserError
 from baleen.cost.calibration import CONSTANTS, Calibration, Fitted, fit_to_toml, shipped_fit
+from baleen.cost.assumptions import set_hardware, split_sets
 from baleen.cost.cases import Case, Prepared, implied_mfu, prepare, read_cases, shipped_cases
+from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.memory import GIB
 from baleen.cost.step import Rooflines, rooflines, step_time
 
@@ -122,20 +125,29 @@ def validate(
     cases_csv: Path | None = None,
     calibrate_on: str | None = None,
     hardware_files: Sequence[Path] = (),
-    calibration: Calibration | None = None,
+    sets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Predicts every row of a file (default: the one that ships) and compares; plain values for JSON.
 
     Without `calibrate_on` the shipped constants predict, and rows that those were fitted on are predicted by constants
     fitted without their source. With it, constants are fitted on the file's rows of that split, again leaving a row's
-    own source out. A given `calibration` is used for all rows as it is. Returns {kinds, splits, rows, skipped,
+    own source out. `sets` are `name=number` of constants or of cells of all devices: the sceptic's. Returns {kinds, splits, rows, skipped,
     constants}; errors are on tokens/s/GPU (step), GPU-hours (run), GiB (memory) and MWh (energy), relative.
     Raises UserError for a broken file or a split that is absent or never fitted on.
     """
     cases = shipped_cases() if cases_csv is None else read_cases(cases_csv)
-    prepared, skipped = _prepare_all(cases, hardware_files)
+    cells, changed = split_sets(sets)
+
+    def find(name: str) -> Hardware:
+        return set_hardware(find_hardware(name, *hardware_files), cells)
+
+    prepared, skipped = _prepare_all(cases, find)
     items = [Item(row, rooflines(row.work)) for row in prepared if row.rate or row.hours]
-    constants_for = _constants(items, calibrate_on, calibration)
+    fitted_for = _constants(items, calibrate_on)
+
+    def constants_for(row: Prepared | None) -> Calibration:
+        return fitted_for(row).with_(**changed)
+
     known = [i for i in items if i.row.case.text["split"] == calibrate_on] if calibrate_on else _shipped_items(items)
     rows: list[dict[str, Any]] = []
     for row in prepared:
@@ -154,7 +166,7 @@ def validate(
 
 def write_fit(path: Path, date: str) -> Fitted:
     """Fits the constants on the shipped rows marked `cal` and writes them with their fit."""
-    prepared, _ = _prepare_all(shipped_cases(), ())
+    prepared, _ = _prepare_all(shipped_cases(), find_hardware)
     items = [Item(row, rooflines(row.work)) for row in prepared if row.rate or row.hours]
     cal = [item for item in items if item.row.case.text["split"] == "cal"]
     left_out = leave_one_source_out(cal)
@@ -188,7 +200,7 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _prepare_all(cases: Sequence[Case], files: Sequence[Path]) -> tuple[list[Prepared], list[dict[str, str]]]:
+def _prepare_all(cases: Sequence[Case], find: Callable[[str], Hardware]) -> tuple[list[Prepared], list[dict[str, str]]]:
     """Cases as workloads, laid out under the constants' priors so that layouts never depend on a fit."""
     prepared, skipped = [], []
     for case in cases:
@@ -196,7 +208,7 @@ def _prepare_all(cases: Sequence[Case], files: Sequence[Path]) -> tuple[list[Pre
             skipped.append({"id": case.id, "reason": f"metric {case.text['metric']!r} is not predicted"})
             continue
         try:
-            row = prepare(case, Calibration(), *files)
+            row = prepare(case, Calibration(), find)
         except UserError as error:
             skipped.append({"id": case.id, "reason": str(error)})
             continue
@@ -207,12 +219,8 @@ def _prepare_all(cases: Sequence[Case], files: Sequence[Path]) -> tuple[list[Pre
     return prepared, skipped
 
 
-def _constants(
-    items: Sequence[Item], calibrate_on: str | None, given: Calibration | None
-) -> Callable[[Prepared | None], Calibration]:
+def _constants(items: Sequence[Item], calibrate_on: str | None) -> Callable[[Prepared | None], Calibration]:
     """Constants for a row: never fitted on its own source. None asks for those of all sources."""
-    if given is not None:
-        return lambda row: given
     if calibrate_on is None:
         fitted = shipped_fit()
         rows = set(fitted.rows)
@@ -233,10 +241,15 @@ def _shipped_items(items: Sequence[Item]) -> Sequence[Item]:
     """Rows whose MFU the baseline may know: those the shipped constants were fitted on."""
     rows = set(shipped_fit().rows)
     here = [item for item in items if item.row.case.id in rows]
-    if len(here) == len(rows):
-        return here
-    prepared, _ = _prepare_all([case for case in shipped_cases() if case.id in rows], ())
-    return [Item(row, rooflines(row.work)) for row in prepared]
+    return here if len(here) == len(rows) else _fitted_items()
+
+
+@cache
+def _fitted_items() -> tuple[Item, ...]:
+    """The shipped rows that the shipped constants were fitted on."""
+    rows = set(shipped_fit().rows)
+    prepared, _ = _prepare_all([case for case in shipped_cases() if case.id in rows], find_hardware)
+    return tuple(Item(row, rooflines(row.work)) for row in prepared)
 
 
 def _compare(

@@ -31,6 +31,11 @@ class Workload(Strict):
         return self.global_batch * self.seq_len
 
     @property
+    def storage(self) -> str:
+        """How weights and activations are kept: PyTorch on a CPU multiplies in BF16 over FP32 weights (autocast)."""
+        return "autocast" if self.hardware.is_cpu and self.precision == "bf16" else self.precision
+
+    @property
     def micro_batches(self) -> float:
         """Micro-batches of one pipeline; a fraction where a published batch does not divide."""
         return max(1.0, self.global_batch / (self.layout.data * self.layout.micro_batch))
