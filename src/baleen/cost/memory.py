@@ -31,7 +31,7 @@ class StateBytes(NamedTuple):
 # fp32: as Baleen trains on a CPU. bf16: FP32 master weights, moments and gradients (Megatron's default; 18 bytes).
 # fp8: V3's recipe (2412.19437 §3.3.3): BF16 weights with an FP8 copy to multiply with, FP32 gradients and master
 # weights, BF16 moments; linear inputs in FP8 with one FP32 scale per 128.
-# autocast: BF16 products over FP32 weights, whose BF16 copies live until the backward; gradients are widened one by one;
+# autocast: BF16 products over FP32 weights, whose BF16 copies live until the backward; gradients are widened singly;
 # the residual stream, norms and attention's operands are FP32, all else BF16: 2.8 bytes a number on average.
 STATE_BYTES = {
     "autocast": StateBytes(6, 4, 8, 2.8, 2.8, 0),

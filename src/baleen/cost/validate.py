@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from baleen.config import UserError
-from baleen.cost.calibration import CONSTANTS, Calibration, Fitted, fit_to_toml, shipped_fit
 from baleen.cost.assumptions import set_hardware, split_sets
+from baleen.cost.calibration import CONSTANTS, Calibration, Fitted, fit_to_toml, shipped_fit
 from baleen.cost.cases import Case, Prepared, implied_mfu, prepare, read_cases, shipped_cases
 from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.memory import GIB
@@ -131,7 +131,8 @@ def validate(
 
     Without `calibrate_on` the shipped constants predict, and rows that those were fitted on are predicted by constants
     fitted without their source. With it, constants are fitted on the file's rows of that split, again leaving a row's
-    own source out. `sets` are `name=number` of constants or of cells of all devices: the sceptic's. Returns {kinds, splits, rows, skipped,
+    own source out. `sets` are `name=number` of constants or of cells of all devices. Returns {kinds, splits, rows,
+    skipped,
     constants}; errors are on tokens/s/GPU (step), GPU-hours (run), GiB (memory) and MWh (energy), relative.
     Raises UserError for a broken file or a split that is absent or never fitted on.
     """
