@@ -1,0 +1,79 @@
+"""`baleen chat --url`: a server as the terminal's partner."""
+
+import io
+import socket
+import threading
+
+import pytest
+from rich.console import Console
+
+from baleen.config import UserError
+from baleen.data.document import Message
+from baleen.infer.chat import Chat, answer_once
+from baleen.infer.sampler import SamplingParams
+from baleen.serve.limits import Limits
+from baleen.serve.remote import Remote
+
+PARAMS = SamplingParams(temperature=0.25, top_p=0.5, seed=7)
+
+
+def test_an_answer_streams_and_is_counted(scripted, tokenizer):
+    server = scripted("naïve whales")
+    out = io.StringIO()
+    stats = answer_once(Remote(server.url), "hello", out, PARAMS)
+    assert out.getvalue() == "naïve whales\n"
+    tokens = len(tokenizer.encode("naïve whales")) + 1
+    assert (stats.tokens, stats.turns, stats.accepted) == (tokens, tokens, [0]) and stats.seconds > 0
+    asked = server.engine.requests[0]
+    assert (asked.params.temperature, asked.params.top_p, asked.params.seed) == (0.25, 0.5, 7)
+    assert asked.prompt_ids == tokenizer.encode_chat([Message("user", "hello")], add_generation_prompt=True)
+
+
+def test_a_conversation(scripted):
+    server = scripted(lambda prompt: f"answer {prompt.count('<|user|>')}")
+    screen = io.StringIO()
+    chat = Chat(Remote(f"{server.url}/v1/"), Console(file=screen, width=100))
+    for line in ("one", "two", "/stats", "/speculate on"):
+        chat.take(line)
+    assert [message.content for message in chat.messages] == ["one", "answer 1", "two", "answer 2"]
+    assert "tokens read" in screen.getvalue() and "a server decides" in screen.getvalue()
+
+
+def test_reasoning_is_shown_as_the_model_wrote_it(scripted):
+    server = scripted("<think>\nhm</think>\n\nso")
+    assert "".join(Remote(server.url).reply([Message("user", "x")], PARAMS, 0)) == "<think>\nhm</think>\nso"
+
+
+def test_old_turns_are_dropped_by_the_server(scripted):
+    turns = [Message("user", "over hills and far away " * 20), Message("assistant", "so")] * 4
+    reply = Remote(scripted("yes").url).reply([*turns, Message("user", "which birds")], PARAMS, 0)
+    assert reply.dropped >= 2 and "".join(reply) == "yes"
+
+
+def test_what_goes_wrong_is_said(scripted, tiny):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}", "nonsense", "http://"):
+        with pytest.raises(UserError, match="can't be reached"):
+            Remote(url)
+    with pytest.raises(UserError, match="take one of tiny, other"):
+        Remote(tiny.url, "whale")
+    locked = scripted("yes", api_key="sesame")
+    with pytest.raises(UserError, match="API key"):
+        Remote(locked.url)
+    assert "".join(Remote(locked.url, api_key="sesame").reply([Message("user", "x")], PARAMS, 0)) == "yes"
+    slow = scripted("word " * 90, limits=Limits(request_seconds=1), pause=0.05)
+    with pytest.raises(UserError, match="longer than 1 seconds"):
+        list(Remote(slow.url).reply([Message("user", "x")], PARAMS, 0))
+
+
+def test_stopping_to_listen_stops_the_server(scripted):
+    server = scripted("word " * 90, pause=0.02)
+    pieces = iter(Remote(server.url).reply([Message("user", "x")], PARAMS, 0))
+    next(pieces)
+    next(pieces)
+    pieces.close()
+    stopped = threading.Event()
+    while not server.engine.aborted:
+        assert not stopped.wait(0.01)
+    assert server.engine.pages.in_use == 0
