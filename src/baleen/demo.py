@@ -176,6 +176,8 @@ def _tell(console: Console, summary: dict[str, Any], run_dir: Path, report: Path
     console.print(
         f"\nOn the command line after `. .venv/bin/activate`:\n"
         f"Talk to it:           baleen chat {run_dir}\n"
+        f"In a browser:         baleen serve {run_dir}, then http://127.0.0.1:8000\n"
+        f"A grown-up instead:   make demo-chat (SmolLM2 as a V3 model)\n"
         f"Curves and costs:     {report}\n"
         f"Train on your text:   baleen train chitchat --data FOLDER --run runs/mine\n"
         f"What it cost:         baleen cost card {run_dir}",
