@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,8 @@ def train(
 
     resolved = load_recipe(recipe, overrides, data)
     summary = run_training(resolved, run, resume=resume, max_steps=max_steps, track=track)  # type: ignore[arg-type]
-    _report(summary, as_json)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one reports
+        _report(summary, as_json)
 
 
 @app.command("eval")
