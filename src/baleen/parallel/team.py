@@ -31,7 +31,7 @@ def join(model: Transformer, parallel: ParallelConfig, grid: Grid) -> Team:
     """This process's worker, of all that call this together; of `model`, alike everywhere, it takes its part."""
     mesh = Mesh(grid, model.device.type)
     if grid.expert > 1:
-        shard_experts(model, mesh.expert_group)
+        shard_experts(model, mesh.expert_group, fp8=parallel.dispatch == "fp8")
     return (PipelineTeam if grid.pipeline > 1 else Team)(model, parallel, mesh)
 
 

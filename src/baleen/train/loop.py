@@ -56,6 +56,9 @@ def train(
 
     Ctrl-C and SIGTERM end the step under way, save and return. Returns {run, status ("done" | "stopped"), step, tokens,
     train_seconds, loss, heldout_bpb, weights_sha256}. Raises UserError for bad input, having overwritten nothing.
+
+    Under torchrun every process calls this, and all get the same summary. Then nothing is sampled or held out on the
+    way (heldout_bpb is None: see `baleen eval`), and weights_sha256 is over all ranks' parts.
     """
     with joined(recipe.parallel.timeout_seconds) as ranks:
         return _train(recipe, run_dir, ranks, resume, max_steps, track, display or Display(quiet=ranks.rank > 0))
@@ -179,7 +182,7 @@ class _Run:
             "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3),
             "loss": result.loss, "mtp_loss": result.mtp_loss, "balance_loss": result.balance_loss, "lr": result.lr,
             "grad_norm": result.grad_norm, "tokens_per_second": round(result.tokens / result.seconds, 1),
-            "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd,
+            "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd_of_run,
         }  # fmt: skip
         if not math.isfinite(result.grad_norm):
             self.display.warn(f"step {counters.step}: the gradient is not finite; the update is left out")
@@ -207,7 +210,7 @@ class _Run:
             "tok/s": f"{sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent):,.0f}",
             "balance": f"+{row['max_violation']:.0%}",
             "left": duration(wall / share - wall),
-            "$": f"{self.stage.usd:.4f}",
+            "$": f"{self.stage.usd_of_run:.4f}",
         }
         self.display.update(share, parts)
 

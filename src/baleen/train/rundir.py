@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from baleen.config import Strict, UserError, read_recipe
+from baleen.config import ParallelConfig, Recipe, Strict, UserError, read_recipe
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
@@ -23,7 +23,7 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
     """
     file = run_dir / RECIPE
     if file.is_file():
-        other = read_recipe(type(recipe), file) != recipe
+        other = _apart_from_layout(read_recipe(type(recipe), file)) != _apart_from_layout(recipe)
         names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
         if names <= BEFORE_TRAINING and (not other or "run_id" in names):  # without run_id it is a user's own file
             write_aside(file, recipe.to_toml())
@@ -32,6 +32,7 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
             raise UserError(f"{run_dir} belongs to another recipe (see {file}): choose another --run directory")
         if not resume:
             raise UserError(f"{run_dir} already holds this run: add --resume to continue it, or choose another --run")
+        write_aside(file, recipe.to_toml())
         return
     if run_dir.exists() and (not run_dir.is_dir() or any(p.name != "run_id" for p in run_dir.iterdir())):
         raise UserError(f"{run_dir} holds something that is not a run: choose another --run directory")
@@ -40,6 +41,11 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
         write_aside(file, recipe.to_toml())
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
+
+
+def _apart_from_layout(recipe: Strict) -> Strict:
+    """A run may be continued by more processes or fewer."""
+    return recipe.model_copy(update={"parallel": ParallelConfig()}) if isinstance(recipe, Recipe) else recipe
 
 
 def write_aside(file: Path, text: str) -> None:
