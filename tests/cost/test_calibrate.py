@@ -47,13 +47,8 @@ MEASURED = {
     "threads": 2,
     "torch": "2.13",
     "steps": [
-        {
-            "recipe": step.recipe.model_dump(mode="json"),
-            "seconds": step.seconds,
-            "precision": "fp32",
-            "peak_bytes": None,
-        }
-        for step in steps({**MACHINE, **TRUTH})
+        dict(recipe=s.recipe.model_dump(mode="json"), seconds=s.seconds, precision="fp32", peak_bytes=None)
+        for s in steps({**MACHINE, **TRUTH})
     ],
 }
 
@@ -95,9 +90,8 @@ def test_a_measured_machine_is_a_device_like_any_other(tmp_path, measured):
     plan = make_plan(Request(gpu="laptop", model="cpu-s", gpus=1, hardware_files=(path,)))
     assert plan["precision"] == "fp32" and plan["micro_batch"] == 8
     assert "2 vCPU" in plan["usd_per_gpu_hour"]["source"]
-    slower = make_plan(
-        Request(gpu="laptop", model="cpu-s", gpus=1, hardware_files=(path,), sets=("update_tb_s=0.001",))
-    )
+    sets = ("update_tb_s=0.001",)
+    slower = make_plan(Request(gpu="laptop", model="cpu-s", gpus=1, hardware_files=(path,), sets=sets))
     assert slower["phases"]["optimizer"] == pytest.approx(15 * plan["phases"]["optimizer"], rel=0.05)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,13 @@ def test_the_parts_of_a_stage_stand_in_its_rows(tmp_path):
     rows, _ = read_rows(running.ledger.path)
     assert rows[-1]["productive_device_seconds_by_part"] == {"rollout": 6.0, "update": 2.0}
     assert "productive_device_seconds_by_part" not in rows[0]  # nothing was done yet
+
+
+def test_a_resumed_stage_knows_what_the_run_cost_before(tmp_path):
+    for expected in (0.0, 1.0, 2.0):
+        clock = iter([0.0] + [3600.0] * 20).__next__
+        ledger = Ledger.open(tmp_path / "r")
+        rate = replace(RATE, usd_per_device_hour=0.5)
+        with ledger.stage("pretrain", devices=2, device_name="cpu", rate=rate, clock=clock) as running:
+            assert running.usd_before == pytest.approx(expected)
+            assert running.usd_of_run == pytest.approx(expected + 1.0)

@@ -128,6 +128,7 @@ class Stage:
     status: str = "running"
     stage_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     parent: str | None = None
+    usd_before: float = 0.0  # what earlier stages of this name cost the run, those that it resumes among them
 
     def __enter__(self) -> Self:
         self._started = self.clock()
@@ -138,7 +139,7 @@ class Stage:
             self.meter = open_meter(self.device_name, self.devices, self.rate.watts_per_device)
         if self.ledger.rank == 0:
             try:
-                self.parent = _last_stage_id(self.ledger.path, self.name)
+                self.parent, self.usd_before = _earlier(self.ledger.path, self.name)
                 self._append("start")
             except OSError as error:
                 raise UserError(f"the ledger cannot be written ({error}): free the disk or set BALEEN_LAB") from None
@@ -171,6 +172,11 @@ class Stage:
     @property
     def usd(self) -> float:
         return self.device_seconds / 3600 * self.rate.usd_per_device_hour
+
+    @property
+    def usd_of_run(self) -> float:
+        """This stage and all of its name before it: what a resumed run has cost so far."""
+        return self.usd_before + self.usd
 
     @property
     def joules(self) -> float | None:
@@ -287,12 +293,19 @@ def _new_run_id(run_dir: Path) -> str:
     return run_id
 
 
-def _last_stage_id(path: Path, name: str) -> str | None:
-    last = None
+def _earlier(path: Path, name: str) -> tuple[str | None, float]:
+    """The last stage of this name in a ledger, and the USD of all of them: of each its last row."""
+    last: dict[str, float] = {}
     for row in read_rows(path)[0]:
-        if row.get("stage") == name and isinstance(row.get("stage_id"), str):
-            last = row["stage_id"]
-    return last
+        stage_id, rate = row.get("stage_id"), row.get("rate")
+        if row.get("stage") != name or not isinstance(stage_id, str):
+            continue
+        seconds = row.get("device_seconds")
+        usd = rate.get("usd_per_device_hour") if isinstance(rate, dict) else None
+        known = isinstance(seconds, int | float) and isinstance(usd, int | float)
+        last.pop(stage_id, None)
+        last[stage_id] = seconds / 3600 * usd if known else 0.0
+    return next(reversed(last), None), sum(last.values())
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
