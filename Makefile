@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat test test-slow lint screenshots clean
+.PHONY: demo demo-chat test test-slow test-dist bench lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -25,10 +25,25 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.slow
 	$(BIN)/pytest -m slow
 
+# Everything that takes several processes: layouts, checkpoints between them, kills, hangs.
+test-dist: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/parallel
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Beside the peers, on this machine: half an hour. llama.cpp is compiled from llama-cpp-python's sources.
+bench: $(VENV)/.slow
+	for config in S M; do \
+		$(BIN)/python bench/train.py --config $$config && \
+		$(BIN)/python bench/decode.py --config $$config && \
+		$(BIN)/python bench/decode.py --config $$config --batch 8 && \
+		$(BIN)/python bench/prefill.py --config $$config || exit 1; \
+	done
+	$(BIN)/python bench/decode.py --config L --rounds 3
+	$(BIN)/python bench/prefill.py --config L --rounds 3
 
 # The pictures in docs/, of this build: SmolLM2 talks, the demo's experts are shown. Needs chromium (apt-get install).
 screenshots: $(VENV)/.slow

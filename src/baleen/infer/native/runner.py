@@ -60,6 +60,11 @@ class NativeRunner:
         if hasattr(self, "_forward"):
             self._library.close(self._forward)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of all packed matrices."""
+        return self._packed.bytes
+
     def forward(self, batch: Batch) -> Result:
         """The trunk."""
         routes = torch.empty(self._moe_layers, len(batch.tokens), self.config.num_experts_per_tok, dtype=torch.long)
