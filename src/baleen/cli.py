@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from baleen import cli_cost
+from baleen import cli_align, cli_cost
 
 app = typer.Typer(
     name="baleen",
@@ -230,6 +230,9 @@ def recipes() -> None:
     from baleen.config import recipe_names
 
     print("\n".join(recipe_names()))
+
+
+cli_align.add_to(app)
 
 
 def _report(result: dict[str, Any], as_json: bool) -> None:

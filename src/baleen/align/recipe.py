@@ -20,7 +20,9 @@ from baleen.config import (
     ScheduleConfig,
     Strict,
     TrainConfig,
+    UserError,
     read_recipe,
+    validated,
     without_null,
 )
 
@@ -173,3 +175,23 @@ class AlignRecipe(Strict):
 def load_align_recipe(name_or_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> AlignRecipe:
     """As `load_recipe`, for a recipe with stages; stages are overridden by number, as in stages.0.train.lr=1e-3."""
     return read_recipe(AlignRecipe, name_or_path, overrides)
+
+
+def for_command(command: str, recipe: AlignRecipe, base: str = "", teacher: str = "") -> AlignRecipe:
+    """The recipe as `baleen sft | rl | distill` runs it, with the base and the teacher of the command line.
+
+    Raises UserError for a recipe that the command is not for.
+    """
+    wanted = {"sft": SFTStage, "rl": RLStage, "distill": SampleStage}[command]
+    if not any(isinstance(stage, wanted) for stage in recipe.stages):
+        kinds = ", ".join(stage.kind for stage in recipe.stages)
+        raise UserError(f"recipe {recipe.name} has no {wanted.model_fields['kind'].default} stage, only {kinds}")
+    raw = recipe.model_dump()
+    if base:
+        raw |= {"base": str(Path(base).absolute()) if Path(base).exists() else base, "model": None}
+    if teacher:
+        path = str(Path(teacher).absolute()) if Path(teacher).exists() else teacher
+        raw["stages"] = [s | {"teacher": path} if s["kind"] == "sample" else s for s in raw["stages"]]
+    if command == "distill" and not any(s.get("teacher") for s in raw["stages"]):
+        raise UserError("distillation needs a teacher: give --teacher RUN")
+    return validated(AlignRecipe, raw, f"recipe {recipe.name}")

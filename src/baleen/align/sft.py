@@ -20,7 +20,7 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.train.trainer import Trainer
 
 Chat = Sequence[Message]
-EVAL_QUESTIONS = 200
+EVAL_QUESTIONS = 500
 EVAL_TOKENS = 256
 
 

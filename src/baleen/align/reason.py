@@ -1,0 +1,150 @@
+"""`baleen reason`: does it reason after RL, and would more fine-tuning have done as well? One table, one summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from baleen.align.accuracy import HELDOUT_SEED, measure
+from baleen.align.judge import Judge
+from baleen.align.pipeline import Pipeline, align
+from baleen.align.recipe import AlignRecipe, RLStage, SFTStage
+from baleen.align.tasks import distinct_questions
+from baleen.config import UserError
+from baleen.cost.account import StageRecord, find_run, read_ledger
+from baleen.cost.figures import duration, usd
+from baleen.cost.ledger import lab_of
+from baleen.eval.report import write_report
+from baleen.interop.load import load
+from baleen.train.display import Display
+from baleen.train.loop import device, run_stage
+from baleen.train.precision import keep_freed_memory
+from baleen.train.rundir import read_metrics, write_aside
+
+QUESTIONS = 500  # unseen ones, the same for every model
+SAMPLES = 4  # of each question at temperature 1
+ENOUGH = 10**12  # tokens: the control ends by the clock
+
+
+def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str, Any]:
+    """Cold start and RL by the recipe, then its control; writes summary.json. A run that was stopped goes on.
+
+    The control is the cold start's stage once more from where the cold start ended, its schedule from the beginning,
+    for as long by the clock as RL took. Raises UserError for a recipe whose stages are not these two.
+    """
+    if [stage.kind for stage in recipe.stages] != ["sft", "rl"]:
+        raise UserError(
+            "`baleen reason` compares RL with its start: the recipe needs an sft stage and then an rl stage"
+        )
+    keep_freed_memory()
+    display = Display(quiet=console.quiet)
+    done = align(recipe, run_dir, resume=(run_dir / "recipe.toml").is_file(), display=display)
+    if done["status"] == "stopped":
+        return done
+    pipeline = Pipeline(recipe, run_dir, display)
+    rl = rl_records(run_dir)
+    control_dir = run_dir.with_name(f"{run_dir.name}-control")
+    control = control_recipe(recipe, pipeline.folder(0) / "model", sum(record_seconds(r) for r in rl))
+    stopped = align(control, control_dir, resume=(control_dir / "recipe.toml").is_file(), display=display)
+    if stopped["status"] == "stopped":
+        return stopped
+    models = {"before": pipeline.folder(0), "after": run_dir, "sft_control": control_dir}
+    with run_stage(recipe.cost, run_dir, "eval"):
+        measured = {name: measured_at(recipe, path) for name, path in models.items()}
+    summary = summarise(run_dir, measured, rl)
+    write_aside(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report = write_report(run_dir)
+    tell(console, summary, measured, run_dir, report)
+    return summary
+
+
+def control_recipe(recipe: AlignRecipe, base: Path, seconds: float) -> AlignRecipe:
+    """More of the cold start's own fine-tuning, from its end, for so long."""
+    cold = recipe.stages[0]
+    assert isinstance(cold, SFTStage)
+    train = cold.train.model_copy(update={"minutes": seconds / 60, "tokens": ENOUGH, "eval_every": 0})
+    stage = cold.model_copy(update={"train": train})
+    cost = recipe.cost.model_copy(update={"purpose": "ablation"})
+    keys = {"name": f"{recipe.name}-control", "base": str(base.absolute()), "model": None, "stages": (stage,)}
+    return recipe.model_copy(update={**keys, "cost": cost})
+
+
+def rl_records(run_dir: Path) -> list[StageRecord]:
+    """RL's rows of the ledger, one for each time it was begun or taken up again."""
+    lab = lab_of(run_dir)
+    return [record for record in read_ledger(lab).of_run(find_run(lab, run_dir)) if record.stage == "rl"]
+
+
+def record_seconds(record: StageRecord) -> float:
+    return record.device_seconds / record.devices
+
+
+def measured_at(recipe: AlignRecipe, path: Path) -> dict[str, Any]:
+    """Accuracy of the model at `path` on the held-out questions."""
+    rl = recipe.stages[1]
+    assert isinstance(rl, RLStage)
+    loaded = load(path, device=device())
+    asked = distinct_questions(rl.tasks or recipe.tasks, "test", HELDOUT_SEED, QUESTIONS)
+    with Judge(sorted({question.verifier for question in asked}), rl.reward_seconds) as judge:
+        return measure(
+            loaded.model, loaded.tokenizer, asked, judge, rl.sampling, samples=SAMPLES, seed=1, system=recipe.system
+        )
+
+
+def plateau_gain(rows: list[dict[str, Any]]) -> float | None:
+    """How much the held-out accuracy rose over the last fifth of the cold start; None if it was not looked at then."""
+    sft = [row for row in rows if row["stage"] == "sft"]
+    seen = [row for row in sft if row.get("heldout_accuracy") is not None]
+    late = [row for row in seen if row["step"] >= 0.8 * sft[-1]["step"]]
+    return late[-1]["heldout_accuracy"] - late[0]["heldout_accuracy"] if len(late) > 1 else None
+
+
+def summarise(run_dir: Path, measured: dict[str, dict[str, Any]], rl: list[StageRecord]) -> dict[str, Any]:
+    """Flat, for machines: shares from 0 to 1, intervals of 95 %, seconds by the clock, USD."""
+    summary: dict[str, Any] = {"questions": QUESTIONS, "samples": SAMPLES}
+    for name, found in measured.items():
+        for how, key in (("greedy", f"accuracy_{name}"), ("sampled", f"accuracy_{name}_sampled")):
+            summary[key] = found[how]["value"]
+            summary[f"{key}_interval"] = [found[how]["low"], found[how]["high"]]
+        summary[f"votes_{name}"] = {k: share["value"] for k, share in found["votes"].items()}
+    rows = read_metrics(run_dir)
+    last = next(row for row in reversed(rows) if row["stage"] == "rl")
+    points = 100 * (summary["accuracy_after"] - summary["accuracy_before"])
+    spent = sum(record.usd for record in rl)
+    return summary | {
+        "plateau_gain": plateau_gain(rows),
+        "rl_steps": sum(row["stage"] == "rl" for row in rows),
+        "rl_seconds": sum(record_seconds(record) for record in rl),
+        "rl_seconds_by_part": {name: last[f"seconds_{name}"] for name in ("rollout", "reward", "update")},
+        "rl_usd": spent,
+        "usd_per_point": spent / points if points > 0 else None,
+    }
+
+
+def tell(
+    console: Console, summary: dict[str, Any], measured: dict[str, dict[str, Any]], run_dir: Path, report: Path
+) -> None:
+    table = Table(title=f"{QUESTIONS} unseen questions, 95 % intervals (Wilson)")
+    for column in ("", "greedy", f"mean of {SAMPLES} at T = 1", f"majority of {SAMPLES}"):
+        table.add_column(column, justify="left" if not column else "right")
+    words = {
+        "before": "cold start, at its plateau",
+        "after": "after RL",
+        "sft_control": f"control: {duration(summary['rl_seconds'])} more of SFT",
+    }
+    for name, found in measured.items():
+        shares = (found["greedy"], found["sampled"], found["votes"][str(SAMPLES)])
+        table.add_row(words[name], *(f"{s['value']:.1%}  [{s['low']:.1%}, {s['high']:.1%}]" for s in shares))
+    console.print(table)
+    gain, parts = summary["plateau_gain"], summary["rl_seconds_by_part"]
+    if gain is not None:
+        console.print(f"The cold start's last fifth of steps gained {100 * gain:+.1f} points on held-out questions.")
+    shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    console.print(f"RL took {duration(summary['rl_seconds'])} ({shares}) and {usd(summary['rl_usd'])}.")
+    if summary["usd_per_point"] is not None:
+        console.print(f"What a point of accuracy cost: {usd(summary['usd_per_point'])}.")
+    console.print(f"Ask it:   baleen chat {run_dir} --prompt '3+8-2+7='\nCurves:   {report}", highlight=False)

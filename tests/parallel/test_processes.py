@@ -1,0 +1,161 @@
+"""`torchrun -m baleen -- train` as a user starts it: the run directory, faults, kills, hangs."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from baleen.config import Recipe
+from baleen.cost.account import read_ledger
+from baleen.interop.huggingface import load_model
+from baleen.train import checkpoint
+from baleen.train.rundir import read_metrics
+
+pytestmark = pytest.mark.slow
+WORDS = ["whale", "krill", "baleen", "ocean", "sieve", "drift", "song", "deep", "blue", "cold", "feeds", "sings"]
+MODEL = {
+    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.05,
+}  # fmt: skip
+STEPS = 12
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe of STEPS steps of 16 sequences; `train` and `parallel` change keys of it."""
+    rng = random.Random(0)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(40):
+        text = " ".join(rng.choice(WORDS) + rng.choice([".", ",", "", ""]) for _ in range(100))
+        (corpus / f"{number}.txt").write_text(text)
+
+    def write(name="tiny", train=None, parallel=None):
+        keys = {"tokens": 256 * STEPS, "batch_tokens": 256, "seq_len": 16, "micro_batch_size": 1, "lr": 3e-3,
+                "precision": "fp32", "checkpoint_every": 2, "ema_decay": 0.9, **(train or {})}  # fmt: skip
+        data = {"sources": (str(corpus),), "heldout_fraction": 0.1}
+        recipe = Recipe.model_validate(
+            {"name": "tiny", "model": MODEL, "train": keys, "data": data, "parallel": parallel or {}}
+        )
+        file = tmp_path / f"{name}.toml"
+        file.write_text(recipe.to_toml())
+        return file
+
+    return write
+
+
+def rows(run):
+    return [(r["step"], r["tokens"], r["loss"], r["grad_norm"]) for r in read_metrics(run)]
+
+
+def train(torchrun, processes, recipe, run, *more, **keys):
+    return torchrun(processes, "-m", "baleen", "--", "train", recipe, "--run", run, *more, "--json", **keys)
+
+
+def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
+    run = tmp_path / "lab" / "run"
+    done = train(torchrun, 2, recipe_file(parallel={"expert": 2}), run)
+    summary = json.loads(done.stdout)  # one object: the other process says nothing
+    assert summary["status"] == "done" and summary["step"] == STEPS
+    assert [row[0] for row in rows(run)] == list(range(1, STEPS + 1))
+    account = read_ledger(tmp_path / "lab")
+    assert {s.stage: s.devices for s in account.stages} == dict.fromkeys(["data", "pretrain", "eval", "export"], 2)
+    model = load_model(run / "model")
+    assert len(list((run / "model").glob("model-*-of-00002.safetensors"))) == 2 and model.config.vocab_size == 300
+    assert checkpoint.saved_steps(run / "checkpoints") == [STEPS - 2, STEPS]
+    assert not list((run / "checkpoints").rglob("*.metadata"))  # torch's own index, a pickle
+
+    # one process and a pipeline continue it
+    longer = recipe_file("longer", train={"tokens": 256 * STEPS}, parallel={"pipeline": 2, "schedule": "zbv"})
+    again = json.loads(train(torchrun, 2, longer, run, "--resume").stdout)
+    assert again["step"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("processes", "train_keys", "parallel", "says"),
+    [
+        (2, {}, {"expert": 4}, "do not divide by parallel.expert = 4: the nearest that does is 2"),
+        (2, {}, {"world": 4}, "made for 4 processes and 2 were started"),
+        (2, {"batch_tokens": 16 * 3}, {}, "take 64"),
+        (2, {}, {"pipeline": 2, "zero": 3}, "take parallel.zero=1"),
+    ],
+)
+def test_an_impossible_layout_is_one_sentence(torchrun, recipe_file, tmp_path, processes, train_keys, parallel, says):
+    recipe = recipe_file(train=train_keys, parallel=parallel)
+    done = train(torchrun, processes, recipe, tmp_path / "run", check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(errors) == 1 and says in errors[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
+    """torchrun --max-restarts starts all ranks again whenever one is killed."""
+    recipe = recipe_file(train={"tokens": 256 * 60}, parallel={"expert": 2})
+    straight = tmp_path / "straight" / "run"
+    expected = json.loads(train(torchrun, 2, recipe, straight).stdout)
+    run, rng = tmp_path / "killed" / "run", random.Random(0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "--max-restarts",
+        "10",
+        "-m",
+        "baleen",
+        "--",
+        "train",
+        str(recipe),
+        "--run",
+        str(run),
+        "--resume",
+        "--json",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for _ in range(10):
+        saved = checkpoint.saved_steps(run / "checkpoints")
+        while process.poll() is None and checkpoint.saved_steps(run / "checkpoints") <= saved:
+            time.sleep(0.02)  # each piece gets at least one checkpoint further, or the run would never end
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None, "the run ended before its kill"
+        os.kill(rng.choice(workers_of(process.pid)), signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    assert json.loads(out.splitlines()[-1])["weights_sha256"] == expected["weights_sha256"]
+    assert rows(run) == rows(straight)
+    pieces = [s for s in read_ledger(tmp_path / "killed", now=time.time() + 1e4).stages if s.stage == "pretrain"]
+    assert len(pieces) == 11 and pieces[-1].status == "done"
+
+
+def test_a_hanging_rank_is_named(recipe_file, tmp_path):
+    recipe = recipe_file(train={"tokens": 256 * 1000}, parallel={"timeout_seconds": 5})
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "baleen"]
+    process = subprocess.Popen(
+        [*command, "--", "train", str(recipe), "--run", str(run)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while process.poll() is None and len(read_metrics(run)) < 3:
+        time.sleep(0.05)
+    hanging = workers_of(process.pid)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode
+    assert re.search(rf"rank \d \([^)]*process {hanging}\) no longer answers", err), err[-3000:]
+
+
+def workers_of(agent):
+    """Process ids of the ranks, in order."""
+    while True:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent)], capture_output=True, text=True).stdout
+        found = sorted(int(pid) for pid in children.split())
+        if len(found) == 2:
+            return found
+        time.sleep(0.02)
