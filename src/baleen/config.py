@@ -247,7 +247,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     known["n_shared_experts"] = known.get("n_shared_experts") or 0
     if isinstance(known.get("eos_token_id"), list):
         known["eos_token_id"] = (known["eos_token_id"] or [1])[0]
-    return _validated(ModelConfig, known, "config.json")
+    return validated(ModelConfig, known, "config.json")
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def read_recipe(
         raise UserError(f"{where} is a recipe of stages: run it with `baleen sft`, `baleen rl` or `baleen distill`")
     if "base" in tables and kind is Recipe:
         raise UserError(f"{where} trains a model that exists: run it with --only mtp or --only all")
-    return _validated(kind, tables, where)
+    return validated(kind, tables, where)
 
 
 def _replace_sources(raw: dict[str, Any], sources: Sequence[str]) -> None:
@@ -466,7 +466,8 @@ def _section_of(raw: dict[str, Any], section: str, override: str) -> dict[str, A
     return inner
 
 
-def _validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
+def validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
+    """raw as a model of that kind. Raises UserError, which names `where` and, for an unknown key, the nearest one."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
