@@ -96,7 +96,14 @@ def evaluate(
     """Bits per byte of a model on text."""
     from baleen.eval.run import evaluate_run
 
-    _report(evaluate_run(run, text), as_json)
+    if not (run / "recipe.toml").is_file():  # a model, not a run: no ledger is its own
+        _report(evaluate_run(run, text), as_json)
+        return
+    from baleen.config import load_recipe
+    from baleen.train.loop import run_stage
+
+    cost = load_recipe(run / "recipe.toml").cost
+    _report(evaluate_run(run, text, lambda: run_stage(cost, run, "eval")), as_json)
 
 
 @app.command("chat")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop.load import load
 
 
-def evaluate_run(run: Path, texts: Sequence[Path] = ()) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, texts: Sequence[Path] = (), account: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, Any]:
     """{bits_per_byte, bytes, tokens} of `texts`, or of the text that the run held out.
 
+    `account` opens the ledger's stage, once the input is known to be good: what is refused costs nothing.
     Raises UserError if the run has no recipe to find its held-out text by and no texts are given.
     """
     loaded = load(run)
@@ -36,4 +40,6 @@ def evaluate_run(run: Path, texts: Sequence[Path] = ()) -> dict[str, Any]:
         ).heldout
     else:
         raise UserError(f"{run} is a model without a recipe, so it has no held-out text: name a file with --text")
-    return {"run": str(run), **bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)}
+    with account():
+        measured = bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
+    return {"run": str(run), **measured}
