@@ -1,6 +1,6 @@
 """Which of ten turns came next? A conversation's true next turn among nine from elsewhere, chosen by likelihood.
 
-The likelihood is weighed against the turn's own without a history: plain likelihood prefers "haha" after everything.
+The likelihood is weighed against what it is after other histories: plain likelihood prefers "haha" after everything.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 from baleen.model.transformer import Transformer
 
+Chat = Sequence[Message]
+
 CANDIDATES = 10
 MAX_CANDIDATE_TOKENS = 48
+OTHERS = 3  # histories of other conversations that a turn is weighed against
+OTHER_TOKENS = 65  # of each, its last ones: whole pages of the engine's cache, which are read once, and one more
 
 
 def next_turn_accuracy(
@@ -28,19 +32,21 @@ def next_turn_accuracy(
     window: int,
     seed: int = 0,
 ) -> float:
-    """Share of `contexts` held-out places at which the history makes the true next turn gain the most likelihood.
+    """Share of `contexts` held-out places at which the true next turn gains most likelihood from the history.
 
-    The other nine are turns of other documents, spoken in the same role. Context and candidate together have at most
-    `window` tokens; chance is 1/10. Raises UserError if the documents hold too few conversations.
+    A turn's gain is log p(turn | history) less its mean over OTHERS histories of other conversations. The other nine
+    are turns of other documents, spoken in the same role. Context and candidate together have at most `window` tokens;
+    chance is 1/10. Raises UserError if the documents hold too few conversations.
     """
-    engine = Engine(model, None)
-    places = _places(documents, contexts, random.Random(seed))
-    scores = [_scores(engine, tokenizer, history, turns, window) for history, turns in places]
-    return sum(own.index(max(own)) == 0 for own in scores) / len(scores)
+    engine, rng = Engine(model, None), random.Random(seed)
+    others = _other_histories(tokenizer, documents, rng)
+    places = _places(documents, contexts, rng)
+    gains = [_gains(engine, tokenizer, chat, turn, turns, others, window) for chat, turn, turns in places]
+    return sum(own.index(max(own)) == 0 for own in gains) / len(gains)
 
 
-def _places(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[tuple[list[Message], list[str]]]:
-    """(history, candidates with the true one first)."""
+def _places(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[tuple[Chat, int, list[str]]]:
+    """(conversation, place of the turn, candidates with the true one first)."""
     chats = [document.messages for document in documents if document.messages and len(document.messages) > 1]
     if len(chats) < 2:
         raise UserError("next-turn accuracy needs two held-out conversations or more: raise data.heldout_fraction")
@@ -54,24 +60,51 @@ def _places(documents: Sequence[Document], count: int, rng: random.Random) -> It
             other = rng.choice(rng.choice(chats))
             if other not in chat and other.role == chat[turn].role and other.content not in candidates:
                 candidates.append(other.content)
-        yield list(chat[:turn]), candidates
+        yield chat, turn, candidates
 
 
-def _scores(engine: Engine, tokenizer: Tokenizer, history: list[Message], turns: list[str], window: int) -> list[float]:
-    """How much likelier the history makes each turn: log p(turn | history) - log p(turn | no history)."""
-    role = "user" if history[-1].role == "assistant" else "assistant"
+def _other_histories(
+    tokenizer: Tokenizer, documents: Sequence[Document], rng: random.Random
+) -> dict[str, list[tuple[Chat, list[int]]]]:
+    """By the role that speaks next: (conversation, the tokens of a history in it), OTHERS + 1 from different ones."""
+    histories: dict[str, list[tuple[Chat, list[int]]]] = {"user": [], "assistant": []}
+    chats = [document.messages for document in documents if document.messages]
+    for chat in rng.sample(chats, len(chats)):
+        for role, found in histories.items():
+            turns = [turn for turn in range(1, len(chat)) if chat[turn].role == role]
+            if turns and len(found) <= OTHERS:
+                found.append((chat, tokenizer.encode_chat(chat[: rng.choice(turns)])))
+    return histories
+
+
+def _gains(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    chat: Chat,
+    turn: int,
+    candidates: list[str],
+    others: dict[str, list[tuple[Chat, list[int]]]],
+    window: int,
+) -> list[float]:
+    """How much likelier the history makes each candidate than other histories do, in nats."""
+    history, role = list(chat[:turn]), chat[turn].role
     before = tokenizer.encode_chat(history)
-    rows = []
-    for turn in turns:
-        whole = tokenizer.encode_chat([*history, Message(role, turn)])
-        rows.append(whole[len(before) :][:MAX_CANDIDATE_TOKENS])
+    encoded = [tokenizer.encode_chat([*history, Message(role, text)]) for text in candidates]
+    rows = [whole[len(before) :][:MAX_CANDIDATE_TOKENS] for whole in encoded]
     longest = max(len(row) for row in rows)
-    with_history = _log_likelihoods(engine, before[-(window - longest) :], rows)
-    return [a - b for a, b in zip(with_history, _log_likelihoods(engine, before[:1], rows), strict=True)]
+    own = before[-(window - longest) :]
+    engine.complete([Request(own, SamplingParams(max_tokens=1))])  # read once, then shared by the ten
+    elsewhere = [ids[-OTHER_TOKENS:] for other, ids in others[role] if other is not chat][:OTHERS]
+    after_own, *after_others = _log_likelihoods(engine, [own, *elsewhere], rows)
+    return [here - sum(there) / len(there) for here, *there in zip(after_own, *after_others, strict=True)]
 
 
-def _log_likelihoods(engine: Engine, before: list[int], rows: list[list[int]]) -> list[float]:
-    """log p of each row after `before`, in nats."""
-    score = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(before))
-    completions = engine.complete([Request([*before, *row], score) for row in rows])
-    return [sum(token.logprob for token in completion.prompt_logprobs or ()) for completion in completions]
+def _log_likelihoods(engine: Engine, histories: Sequence[list[int]], rows: list[list[int]]) -> list[list[float]]:
+    """log p of each row after each history, in nats."""
+    requests = [
+        Request([*ids, *row], SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(ids)))
+        for ids in histories
+        for row in rows
+    ]
+    sums = [sum(token.logprob for token in c.prompt_logprobs or ()) for c in engine.complete(requests)]
+    return [sums[first : first + len(rows)] for first in range(0, len(sums), len(rows))]
