@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.model.transformer import Output, Transformer
+from baleen.train.precision import computing_in, resolve_precision
 from baleen.train.schedule import Schedules
 from baleen.train.trainer import Counters
 
@@ -56,11 +57,12 @@ class Dense(nn.Module):
 
 
 class DenseTrainer:
-    """The steps of nanoGPT: AdamW (fused), clipping, the recipe's own schedule of the learning rate."""
+    """The steps of nanoGPT: AdamW (fused), clipping, the recipe's own schedule and precision."""
 
     def __init__(self, recipe: Recipe, model: Dense, loader: Loader):
         self.recipe, self.model, self.loader = recipe, model, loader
         self.schedules, self.counters = Schedules(recipe), Counters()
+        self.precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
         matrices = [p for p in model.parameters() if p.ndim >= 2]
         vectors = [p for p in model.parameters() if p.ndim < 2]
         decay = recipe.train.weight_decay
@@ -83,8 +85,9 @@ class DenseTrainer:
         """One step; returns the loss in nats a token."""
         started = time.monotonic()
         tokens = self.loader.next_batch(self.schedules.batch_sequences(self.position)).tokens
-        logits = self.model.logits(self.model(tokens[:, :-1]).hidden_BTd)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        with computing_in(self.precision, tokens.device):
+            logits = self.model.logits(self.model(tokens[:, :-1]).hidden_BTd)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_norm)
