@@ -74,14 +74,12 @@ function block(context, x, y, width, height, radius) {
 function palette(canvas) {
   const style = getComputedStyle(canvas);
   const read = (name) => style.getPropertyValue(name).trim();
-  const stops = [0, 1, 2, 3].map((step) => rgb(read(`--heat-${step}`)));
+  const stops = [0, 1, 2, 3].map((step) => read(`--heat-${step}`).match(/[\d.]+/g).map(Number)); // "rgb(r, g, b)"
   const at = (value) => {
     const place = Math.min(1, Math.max(0, value)) ** 0.8 * 3;
     const low = Math.min(2, Math.floor(place));
-    const mixed = stops[low].map((from, channel) => Math.round(from + (stops[low + 1][channel] - from) * (place - low)));
+    const mixed = stops[low].slice(0, 3).map((from, channel) => Math.round(from + (stops[low + 1][channel] - from) * (place - low)));
     return `rgb(${mixed})`;
   };
   return { at, label: read("--quiet"), mark: read("--mark") };
 }
-
-const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));

@@ -289,7 +289,7 @@ function listen() {
     backdrop: closeSidebar,
     "open-settings": () => (panel.view === "settings" ? panel.close() : openSettings()),
     "open-mixture": () => (panel.view === "mixture" ? panel.close() : openMixture(lastTraced())),
-    "open-help": () => byId("help").showModal(),
+    "open-help": () => byId("help").open || byId("help").showModal(),
     "close-panel": () => panel.close(),
     "export-all": () => exportAll(library.all),
     import: () => byId("import-file").click(),

@@ -3,6 +3,7 @@
 import { byId } from "./dom.js";
 
 const BUTTONS = { settings: "open-settings", mixture: "open-mixture" };
+const COVERS_ALL = matchMedia("(max-width: 40rem)");
 
 export class Panel {
   body = byId("panel-body");
@@ -14,6 +15,7 @@ export class Panel {
     if (takeFocus && !byId("panel").contains(document.activeElement)) this.#opener = document.activeElement;
     this.view = view;
     byId("panel").hidden = false;
+    document.querySelector("main").inert = COVERS_ALL.matches;
     byId("panel-title").textContent = title;
     this.body.scrollTop = 0;
     this.#tellButtons();
@@ -24,6 +26,7 @@ export class Panel {
     if (!this.view) return;
     this.view = null;
     byId("panel").hidden = true;
+    document.querySelector("main").inert = false;
     this.body.replaceChildren();
     this.#tellButtons();
     (this.#opener?.isConnected ? this.#opener : byId("prompt")).focus();

@@ -12,7 +12,8 @@ export class Thread {
   #views = new Map();
   #conversation = null;
 
-  /** actions: {render, edit(node, text), regenerate(node), show(node), inspect(node), traceOf(node), isRunning(conversation), announce} */
+  /** actions: {render, edit(node, text), regenerate(node), show(node), inspect(node), traceOf(node),
+   * isRunning(conversation), speedOf(node), announce(text)} */
   constructor(root, actions) {
     this.#root = root;
     this.#actions = actions;
