@@ -57,6 +57,9 @@ def test_loss_and_gradient_are_trls(loss_type, level, high, kl_coef):
         def gather(self, tensor):
             return tensor
 
+        def reduce(self, tensor, reduction):
+            return tensor
+
     class Anything(dict):
         def __missing__(self, key):
             return self.setdefault(key, SimpleNamespace(append=lambda value: None))

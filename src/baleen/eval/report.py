@@ -50,6 +50,19 @@ PANELS = (
     Panel("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), smooth=True),
     Panel("Load violation", "max / mean − 1", (("max_violation", "busiest expert, mean of layers"),), smooth=True),
 )
+REASONING_PANELS = (
+    Panel("Reward", "mean of the answers", (("reward", "reward"),), smooth=True),
+    Panel("Accuracy", "share", (("accuracy", "on training questions"), ("heldout_accuracy", "held out")), smooth=True),
+    Panel("Length of answers", "tokens", (("answer_tokens", "tokens"),), smooth=True),
+    Panel("Entropy and divergence", "nats per token", (("entropy", "entropy"), ("kl", "KL to the reference")), True),
+    Panel(
+        "Groups and cuts",
+        "share",
+        (("degenerate_groups", "groups without variance"), ("truncated", "answers cut off"), ("clipped", "clipped")),
+    ),
+    Panel("Rollout against training", "nats per token", (("logprob_gap", "mean gap of log-probabilities"),)),
+)
+REWARD_ROSE = 0.1  # of the reward's own range: then held-out accuracy should have risen too
 
 
 def write_report(run_dir: Path) -> Path:
@@ -63,6 +76,8 @@ def write_report(run_dir: Path) -> Path:
     recipe, recipe_text = _recipe(run_dir / "recipe.toml", notices)
     summary = _summary(run_dir / "summary.json", notices)
     card, card_missing = _card(run_dir)
+    panels = [*PANELS, *(REASONING_PANELS if any("reward" in row for row in rows) else ())]
+    notices += hacked_reward(rows)
     axes = [axis for axis, (key, _) in AXES.items() if all(_first_number(row.get(key)) is not None for row in rows)]
     samples = [row for row in rows if isinstance(row.get("sample"), str)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -74,10 +89,10 @@ def write_report(run_dir: Path) -> Path:
         steps=rows[-1]["step"] if rows else 0,
         tiles=_tiles(rows, recipe, summary, card),
         notices=notices,
-        panels=PANELS,
+        panels=panels,
         data={
             "axes": axes,
-            "panels": [_panel(panel, rows, axes, summary) for panel in PANELS],
+            "panels": [_panel(panel, rows, axes, summary) for panel in panels],
             "load": _expert_load(rows, axes, recipe.model if recipe else None, notices),
         },
         samples=_spread(samples, MAX_SAMPLES),
@@ -126,6 +141,24 @@ def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
     return [by_step[step] for step in sorted(by_step)], notices
 
 
+def hacked_reward(rows: list[Row]) -> list[str]:
+    """A sentence if RL's reward rose and held-out accuracy did not: then the reward is earned some other way."""
+    rl = [row for row in rows if _is_number(row.get("reward"))]
+    seen = [row["heldout_accuracy"] for row in rl if _is_number(row.get("heldout_accuracy"))]
+    if len(rl) < 2 or not seen:
+        return []
+    ends = max(1, len(rl) // 5)
+    first, last = (sum(row["reward"] for row in part) / ends for part in (rl[:ends], rl[-ends:]))
+    before = sum(row.get("accuracy", 0.0) for row in rl[:ends]) / ends
+    spread = max(row["reward"] for row in rl) - min(0.0, min(row["reward"] for row in rl))
+    if last - first <= REWARD_ROSE * spread or seen[-1] > before + 0.02:
+        return []
+    return [
+        f"The reward rose from {first:.2f} to {last:.2f}, but held-out accuracy did not (it is {seen[-1]:.1%}): the "
+        "reward is being earned in some other way than by right answers."
+    ]
+
+
 def _plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
@@ -138,6 +171,8 @@ def _recipe(path: Path, notices: list[str]) -> tuple[Recipe | None, str | None]:
     if not path.is_file():
         return None, None
     text = path.read_text(encoding="utf-8", errors="replace")
+    if "[[stages]]" in text:  # post-training's: shown, but its networks may come from elsewhere
+        return None, text
     try:
         return load_recipe(path), text
     except (UserError, UnicodeDecodeError) as error:

@@ -1,0 +1,242 @@
+"""The stages of a recipe on a network so small that a step takes a blink: what they leave, and how they resume."""
+
+import json
+
+import pytest
+import torch
+
+from baleen.align import grpo as grpo_module
+from baleen.align.pipeline import align
+from baleen.align.recipe import AlignRecipe, for_command
+from baleen.config import UserError
+from baleen.eval.report import hacked_reward, write_report
+from baleen.interop.load import load
+from baleen.train.display import Display
+from baleen.train.loop import weights_sha256
+from baleen.train.rundir import read_metrics
+
+MODEL = {
+    "vocab_size": 276, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 0, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+SFT = {
+    "kind": "sft",
+    "worked": 40,
+    "train": {"tokens": 512, "batch_tokens": 128, "seq_len": 64, "lr": 1e-2, "precision": "fp32"},
+}
+RL = {
+    "kind": "rl", "steps": 4, "questions": 3, "group_size": 4, "minibatches": 2, "lr": 1e-3, "kl_coef": 0.01,
+    "reference_every": 2, "eval_every": 2, "eval_questions": 5, "checkpoint_every": 1, "sampling": {"max_tokens": 8},
+    "rewards": [{"name": "length"}, {"name": "accuracy"}],
+}  # fmt: skip
+LIMITS = {"questions": 6, "samples": 4, "sampling": {"max_tokens": 8}}
+
+
+@pytest.fixture
+def recipe():
+    def make(*stages, **keys) -> AlignRecipe:
+        base = {"name": "tiny", "model": MODEL, "tasks": [{"name": "chain_sum", "terms": [2, 3]}]}
+        return AlignRecipe.model_validate({**base, "stages": stages, **keys})
+
+    return make
+
+
+def run(recipe, path, **keys):
+    return align(recipe, path, display=Display(quiet=True), **keys)
+
+
+def sha(path):
+    return weights_sha256(load(path).model.state_dict())
+
+
+def test_sft_then_rl_leaves_a_model_metrics_and_a_ledger(recipe, tmp_path):
+    summary = run(recipe(SFT, RL), tmp_path / "run")
+    assert summary["status"] == "done" and summary["stages_done"] == 2
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["stage"] for row in rows] == ["sft"] * (len(rows) - 4) + ["rl"] * 4
+    last = rows[-1]
+    for key in ("reward", "accuracy", "answer_tokens", "entropy", "kl", "degenerate_groups", "heldout_accuracy"):
+        assert last[key] is not None, key
+    assert last["logprob_gap"] < 1e-4  # rollout and training are the same model
+    assert sha(tmp_path / "run") == sha(tmp_path / "run/stages/2-rl") != sha(tmp_path / "run/stages/1-sft")
+    ledger = [json.loads(x) for x in next((tmp_path / "ledger").glob("*.jsonl")).read_text().splitlines()]
+    ends = {row["stage"]: row for row in ledger if row["event"] == "end"}
+    assert set(ends) == {"sft", "rl", "export"}
+    parts = ends["rl"]["productive_device_seconds_by_part"]
+    assert set(parts) == {"rollout", "reward", "update"} and all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(ends["rl"]["productive_device_seconds"])
+    assert ends["rl"]["tokens"] == last["tokens"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"kl_coef": 0.0, "minibatches": 1}, {"dynamic_sampling": 1}])
+def test_resumed_equals_straight_bit_for_bit(recipe, tmp_path, changes):
+    pipeline = recipe(SFT, RL | changes)
+    run(pipeline, tmp_path / "straight")
+    stopped = run(pipeline, tmp_path / "resumed", max_steps=6)
+    assert stopped["status"] == "stopped"
+    run(pipeline, tmp_path / "resumed", resume=True)
+    assert sha(tmp_path / "straight") == sha(tmp_path / "resumed")
+    keys = ("step", "reward", "loss", "kl", "answer_tokens")
+    straight, resumed = ([[row.get(k) for k in keys] for row in read_metrics(tmp_path / n)] for n in
+                         ("straight", "resumed"))  # fmt: skip
+    assert straight == resumed
+
+
+def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(recipe, tmp_path, monkeypatch):
+    pipeline = recipe(SFT, RL)
+    run(pipeline, tmp_path / "straight")
+    true_sample, calls = grpo_module.sample, []
+
+    def killed(*args, **keys):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return true_sample(*args, **keys)
+
+    monkeypatch.setattr(grpo_module, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline, tmp_path / "killed")
+    monkeypatch.setattr(grpo_module, "sample", true_sample)
+    run(pipeline, tmp_path / "killed", resume=True)
+    assert sha(tmp_path / "straight") == sha(tmp_path / "killed")
+
+
+def test_the_stages_of_r1_in_one_recipe(recipe, tmp_path):
+    """Cold start, RL, rejection sampling, SFT from the base on what was kept and more, RL again."""
+    everything_is_right = tmp_path / "kind.py"
+    everything_is_right.write_text("def one(prompt, completion, answer):\n    return 1.0\n")
+    sample = {"kind": "sample", **LIMITS}
+    second = {**SFT, "start": "base", "worked": 10, "sampled": False}
+    rl = RL | {"steps": 1, "rewards": [{"name": f"{everything_is_right}:one"}, {"name": "length", "weight": 0.5}]}
+    pipeline = recipe(SFT, rl, sample, second, rl)
+    assert run(pipeline, tmp_path / "run")["stages_done"] == 5
+    assert (tmp_path / "run/stages/3-sample/sampled.jsonl").is_file()
+    assert run(pipeline, tmp_path / "run", resume=True)["status"] == "done"  # nothing is left to do
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["reward"] == pytest.approx(1 + 0.5 * rows[-1]["reward_length"])
+
+
+def test_rejection_sampling_keeps_only_right_answers(recipe, tmp_path, monkeypatch):
+    from baleen.align import pipeline as module
+
+    true_sample = module.sample
+
+    def sometimes_right(*args, **keys):
+        groups = true_sample(*args, **keys)
+        for number, group in enumerate(groups):
+            right = f"<think>so</think><answer>{group.question.solution}</answer>"
+            texts = [right if number % 2 == 0 else "<think>so</think><answer>no</answer>", group.question.solution]
+            for answer, text in zip(group.answers, texts, strict=False):
+                object.__setattr__(answer, "text", text)
+                object.__setattr__(answer, "truncated", False)
+        return groups
+
+    monkeypatch.setattr(module, "sample", sometimes_right)
+    run(recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True}), tmp_path / "run")
+    kept = (tmp_path / "run/stages/2-sample/sampled.jsonl").read_text().splitlines()
+    assert len(kept) == 3
+    assert all("<think>so</think>" in json.loads(line)["messages"][-1]["content"] for line in kept)
+
+
+def test_nothing_right_is_told_and_loses_nothing(recipe, tmp_path):
+    pipeline = recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True})
+    with pytest.raises(UserError, match="no sampled answer was right"):
+        run(pipeline, tmp_path / "run")
+    assert load(tmp_path / "run/stages/1-sft").model
+
+
+def test_distillation_learns_from_the_teacher_alone(recipe, tmp_path, monkeypatch):
+    run(recipe(SFT), tmp_path / "teacher")
+    student = recipe(SFT, {"kind": "sample", **LIMITS}, model=MODEL | {"hidden_size": 8})
+    with pytest.raises(UserError, match="needs a teacher"):
+        for_command("distill", student)
+    student = for_command("distill", student, teacher=str(tmp_path / "teacher"))
+    assert run(student, tmp_path / "student")["stages_done"] == 2
+    ledger = [json.loads(x) for f in (tmp_path / "ledger").glob("student*") for x in f.read_text().splitlines()]
+    assert {row["stage"] for row in ledger} == {"sft", "distill", "export"}
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('x')", "return float('nan')", "return float('inf')"])
+def test_a_reward_that_fails_is_nothing_and_counted_and_the_run_goes_on(recipe, tmp_path, body):
+    (tmp_path / "mine.py").write_text(f"def f(prompt, completion, answer):\n    {body}\n")
+    rl = RL | {"steps": 1, "kl_coef": 0.0, "rewards": [{"name": f"{tmp_path}/mine.py:f"}]}
+    run(recipe(SFT, rl), tmp_path / "run")
+    row = read_metrics(tmp_path / "run")[-1]
+    assert row["reward"] == 0 and row["reward_failures"] == 12 and row["degenerate_groups"] == 1
+    # groups without variance teach nothing, and momentum is not let to move what it never learnt
+    assert sha(tmp_path / "run") == sha(tmp_path / "run/stages/1-sft")
+
+
+def test_truncated_answers_can_be_left_out_of_learning(recipe, tmp_path):
+    rl = RL | {"steps": 1, "kl_coef": 0.0, "mask_truncated": True, "sampling": {"max_tokens": 1}}
+    run(recipe(SFT, rl), tmp_path / "run")
+    row = read_metrics(tmp_path / "run")[-1]
+    assert row["truncated"] > 0.5
+    if row["truncated"] == 1:
+        assert sha(tmp_path / "run") == sha(tmp_path / "run/stages/1-sft")
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.01])
+def test_the_routers_bias_is_frozen_or_moves_by_choice(recipe, tmp_path, speed):
+    run(recipe(SFT, RL | {"steps": 1, "bias_update_speed": speed}), tmp_path / "run")
+    before, after = (load(tmp_path / f"run/stages/{n}").model.gates for n in ("1-sft", "2-rl"))
+    moved = [not torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
+             for a, b in zip(before, after, strict=True)]  # fmt: skip
+    assert any(moved) is bool(speed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "give either base"),
+        ({"tasks": ()}, "has no tasks"),
+        ({"stages": [SFT | {"worked": 0}]}, "nothing to learn from"),
+        ({"stages": [SFT | {"sampled": True}]}, "no sample stage comes before"),
+        ({"stages": [RL | {"minibatches": 5}]}, "does not divide"),
+        ({"stages": [RL | {"group_size": 1}]}, "greater than or equal to 2"),
+    ],
+)
+def test_recipes_that_cannot_be(recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(SFT, RL, **changes) if "stages" not in changes else recipe(*changes["stages"])
+
+
+def test_a_conversation_longer_than_a_row_is_named(recipe, tmp_path):
+    short = SFT | {"train": SFT["train"] | {"seq_len": 8}}
+    with pytest.raises(UserError, match="raise train.seq_len"):
+        run(recipe(short), tmp_path / "run")
+
+
+def test_commands_refuse_recipes_of_other_stages(recipe):
+    with pytest.raises(UserError, match="has no rl stage, only sft"):
+        for_command("rl", recipe(SFT))
+
+
+def test_a_reward_for_length_alone_is_hacked_and_the_report_shows_it(recipe, tmp_path):
+    """Paid by the character, the network learns to ramble; the page says that accuracy did not follow."""
+    pytest.importorskip("plotly")
+    rl = RL | {
+        "steps": 24, "questions": 4, "group_size": 8, "minibatches": 1, "lr": 1e-2, "kl_coef": 0.0,
+        "eval_every": 8, "sampling": {"max_tokens": 24}, "rewards": [{"name": "length"}],
+    }  # fmt: skip
+    run(recipe(SFT, rl), tmp_path / "run")
+    rows = [row for row in read_metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert rows[-1]["reward"] > 1.3 * rows[0]["reward"]
+    assert rows[-1]["heldout_accuracy"] == 0
+    page = write_report(tmp_path / "run").read_text()
+    assert "earned in some other way" in page
+    assert "Length of answers" in page
+
+
+def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
+    rows = [
+        {"step": n, "reward": n / 10, "reward_format": n / 10, "accuracy": 0.0, "heldout_accuracy": 0.0}
+        for n in range(1, 11)
+    ]
+    assert "held-out accuracy did not" in hacked_reward(rows)[0]
+    honest = [row | {"accuracy": row["reward"], "heldout_accuracy": row["reward"]} for row in rows]
+    assert hacked_reward(honest) == []
+    assert hacked_reward(rows[:1]) == []
