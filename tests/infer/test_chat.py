@@ -21,7 +21,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 def engine(tiny_model):
     """Makes an engine with a true tokenizer of 290 tokens, over a small random model."""
     tokenizer = train_tokenizer(["hello there, how are you? well, and you?"] * 9, 290)
-    return lambda **changes: Engine(tiny_model(vocab_size=290, num_hidden_layers=2, **changes), tokenizer)
+    return lambda **changes: Engine(
+        tiny_model(torch.float64, vocab_size=290, num_hidden_layers=2, **changes), tokenizer
+    )
 
 
 @pytest.fixture

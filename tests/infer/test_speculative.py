@@ -10,6 +10,7 @@ from toy import ByteTokenizer
 import baleen.infer.step
 from baleen.infer.engine import Engine, Request
 from baleen.infer.run import Run
+from baleen.infer.runner import TorchRunner
 from baleen.infer.sampler import Place, SamplingParams, choose
 from baleen.infer.speculative import Payoff
 from baleen.model.cache import Batch, LatentPages
@@ -126,7 +127,7 @@ def test_drafted_is_plain(tiny_model, depth, temperature):
 def test_in_float32_only_ties_may_differ(tiny_model):
     """DESIGN's rule of twins: another token only where the two best logits, or a routing margin, lie within 1e-4."""
     model = tiny_model(num_nextn_predict_layers=2)
-    engine = Engine(model, ByteTokenizer())
+    engine = Engine(model, ByteTokenizer(), runner=TorchRunner)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
     requests = [Request(torch.randint(0, 97, (n,), generator=generator).tolist(), params) for n in range(1, 33)]

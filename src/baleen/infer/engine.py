@@ -17,10 +17,11 @@ import torch
 
 from baleen.config import UserError
 from baleen.data.tokenizer import Tokenizer
+from baleen.infer.native.runner import fastest_runner
 from baleen.infer.pages import PagePool
 from baleen.infer.request import Completion, Event, Logprob, Request, Stats
 from baleen.infer.run import Run
-from baleen.infer.runner import Runner, TorchRunner
+from baleen.infer.runner import Runner
 from baleen.infer.scheduler import Busy, Job, Scheduler, check_fits
 from baleen.infer.speculative import Drafter
 from baleen.infer.step import Stepper
@@ -37,14 +38,15 @@ Speculate = int | Literal["auto"]
 
 
 class Engine:
-    """A model and its tokenizer, ready to answer. Not to be used from two threads at once.
+    """A model and its tokenizer, ready to answer, with the weights as they are now. For one thread at a time.
 
     tokenizer: None to work with token ids alone; answers then end at the model's own end token.
 
     cache_tokens: tokens of all requests that the cache holds; None: `max_batch` full contexts, but no more than a
     GiB. max_batch: answers under way at once. prefill_chunk: tokens of prompts that a step reads. max_queue,
     queue_seconds: bounds of the queue, None for none. speculate: drafts a step for submitted requests; "auto": as deep
-    as the model was trained for, and only while it pays. clock: seconds.
+    as the model was trained for, and only while it pays. runner: what computes, by default the fastest there is. clock:
+    seconds.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Engine:
         queue_seconds: float | None = None,
         speculate: Speculate = 0,
         page_size: int = PAGE_SIZE,
-        runner: Callable[[Transformer, LatentPages], Runner] = TorchRunner,
+        runner: Callable[[Transformer, LatentPages], Runner] = fastest_runner,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self._tokenizer = model, tokenizer
