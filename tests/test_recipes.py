@@ -2,11 +2,13 @@
 
 import pytest
 
+from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.config import ModelConfig, Recipe, UserError, load_recipe, read_recipe, recipe_names
 from baleen.train.continued_recipe import ContinuedRecipe
 
 CONTINUED = ("smollm2-heal", "smollm2-mtp")
-SHIPPED = [name for name in recipe_names() if name not in CONTINUED]
+STAGED = ("distill", "r1", "r1-zero", "reason")
+SHIPPED = [name for name in recipe_names() if name not in CONTINUED + STAGED]
 
 
 def written_and_read(recipe: Recipe, tmp_path) -> Recipe:
@@ -29,6 +31,17 @@ def test_recipes_with_a_base_are_for_only(name, tmp_path):
     file.write_text(recipe.to_toml(), encoding="utf-8")
     assert read_recipe(ContinuedRecipe, file) == recipe
     with pytest.raises(UserError, match="--only"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_recipes_of_stages_go_round_and_are_not_for_train(name, tmp_path):
+    recipe = load_align_recipe(name)
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(AlignRecipe, file) == recipe
+    assert load_align_recipe(name, ["stages.0.tasks=[]"]).stages[0].tasks == ()
+    with pytest.raises(UserError, match="recipe of stages: run it with"):
         load_recipe(name)
 
 
