@@ -82,7 +82,7 @@ async def drive(port: int, model: str, clients: int, args: argparse.Namespace, s
     prompts = [[text(rng, args.prompt) for _ in range(args.requests)] for _ in range(clients)]
 
     async def client(own: list[str]) -> list[tuple[int, float]]:
-        body = {"model": model, "max_tokens": args.tokens, "temperature": 0, "logit_bias": {str(args.eos): -100}}
+        body = {"model": model, "max_tokens": args.tokens, "temperature": 0}
         return [await ask(port, {**body, "prompt": prompt}) for prompt in own]
 
     started = time.perf_counter()
@@ -111,11 +111,8 @@ def measure_server(command: list[str], port: int, args: argparse.Namespace) -> d
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    model = network(args.config)
-    args.eos = model.config.eos_token_id
-    gguf = gguf_file(model, args.config, "f32", args.cache)
+    gguf = gguf_file(network(args.config), args.config, "f32", args.cache)
     directory = args.cache / args.config
-    del model
     port = free_port()
     ours = measure_server([sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(port)], port, args)
     port, most = free_port(), max(args.clients)

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from conftest import running
 
 from baleen.serve.limits import Limits
 
@@ -132,8 +133,6 @@ def test_a_client_that_goes_away_frees_its_cache(scripted, stream):
 
 
 def test_the_real_engine_frees_within_a_step(make_engine):
-    from conftest import running
-
     engine = make_engine()
     step, seen = engine.step, []
 
@@ -155,8 +154,6 @@ def test_the_real_engine_frees_within_a_step(make_engine):
 
 
 def test_clients_cut_off_at_random(make_engine):
-    from conftest import running
-
     engine = make_engine()
     with running({"tiny": engine}) as server:
         body = json.dumps(chat_body("tiny", stream=True, max_tokens=40, seed=3)).encode()
@@ -262,8 +259,6 @@ def test_limits_of_choices_prompt_queue_and_time(scripted, make_engine):
 
 
 def test_a_full_queue_and_a_long_wait_are_429(make_engine):
-    from conftest import running
-
     engine = make_engine(max_batch=1, max_queue=2, queue_seconds=0.3)
     step = engine.step
     engine.step = lambda: (time.sleep(0.05), step())[1]
