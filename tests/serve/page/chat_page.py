@@ -8,7 +8,7 @@ from scripted_engine import ScriptedEngine
 
 LAYERS, EXPERTS = 2, 8  # routed ones, of the scripted engine's configuration
 LAPTOP = {"width": 1360, "height": 820}
-PATIENCE = 30.0  # seconds
+PATIENCE = 60.0  # seconds, for a machine that is busy with other things
 PHONE = {"width": 390, "height": 844}
 
 RICH = """<think>first the formula</think>The square:
@@ -41,6 +41,10 @@ class TracedEngine(ScriptedEngine):
 
     steps_left = None
     fail = False
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.context = 4096  # long answers, though nearly every token is a single letter
 
     def step(self):
         if self.fail:
@@ -113,6 +117,12 @@ class ChatPage:
 
     def button(self, name: str, exact: bool = True):
         return self.page.get_by_role("button", name=name, exact=exact)
+
+    def told(self, text: str) -> None:
+        """Waits for a notice, and takes it away."""
+        notice = self.page.locator(".toast", has_text=text)
+        notice.wait_for()
+        notice.evaluate("notice => notice.remove()")
 
     def titles(self) -> list[str]:
         """Of the list of conversations."""

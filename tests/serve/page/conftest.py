@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from chat_page import LAPTOP, ChatPage, TracedEngine, say
+from chat_page import LAPTOP, PATIENCE, ChatPage, TracedEngine, say
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -41,7 +41,7 @@ def visit(chromium, scripted):
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * PATIENCE)
         ours = (server.url, f"blob:{server.url}", "data:")
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: request.url.startswith(ours) or strangers.append(request.url))

@@ -151,7 +151,7 @@ def test_all_by_keyboard(visit):
     for _ in range(60):
         page.keyboard.press("Tab")
         name, visible = page.evaluate(FOCUSED)
-        assert visible, f"focus can't be seen on {name}"
+        assert visible or name == "BODY", f"focus can't be seen on {name}"  # BODY: round the corner
         reached.add(name)
     assert {
         "new",

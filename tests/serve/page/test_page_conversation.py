@@ -72,15 +72,15 @@ def test_an_export_opens_in_another_browser(visit, tmp_path):
     elsewhere = visit(server=chat.server)
     page = elsewhere.page
     page.set_input_files("#import-file", file)
-    page.get_by_text("1 of 1 conversations added.").wait_for()
+    elsewhere.told("1 of 1 conversations added.")
     elsewhere.button("hello").click()
     page.locator(".fingerprint").nth(1).click()
     assert page.locator(".strip span").count() > 20
     page.set_input_files("#import-file", file)
-    page.get_by_text("0 of 1 conversations added; the others are here already.").wait_for()
+    elsewhere.told("0 of 1 conversations added; the others are here already.")
     elsewhere.ask("and on")  # what was imported can be continued
     page.set_input_files("#import-file", file)  # and an older version of it goes beside it, not over it
-    page.get_by_text("1 of 1 conversations added.").nth(1).wait_for()
+    elsewhere.told("1 of 1 conversations added.")
     assert elsewhere.titles() == ["hello", "hello"]
 
 
@@ -109,9 +109,7 @@ def test_a_damaged_export_changes_nothing(visit, tmp_path):
         broken = tmp_path / "broken.json"
         broken.write_text(damage(json.loads(export)), encoding="utf-8")
         chat.page.set_input_files("#import-file", broken)
-        notice = chat.page.locator(".toast").last
-        notice.get_by_text("Nothing was imported").wait_for()
-        notice.evaluate("toast => toast.remove()")
+        chat.told("Nothing was imported")
         assert chat.titles() == ["hello"], name
 
 
@@ -204,7 +202,8 @@ def test_what_goes_wrong_is_said(visit):
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     chat.ready()
-    for _ in range(4):  # the context is 512 tokens: at last the oldest turns are left out, and it is said so
+    chat.engine.context = 512
+    for _ in range(4):  # at last the oldest turns are left out, and it is said so
         chat.ask("many words " * 12)
     assert "no longer seen" in chat.last(".note").first.inner_text()
     page.route("**/v1/chat/completions", lambda route: route.abort())
