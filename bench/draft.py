@@ -1,4 +1,4 @@
-"""What MTP drafts bring: how many are kept on held-out prompts, how often answers repeat, and the speed with and without.
+"""What MTP drafts bring: how many are kept on held-out prompts, how often answers repeat, and the speed both ways.
 
     python bench/draft.py runs/smollm2-mtp [--prompts 32] [--max-tokens 96] [--rounds 3] [--json]
 
@@ -19,7 +19,7 @@ from baleen.config import UserError, read_recipe
 from baleen.data.prepare import prepare
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
-from baleen.interop.load import load
+from baleen.interop.load import Loaded, load
 from baleen.train.continued_recipe import ContinuedRecipe
 
 GRAM = 4
@@ -32,25 +32,25 @@ def repetition(answers: Sequence[Sequence[int]]) -> float:
     return 1 - sum(map(len, counts)) / total if total else 0.0
 
 
-def heldout_prompts(run: Path, tokenizer, count: int) -> list[list[int]]:
+def heldout_prompts(run: Path, loaded: Loaded, count: int) -> list[list[int]]:
     recipe = read_recipe(ContinuedRecipe, run / "recipe.toml")
     prepared = prepare(
         recipe.data,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=loaded.model.config.vocab_size,
         seq_len=recipe.train.seq_len,
         seed=recipe.train.seed,
         cache_dir=run / "data",
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
     )
     openings = [document.messages[0] for document in prepared.heldout if document.messages]
     if not openings:
         raise UserError(f"{run} held no conversations out")
-    return [tokenizer.encode_chat([opening], add_generation_prompt=True) for opening in openings[:count]]
+    return [loaded.tokenizer.encode_chat([opening], add_generation_prompt=True) for opening in openings[:count]]
 
 
 def measure(args: argparse.Namespace) -> dict:
     loaded = load(args.run)
-    prompts = heldout_prompts(args.run, loaded.tokenizer, args.prompts)
+    prompts = heldout_prompts(args.run, loaded, args.prompts)
     engine = Engine(loaded.model, loaded.tokenizer)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     speeds: dict[int, list[float]] = {0: [], 1: []}

@@ -113,28 +113,46 @@ def chat_(
     url: Annotated[str | None, typer.Option(help="Talk to a server instead, such as http://127.0.0.1:8000.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="BALEEN_API_KEY", help="The server's key.")] = None,
+    votes: Annotated[int, typer.Option(min=1, help="With --prompt: the majority of so many answers.")] = 1,
+    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thought at most.")] = None,
 ) -> None:
     """Talk to a model, here or on a server."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from baleen.config import UserError
-    from baleen.infer.chat import Local, answer_once, chat
+    from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat
     from baleen.infer.engine import Engine
+    from baleen.infer.thinking import ThinkingBudget
     from baleen.interop.load import load
     from baleen.serve.remote import Remote
 
     if (run is None) == (url is None):
         raise UserError("chat takes either a RUN or a --url")
+    if url is not None and (votes > 1 or thinking_budget is not None):
+        raise UserError("--votes and --thinking-budget are for a RUN on this machine: leave them out with --url")
+    if votes > 1 and prompt is None:
+        raise UserError("--votes is for one question: give it by --prompt")
+    params = CHAT_PARAMS
     if url is not None:
         partner = Remote(url, model, api_key)
     else:
         assert run is not None
         loaded = load(run)
-        partner = Local(Engine(loaded.model, loaded.tokenizer))
+        engine = Engine(loaded.model, loaded.tokenizer)
+        partner = Local(engine)
+        if thinking_budget is not None:
+            budget = ThinkingBudget(loaded.tokenizer, loaded.model.config.vocab_size, thinking_budget)
+            params = replace(params, constraint=budget)
+        if votes > 1 and prompt is not None:
+            vote = answer_by_vote(engine, prompt, sys.stdout, votes, params)
+            print(f"{vote.votes} of {vote.cast} answers agree", file=sys.stderr)
+            return
     if prompt is None:
-        chat(partner, Console())
+        chat(partner, Console(), params)
     else:
-        answer_once(partner, prompt, sys.stdout)
+        answer_once(partner, prompt, sys.stdout, params)
 
 
 @app.command()
@@ -223,12 +241,15 @@ def upcycle(
     slices: Annotated[int, typer.Option(help="Routed slices a copy; 0 keeps the network dense.")] = 0,
     shared: Annotated[int, typer.Option(help="Slices that always run.")] = 0,
     mtp: Annotated[int, typer.Option(help="MTP layers, to be trained.")] = 0,
+    portable: Annotated[bool, typer.Option("--portable", help="Plain rope, no biases: nearly the same.")] = False,
+    value_rank: Annotated[int | None, typer.Option(help="Coordinates of values in the latent.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
 ) -> None:
     """Turn a Llama-family model into a V3-architecture one that computes the same function."""
     from baleen.interop.upcycle import upcycle as convert
 
-    print(convert(source, out, experts=experts, slices=slices, shared=shared, mtp=mtp, dtype=dtype))
+    shape = {"experts": experts, "slices": slices, "shared": shared, "mtp": mtp}
+    print(convert(source, out, **shape, portable=portable, value_rank=value_rank, dtype=dtype))
 
 
 @app.command()

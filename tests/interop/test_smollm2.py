@@ -9,8 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from baleen.config import UserError
 from baleen.interop import smollm2
+from baleen.interop.convert import export_checkpoint
 from baleen.interop.llama import open_llama
 from baleen.interop.load import load
+from baleen.interop.upcycle import upcycle
 
 
 def test_an_altered_file_is_refused(tmp_path, monkeypatch):
@@ -57,3 +59,24 @@ def test_upcycled_smollm2_is_the_source_and_knows_paris(tmp_path, monkeypatch):
             hidden = loaded.model(torch.tensor([answer])).hidden_BTd
             answer.append(int(loaded.model.logits(hidden[:, -1]).argmax()))
     assert "Paris" in loaded.tokenizer.decode(answer[start:])
+
+
+@pytest.mark.slow
+def test_portable_smollm2_is_nearly_the_source_and_llama_cpp_knows_paris(tmp_path):
+    library = pytest.importorskip("llama_cpp")
+    upcycle(smollm2._packaged_file(), tmp_path / "portable", portable=True, experts=2, slices=4, shared=2)
+    export_checkpoint(tmp_path / "portable", tmp_path / "portable.gguf", to="gguf", dtype="q8_0")
+    engine = library.Llama(str(tmp_path / "portable.gguf"), n_ctx=256, verbose=False)
+    answer = engine.create_chat_completion(
+        [{"role": "user", "content": "What is the capital of France?"}], max_tokens=16, temperature=0
+    )
+    engine.close()
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+    source, portable = load("smollm2"), load(tmp_path / "portable")
+    sample = "\n\n".join(reversed(topics.values()))[:8000]  # not the part of the documentation it was fitted on
+    ids = torch.tensor([source.tokenizer.encode(sample)])
+    with torch.no_grad():
+        logits = [loaded.model.logits(loaded.model(ids).hidden_BTd)[0, :-1] for loaded in (source, portable)]
+    exact, near = (F.cross_entropy(each.double(), ids[0, 1:]) for each in logits)
+    assert near / exact <= 1.03

@@ -10,8 +10,9 @@ from baleen.config import UserError
 from baleen.data.tokenizer import train_tokenizer
 from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.huggingface import load_model
+from baleen.interop.latent import norm_constants, plain_theta
 from baleen.interop.llama import open_llama
-from baleen.interop.upcycle import norm_constants, upcycle
+from baleen.interop.upcycle import upcycle
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -102,6 +103,73 @@ def test_constants_have_mean_square_one():
     for rank in (8, 16, 24, 48, 64, 128, 320, 512, 1024):
         constants = norm_constants(rank)
         assert sum(c * c for c in constants) == rank + len(constants) and min(constants) > 0
+
+
+def with_a_constant(source, directory) -> None:
+    """Every hidden state has one coordinate in common, as trained models' nearly have; the portable form needs it."""
+    with torch.no_grad():
+        source.model.embed_tokens.weight[:, 0] = 3.0
+        for name, parameter in source.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[0] = 0.0
+    source.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(("portable", "rank"), [(False, 40), (True, None), (True, 40)])
+def test_other_forms_are_one_function_here_and_in_transformers(tmp_path, llama, portable, rank):
+    with_a_constant(llama(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), tmp_path / "llama")
+    upcycle(tmp_path / "llama", tmp_path / "v3", portable=portable, value_rank=rank, slices=2, experts=2)
+    ours = load_model(tmp_path / "v3")
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "v3").eval()
+    ids = torch.randint(290, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert furthest(ours.logits(ours(ids).hidden_BTd), theirs(ids).logits) <= 2e-4
+    config = ours.config
+    assert config.kv_lora_rank == (rank or 48) + (1 if portable else len(norm_constants(40)))
+    assert (config.rope_theta, config.attention_bias) == ((5000.0, False) if portable else (1.0, True))
+
+
+def test_values_of_low_rank_are_kept_by_that_rank(tmp_path, llama):
+    source = llama()
+    with torch.no_grad():
+        for layer in source.model.layers:  # 20 of 48 coordinates, whatever the input
+            weight = layer.self_attn.v_proj.weight
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_(u[:, :20] @ torch.diag(s[:20]) @ v[:20])
+    source.save_pretrained(tmp_path / "llama")
+    ids = torch.randint(290, (2, 100), generator=torch.Generator().manual_seed(1))
+    upcycle(tmp_path / "llama", tmp_path / "20", value_rank=20)
+    upcycle(tmp_path / "llama", tmp_path / "12", value_rank=12)
+    with torch.no_grad():
+        reference = source(ids).logits
+        logits = [m.logits(m(ids).hidden_BTd) for m in (load_model(tmp_path / name) for name in ("20", "12"))]
+    assert furthest(logits[0], reference) <= 1e-3 < 0.05 < furthest(logits[1], reference)
+
+
+def test_one_key_head_keeps_its_rope_in_the_portable_form(tmp_path, llama):
+    """Then only the constant is approximated, and keys are the source's but for one factor a pair."""
+    source = llama(num_key_value_heads=1)
+    with_a_constant(source, tmp_path / "llama")
+    upcycle(tmp_path / "llama", tmp_path / "v3", portable=True)
+    model, layer = load_model(tmp_path / "v3"), source.model.layers[0].self_attn
+    attention = model.model.layers[0].self_attn
+    assert torch.equal(model.model.rotary.inv_freq, source.model.rotary_emb.inv_freq)
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(source.model.embed_tokens(torch.arange(100)))
+        ours = attention.kv_a_proj_with_mqa(x)[:, -16:].unflatten(-1, (8, 2)).norm(dim=-1)
+        theirs = layer.k_proj(x).unflatten(-1, (2, 8)).norm(dim=1)
+    factors = ours / theirs
+    assert (factors.std(0) / factors.mean(0)).max() <= 1e-3
+
+
+def test_portable_and_ranks_that_cannot_be(tmp_path, llama):
+    llama(rope_parameters=LLAMA3)
+    for options, words in [({"portable": True}, "plain rope"), ({"value_rank": 49}, "48"), ({"value_rank": 0}, "48")]:
+        with pytest.raises(UserError, match=words):
+            upcycle(tmp_path / "llama", tmp_path / "v3", **options)
+    assert not (tmp_path / "v3").exists()
+    for theta in (10000.0, 100000.0, 500000.0, 1e6):
+        assert plain_theta(1.0 / theta ** (torch.arange(0, 64, 2).float() / 64)) == theta
 
 
 def test_what_the_form_cannot_express_is_refused(tmp_path, llama):

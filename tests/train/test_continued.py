@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from baleen.config import DataConfig, UserError
+from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer import train_tokenizer
+from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop.huggingface import load_model, save_model
+from baleen.interop.load import load
+from baleen.interop.upcycle import upcycle
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk
@@ -159,3 +163,38 @@ def test_prompts_end_where_the_assistant_begins(tmp_path):
     for prompt in prompts:
         text = tokenizer.decode(prompt, skip_special=False)
         assert text.startswith("<|begin_of_sentence|><|user|>whale") and text.endswith("<|assistant|>")
+
+
+@pytest.mark.slow
+def test_upcycled_experts_part_and_text_gets_no_worse(tmp_path, corpus, recipe):
+    """From a Llama that has learnt nothing: the source's bits per byte are those of its upcycled form, to the digit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    source = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=290, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.1,
+            bos_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+    source.save_pretrained(tmp_path / "llama")
+    texts = [file.read_text() for file in sorted(corpus.iterdir())]
+    train_tokenizer(texts, 290).save(tmp_path / "llama")
+    upcycle(tmp_path / "llama", tmp_path / "base", experts=2, slices=2, shared=1)
+    start = load(tmp_path / "base")
+    assert closest_experts(start.model) == pytest.approx(1.0)
+    documents = [Document(text, "corpus") for text in texts[:4]]
+    before = bits_per_byte(start.model, start.tokenizer, documents, window=16)["bits_per_byte"]
+
+    whole = recipe(tokens=40_000, batch_tokens=256, lr=1e-2, router_jitter=0.1, mtp_loss_weight=0.0)
+    summary = train_on(whole, tmp_path / "run", only="all")
+    healed = load(tmp_path / "run")
+    after = bits_per_byte(healed.model, healed.tokenizer, documents, window=16)["bits_per_byte"]
+    assert after <= before and summary["closest_experts"] < 0.99
+    assert summary["closest_experts"] == pytest.approx(closest_experts(healed.model))
+    constants = healed.model.model.layers[0].self_attn.kv_a_layernorm.weight == 0
+    assert constants.any() and torch.equal(
+        healed.model.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[: len(constants)][constants],
+        start.model.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[: len(constants)][constants],
+    )

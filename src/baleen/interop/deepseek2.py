@@ -152,7 +152,7 @@ def _pairs_apart(rows_HPd: Tensor) -> Tensor:
 def settings(config: ModelConfig) -> dict[str, Any]:
     """The metadata of a file, without those of the tokenizer. Raises UserError for what llama.cpp cannot compute.
 
-    That it would load some of these without a word, and compute something else, was tried with llama.cpp of 2026.
+    Some of it would be loaded without a word: YaRN without mscale_all_dim, for one, was tried.
     """
     cfg = config
     if reason := _obstacle(cfg):

@@ -11,6 +11,9 @@ Values: the latent holds all n value heads, and kv_b_proj only selects. The late
 coordinates of size 2^k from kv_a's bias drown the values in the mean square, so that the norm divides by 2^k whatever
 the values are, and its weights multiply by 2^k (by 0 on the constants).
 
+Not exact, on request, with statistics of text (`calibration`): fewer value coordinates than n·d, and the *portable*
+form with plain rope and no biases, for engines that know only those (`latent`).
+
 Experts: the feed-forward network is cut into S slices that always run (the shared experts) and G that are routed, in C
 copies. The G slices of a copy share one router row and form one group, so the top G are always one whole copy, each
 with weight 1.
@@ -19,19 +22,30 @@ with weight 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from baleen.config import LongRope, ModelConfig, UserError
-from baleen.interop.huggingface import write_generation, write_weights
-from baleen.interop.llama import LlamaShape, LlamaSource, open_llama
+from baleen.interop.calibration import calibrate
+from baleen.interop.huggingface import model_from_stream, write_generation, write_weights
+from baleen.interop.latent import (
+    EXACT,
+    Form,
+    Projections,
+    compressed_attention,
+    exact_attention,
+    norm_constants,
+    padding,
+    plain_theta,
+    wide_attention,
+)
+from baleen.interop.llama import LlamaSource, open_llama
 from baleen.interop.names import CORRECTION_BIAS, Layout
 from baleen.interop.shards import Spec, new_directory, replaced_when_complete
 
-NORM_EXPONENT = 14  # k: at 4 the values still count (logits off by 0.15), at 8 by 6e-4, from 14 on rounding alone
 ROUTER_STD = 0.006
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,6 +58,8 @@ def upcycle(
     slices: int = 0,
     shared: int = 0,
     mtp: int = 0,
+    portable: bool = False,
+    value_rank: int | None = None,
     dtype: str = "fp32",
     seed: int = 0,
 ) -> Path:
@@ -51,27 +67,36 @@ def upcycle(
 
     experts: copies C of the routed part; slices: routed slices G a copy, 0 keeps the network dense; shared: slices S
     that always run; I must be a multiple of S + G. mtp: MTP layers, fresh but for a copy of the last block; to be
-    trained with the trunk frozen. dtype: fp32 or bf16 (float16 cannot hold the constants). seed: of router and MTP.
+    trained with the trunk frozen. portable: plain rope and no biases, nearly the same function; value_rank: coordinates
+    of the values in the latent, fewer than n·d for a smaller cache and a little loss. dtype: fp32 or bf16 (float16
+    cannot hold the constants). seed: of router and MTP.
     Raises UserError, and writes nothing, for what the form cannot express and if `out` is not empty.
     """
     out = new_directory(out)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: an upcycled model is fp32 or bf16")
     llama = open_llama(source)
-    config = upcycled_config(llama, experts=experts, slices=slices, shared=shared, mtp=mtp)
+    form = Form(portable, value_rank)
+    config = upcycled_config(llama, experts=experts, slices=slices, shared=shared, mtp=mtp, form=form)
     specs = {name: Spec(DTYPES[dtype], Layout(config).shape(name)) for name in Layout(config).originals()}
     tokenizer = llama.tokenizer()
     with replaced_when_complete(out) as aside:
-        write_weights(aside, config, upcycled_stream(llama, config, seed), specs)
+        write_weights(aside, config, upcycled_stream(llama, config, seed, _attentions(llama, form)), specs)
         write_generation(aside, config)
         tokenizer.save(aside)
     return out
 
 
 def upcycled_config(
-    llama: LlamaSource, *, experts: int = 1, slices: int = 0, shared: int = 0, mtp: int = 0
+    llama: LlamaSource,
+    *,
+    experts: int = 1,
+    slices: int = 0,
+    shared: int = 0,
+    mtp: int = 0,
+    form: Form = EXACT,
 ) -> ModelConfig:
-    """The shape of the V3 form. Raises UserError if the feed-forward width does not divide."""
+    """The shape of the V3 form. Raises UserError if the feed-forward width does not divide, or for a wrong rank."""
     source = llama.shape
     n, d, width = source.num_key_value_heads, source.head_dim, source.intermediate_size
     if slices == 0 and (experts > 1 or shared > 0):
@@ -80,7 +105,14 @@ def upcycled_config(
         raise UserError(f"the feed-forward width {width} does not divide into {slices} + {shared} slices")
     if experts < 1 or slices < 0 or shared < 0 or mtp < 0:
         raise UserError("experts must be at least 1; slices, shared and mtp at least 0")
+    rank = n * d if form.value_rank is None else form.value_rank
+    if not 1 <= rank <= n * d:
+        raise UserError(f"value rank {rank}: the source has {n * d} coordinates of values; take 1 to {n * d}")
+    constants = 1 if form.portable else len(norm_constants(rank))
     factors = tuple(_inverse(llama.frequencies).tolist()) * n
+    own = LongRope(
+        original_max_position_embeddings=source.max_position_embeddings, short_factor=factors, long_factor=factors
+    )
     layers, grouped = source.num_hidden_layers, slices > 1 and experts > 1
     return ModelConfig(
         vocab_size=source.vocab_size,
@@ -90,8 +122,8 @@ def upcycled_config(
         num_hidden_layers=layers,
         num_attention_heads=source.num_attention_heads,
         q_lora_rank=None,
-        kv_lora_rank=n * d + len(norm_constants(n * d)),
-        qk_nope_head_dim=_padding(n) * d,
+        kv_lora_rank=rank + constants,
+        qk_nope_head_dim=padding(n) * d,
         qk_rope_head_dim=n * d,
         v_head_dim=d,
         n_routed_experts=max(slices, 1) * experts,
@@ -103,26 +135,30 @@ def upcycled_config(
         routed_scaling_factor=float(max(slices, 1)),
         num_nextn_predict_layers=mtp,
         max_position_embeddings=source.max_position_embeddings,
-        rope_theta=1.0,
-        rope_scaling=LongRope(
-            original_max_position_embeddings=source.max_position_embeddings, short_factor=factors, long_factor=factors
-        ),
+        rope_theta=plain_theta(llama.frequencies) if form.portable else 1.0,
+        rope_scaling=None if form.portable else own,
         rms_norm_eps=source.rms_norm_eps,
         initializer_range=0.02,
         tie_word_embeddings=source.tie_word_embeddings,
-        attention_bias=True,
+        attention_bias=not form.portable,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
     )
 
 
-def upcycled_stream(llama: LlamaSource, config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the V3 form, layer by layer, float32."""
+Attention = Callable[[int, ModelConfig, Projections], dict[str, Tensor]]  # of a layer, by name within it
+
+
+def upcycled_stream(
+    llama: LlamaSource, config: ModelConfig, seed: int, attention: Attention | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the V3 form, layer by layer, float32; `attention` makes another than the exact one."""
+    attention = attention or (lambda layer, config, source: exact_attention(llama.shape, config, source))
     generator = torch.Generator().manual_seed(seed)
     yield "model.embed_tokens.weight", llama.read("model.embed_tokens.weight")
     for layer in range(config.num_layers_with_mtp):
         block = min(layer, config.num_hidden_layers - 1)
-        for name, tensor in _block(llama, config, f"model.layers.{block}.", generator).items():
+        for name, tensor in _block(llama, config, block, attention, generator).items():
             yield f"model.layers.{layer}.{name}", tensor
         if layer >= config.num_hidden_layers:
             for name, tensor in _mtp(llama, config, generator).items():
@@ -142,81 +178,30 @@ def _inverse(frequencies: Tensor) -> Tensor:
     return out
 
 
-def norm_constants(rank: int) -> list[int]:
-    """The shortest list of m positive integers whose squares sum to rank + m, so that their mean square is 1."""
-    m, found = 0, None
-    while found is None:
-        m += 1
-        found = _squares(rank + m, m)
-    return found
-
-
-def _squares(total: int, count: int) -> list[int] | None:
-    """`count` positive integers whose squares sum to `total`, the largest first."""
-    if count == 0:
-        return [] if total == 0 else None
-    for root in range(math.isqrt(max(total, 0)), 0, -1):
-        if (rest := _squares(total - root * root, count - 1)) is not None:
-            return [root, *rest]
-    return None
-
-
-def _padding(n: int) -> int:
-    """Heads of padding that make n a power of 4, at least one: q is then scaled by a power of 2."""
-    power = 4
-    while power <= n:
-        power *= 4
-    return power - n
-
-
-def _block(llama: LlamaSource, config: ModelConfig, prefix: str, generator: torch.Generator) -> dict[str, Tensor]:
+def _block(
+    llama: LlamaSource, config: ModelConfig, layer: int, attention: Attention, generator: torch.Generator
+) -> dict[str, Tensor]:
     def read(name: str) -> Tensor:
-        return llama.read(f"{prefix}{name}.weight")
+        return llama.read(f"model.layers.{layer}.{name}.weight")
 
     out = {f"{norm}.weight": read(norm) for norm in ("input_layernorm", "post_attention_layernorm")}
-    attention = _attention(llama.shape, config, *(read(f"self_attn.{p}_proj") for p in "qkvo"))
-    out |= {f"self_attn.{name}": tensor for name, tensor in attention.items()}
+    made = attention(layer, config, Projections(*(read(f"self_attn.{p}_proj") for p in "qkvo")))
+    out |= {f"self_attn.{name}": tensor for name, tensor in made.items()}
     mlp = {p: read(f"mlp.{p}_proj") for p in ("gate", "up", "down")}
     if config.first_k_dense_replace:
         return out | {f"mlp.{p}_proj.weight": tensor for p, tensor in mlp.items()}
     return out | {f"mlp.{name}": tensor for name, tensor in _experts(config, mlp, generator).items()}
 
 
-def _attention(
-    shape: LlamaShape, config: ModelConfig, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor
-) -> dict[str, Tensor]:
-    H, n, d, D = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, shape.hidden_size
-    nope, R, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    group_of = torch.arange(H) // (H // n)
-
-    queries = torch.zeros(H, nope + R, D)
-    for head, rows in enumerate(_side_by_side(w_q, d)):
-        start = nope + int(group_of[head]) * d
-        queries[head, start : start + d] = rows * math.sqrt((nope + R) / d)
-
-    constants = torch.tensor(norm_constants(R), dtype=torch.float32) * 2.0**NORM_EXPONENT
-    bias = torch.zeros(rank + R)
-    bias[R:rank] = constants
-    norm = torch.zeros(rank)
-    norm[:R] = 2.0**NORM_EXPONENT
-
-    values = torch.zeros(H, nope + d, rank)
-    coordinates = group_of[:, None] * d + torch.arange(d)
-    values[:, nope:].scatter_(2, coordinates[:, :, None], 1.0)
-    return {
-        "q_proj.weight": queries.flatten(0, 1),
-        "kv_a_proj_with_mqa.weight": torch.cat((w_v, torch.zeros(rank - R, D), _side_by_side(w_k, d).flatten(0, 1))),
-        "kv_a_proj_with_mqa.bias": bias,
-        "kv_a_layernorm.weight": norm,
-        "kv_b_proj.weight": values.flatten(0, 1),
-        "o_proj.weight": w_o,
-        "o_proj.bias": torch.zeros(D),
-    }
-
-
-def _side_by_side(weight: Tensor, d: int) -> Tensor:
-    """Rows of heads with pairs (j, j + J) -> [heads, d, D] with pairs (2j, 2j + 1), as rope_interleave has them."""
-    return weight.view(-1, 2, d // 2, weight.shape[-1]).transpose(1, 2).reshape(-1, d, weight.shape[-1])
+def _attentions(llama: LlamaSource, form: Form) -> Attention | None:
+    """None for the exact form, else with statistics of text."""
+    if form == EXACT:
+        return None
+    config = upcycled_config(llama)
+    config = config.model_copy(update={"v_head_dim": llama.shape.num_key_value_heads * config.v_head_dim})
+    stream = upcycled_stream(llama, config, 0, lambda _, config, source: wide_attention(llama.shape, config, source))
+    moments = calibrate(model_from_stream(config, stream, torch.float32).eval(), llama)
+    return lambda layer, config, source: compressed_attention(llama.shape, config, source, moments[layer], form)
 
 
 def _experts(config: ModelConfig, mlp: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
