@@ -75,7 +75,8 @@ def prediction_loss(
     """The part of `training_loss` behind the trunk, whose output is hidden [B, T, d]."""
     targets = tokens if loss_mask is None else tokens.masked_fill(loss_mask == 0, IGNORED)
     T, head = tokens.shape[1] - 1, model.lm_head.weight
-    main = cross_entropy(hidden, head, targets[:, 1:])
+    all_learnt = loss_mask is None
+    main = cross_entropy(hidden, head, targets[:, 1:], all_learnt=all_learnt)
     mtp = main.new_zeros(())
     depth = model.config.num_nextn_predict_layers if mtp_loss_weight else 0
     for k in range(1, depth + 1):
@@ -83,7 +84,7 @@ def prediction_loss(
         output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
         hidden = output.hidden_BTd
         routings = routings + output.routings
-        mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :]) / depth
+        mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :], all_learnt=all_learnt) / depth
     counted = routings if balance_loss_weight else []
     balances = [sequence_balance_loss(r, tokens.shape[0], model.config.num_experts_per_tok) for r in counted]
     balance = torch.stack(balances).sum() if balances else 0 * main
@@ -126,25 +127,25 @@ class Objective(NamedTuple):
         )
 
 
-def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight_Zd: Tensor, targets: Tensor, *, all_learnt: bool = False) -> Tensor:
     """Mean cross-entropy in nats of hidden [..., d] through the output head, over targets that are not IGNORED.
 
     Logits exist for ROWS_AT_ONCE rows at a time, and their gradient is taken at once, so the [N, Z] matrix is never
-    held; twin: F.cross_entropy of F.linear.
+    held; twin: F.cross_entropy of F.linear. all_learnt: none is IGNORED, so that nothing must wait for their count.
     """
     rows_Nd, targets_N = hidden.flatten(0, -2), targets.flatten()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         rows_Nd, weight_Zd = rows_Nd.to(dtype), weight_Zd.to(dtype)
-    loss: Tensor = _LinearCrossEntropy.apply(rows_Nd, weight_Zd, targets_N)  # type: ignore[assignment]
+    loss: Tensor = _LinearCrossEntropy.apply(rows_Nd, weight_Zd, targets_N, all_learnt)  # type: ignore[assignment]
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_Nd: Tensor, weight_Zd: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx, hidden_Nd: Tensor, weight_Zd: Tensor, targets_N: Tensor, all_learnt: bool) -> Tensor:
         learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        count = max(1, int((targets_N != IGNORED).sum()))
+        count = len(targets_N) if all_learnt else max(1, int((targets_N != IGNORED).sum()))
         loss = torch.zeros((), dtype=torch.promote_types(hidden_Nd.dtype, torch.float32), device=hidden_Nd.device)
         grad_hidden = torch.empty_like(hidden_Nd) if learns else None
         grad_weight = torch.zeros_like(weight_Zd) if learns else None
@@ -162,4 +163,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
