@@ -29,10 +29,13 @@ TORCH_SCHEDULES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPip
 
 def join(model: Transformer, parallel: ParallelConfig, grid: Grid) -> Team:
     """This process's worker, of all that call this together; of `model`, alike everywhere, it takes its part."""
-    mesh = Mesh(grid, model.device.type)
-    if grid.expert > 1:
+    return take_part(model, parallel, Mesh(grid, model.device.type))
+
+
+def take_part(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> Team:
+    if mesh.grid.expert > 1:
         shard_experts(model, mesh.expert_group, fp8=parallel.dispatch == "fp8")
-    return (PipelineTeam if grid.pipeline > 1 else Team)(model, parallel, mesh)
+    return (PipelineTeam if mesh.grid.pipeline > 1 else Team)(model, parallel, mesh)
 
 
 class Team:
@@ -79,14 +82,14 @@ class Team:
             loss = objective.of_model(self.model, tokens, document_ids, loss_mask)
             (loss.total * share).backward()
             told.append((list(self.gates), Told(torch.tensor([share]), loss.main, loss.mtp, loss.balance, loss.loads)))
-        self._bring_gradients()
+        self.bring_gradients()
         return self._totals(told)
 
     def _drop_gradients(self) -> None:
         for parameter in self._whole.values():
             parameter.grad = None
 
-    def _bring_gradients(self) -> None:
+    def bring_gradients(self) -> None:
         """From the shards, which FSDP fills, to what the optimizer reads."""
         for name, parameter in self._whole.items():
             self.parameters[name].grad = None if parameter.grad is None else local(parameter.grad)
@@ -202,7 +205,7 @@ class PipelineTeam(Team):
         arguments = [tokens] if self.parts[0].first else []
         target = tokens if self.parts[-1].last else None  # the loss is taken in the stage; this is for form's sake
         self._schedule(micro_batches).step(*arguments, target=target, return_outputs=False, **given)
-        self._bring_gradients()
+        self.bring_gradients()
         self._add_up_embedding()
         dense = self.config.first_k_dense_replace
         return self._totals([([layer - dense for layer in s.gates], told) for s in self.parts for told in s.told])
