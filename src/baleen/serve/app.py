@@ -154,11 +154,34 @@ def described(app: FastAPI, service: Service) -> dict[str, Any]:
     """The OpenAPI schema, with this server's models and limits in it."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        vocab_size = min(model.engine.model.config.vocab_size for model in service.models)
         for parts in schema["components"]["schemas"].values():
             fields = parts.get("properties", {})
             if "model" in fields and parts.get("additionalProperties") is False:
                 fields["model"]["enum"] = service.models.names
             if "n" in fields:
                 fields["n"]["anyOf"][0]["maximum"] = service.limits.choices
+            if "logit_bias" in fields:
+                bias = fields["logit_bias"]["anyOf"][0]
+                (value,) = bias["patternProperties"].values()
+                bias |= {"patternProperties": {numbers_below(vocab_size): value}, "additionalProperties": False}
+            for prompt in fields.get("prompt", {}).get("anyOf", ()):
+                items = prompt.get("items", {})
+                if items.get("type") != "integer" and prompt["type"] == "array":
+                    prompt["maxItems"] = service.limits.choices
+                ids = items.get("items", items)
+                if ids.get("type") == "integer":
+                    ids.pop("exclusiveMaximum", None)
+                    ids["maximum"] = vocab_size - 1
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def numbers_below(limit: int) -> str:
+    """A regular expression of the decimal numbers from 0 to `limit` - 1."""
+    digits = str(limit)
+    parts = [f"[0-9]{{1,{len(digits) - 1}}}"] if len(digits) > 1 else []
+    for place, digit in enumerate(digits):
+        if digit > "0":
+            parts.append(f"{digits[:place]}[0-{int(digit) - 1}][0-9]{{{len(digits) - place - 1}}}")
+    return f"^({'|'.join(parts)})$"
