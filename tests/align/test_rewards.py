@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from baleen.align.rewards import REWARDS, answer_of, countdown, format_, language, length, number, sorting
+from baleen.align.rewards import REWARDS, countdown, format_, language, length, number, sorting
+from baleen.infer.answers import answer_of
 
 R = "<think>so</think><answer>{}</answer>".format
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baleen.align.rewards import REWARDS, answer_of, format_
+from baleen.align.rewards import REWARDS, format_
 from baleen.align.tasks import (
     ChainSum,
     Comparison,
@@ -18,6 +18,7 @@ from baleen.align.tasks import (
     questions,
 )
 from baleen.config import UserError
+from baleen.infer.answers import answer_of
 
 TASKS = [
     ChainSum(terms=(2, 6)),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from baleen.align.judge import Judge
 from baleen.align.recipe import RewardConfig, SamplingConfig
-from baleen.align.rewards import answer_of
 from baleen.align.rollout import ACCURACY, Group, sample, score
 from baleen.align.tasks import Question
 from baleen.data.tokenizer import Tokenizer
+from baleen.infer.answers import majority
 from baleen.model.transformer import Transformer
 
 Z_95 = 1.959963984540054
@@ -87,12 +86,8 @@ def mean_correct(groups: Sequence[Group]) -> float:
 
 def vote_is_right(group: Group, k: int) -> bool:
     """Whether the commonest of the first k answers is right; of equally common ones the first counts."""
-    said = [answer_of(answer.text) for answer in group.answers[:k]]
-    counted = Counter(text for text in said if text is not None)
-    if not counted:
-        return False
-    winner = counted.most_common(1)[0][0]
-    return group.scores[said.index(winner)].correct >= 1.0
+    vote = majority([answer.text for answer in group.answers[:k]])
+    return vote is not None and group.scores[vote.index].correct >= 1.0
 
 
 def _ks(samples: int) -> list[int]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 
 from baleen.align.rewards import REWARDS, Reward
 from baleen.config import UserError
+from baleen.infer.answers import answer_of
 
 START_SECONDS = 60.0  # for the process to come up and to import a reward
 
@@ -139,8 +140,6 @@ def load_reward(spec: str) -> Reward:
 
 def _gym_reward(task: str) -> Reward:
     gym = importlib.import_module("reasoning_gym")
-    from baleen.align.rewards import answer_of
-
     score = gym.get_score_answer_fn(task)
 
     def reward(prompt: str, completion: str, answer: str) -> float:

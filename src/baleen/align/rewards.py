@@ -17,26 +17,13 @@ from fractions import Fraction
 from typing import Any
 
 from baleen.config import UserError
+from baleen.infer.answers import answer_of
 
 Reward = Callable[[str, str, str], float]
 FORMAT = re.compile(r"\s*<think>(?P<thought>.+?)</think>\s*<answer>(?P<answer>.+?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 LONG = 200  # characters at which `length` is full
 MAX_EXPRESSION = 200  # characters of a countdown answer that are read
-
-
-def answer_of(completion: str) -> str | None:
-    """What stands in the one <answer>, or without one all behind the thought; None if the thought never ended.
-
-    Two answers are none: else a model could guess many and be paid for the best.
-    """
-    said = completion.rpartition("</think>")[2]
-    if "<think>" in said:
-        return None
-    answers = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
-    if len(answers) == 1:
-        return answers[0].strip()
-    return None if "<answer>" in said else said.strip()
 
 
 def number(prompt: str, completion: str, answer: str) -> float:

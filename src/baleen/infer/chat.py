@@ -19,7 +19,8 @@ from rich.table import Table
 
 from baleen.config import UserError
 from baleen.data.corpus import Message
-from baleen.infer.engine import Engine, Generation, Request, Stats
+from baleen.infer.answers import Vote, majority
+from baleen.infer.engine import Engine, Generation, Request, Speculate, Stats
 from baleen.infer.sampler import SamplingParams
 
 CHAT_PARAMS = SamplingParams(temperature=0.7, top_p=0.95)
@@ -59,7 +60,7 @@ class Local:
 
     def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply:
         kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
-        return _LocalReply(respond(self.engine, kept, params, speculate), len(messages) - len(kept))
+        return _LocalReply(respond(self.engine, kept, params, "auto" if speculate else 0), len(messages) - len(kept))
 
 
 class _LocalReply:
@@ -74,7 +75,7 @@ class _LocalReply:
         return (event.text for event in self._generation)
 
 
-def respond(engine: Engine, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Generation:
+def respond(engine: Engine, messages: Sequence[Message], params: SamplingParams, speculate: Speculate) -> Generation:
     """Begin the next turn of a conversation that fits the context (see `recent`)."""
     prompt_ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
     # A small model may begin the user's next turn instead of ending its own.
@@ -107,6 +108,17 @@ def answer_once(partner: Partner, prompt: str, out: TextIO, params: SamplingPara
         out.flush()
     out.write("\n")
     return reply.stats
+
+
+def answer_by_vote(engine: Engine, prompt: str, out: TextIO, votes: int, params: SamplingParams = CHAT_PARAMS) -> Vote:
+    """The majority of `votes` answers, drawn together: writes the first that says it. Raises UserError if none does."""
+    prompt_ids = engine.tokenizer.encode_chat([Message("user", prompt)], add_generation_prompt=True)
+    texts = [done.text for done in engine.complete([Request(prompt_ids, params)] * votes)]
+    vote = majority(texts)
+    if vote is None:
+        raise UserError(f"none of the {votes} answers came to an end: give more room to think, or ask again")
+    out.write(f"{printable(texts[vote.index])}\n")
+    return vote
 
 
 def printable(text: str) -> str:

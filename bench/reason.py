@@ -1,0 +1,64 @@
+"""Does RL teach what more fine-tuning does not? Three seeds of chain sums and one of sorting, each with its control.
+
+    python bench/reason.py [--run runs/bench-reason] [--seeds 3] [--json]
+
+Resumable: what is done is not done again. Up to two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from baleen.align.reason import run_reason
+from baleen.align.recipe import AlignRecipe, load_align_recipe
+from baleen.align.tasks import Sorting
+
+KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
+
+
+def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
+    """The recipe with another seed for its data, weights and rollouts."""
+    sft, rl = recipe.stages
+    stages = (
+        sft.model_copy(update={"train": sft.train.model_copy(update={"seed": seed})}),
+        rl.model_copy(update={"seed": seed}),
+    )
+    return recipe.model_copy(update={"stages": stages})
+
+
+def runs(seeds: int) -> dict[str, AlignRecipe]:
+    recipe = load_align_recipe("reason")
+    named = {f"chain_sum-{seed}": of_seed(recipe, seed) for seed in range(seeds)}
+    sorting = recipe.model_copy(update={"tasks": (Sorting(numbers=(3, 6)),)})
+    return named | {"sorting-0": sorting}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, default=Path("runs/bench-reason"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    console, found = Console(stderr=True), {}
+    for name, recipe in runs(arguments.seeds).items():
+        folder = arguments.run / name
+        done = folder / "summary.json"
+        summary: dict[str, Any] = (
+            json.loads(done.read_text()) if done.is_file() else run_reason(recipe, folder, console)
+        )
+        if summary.get("status") == "stopped":
+            sys.exit("stopped: run it again to go on")
+        found[name] = {key: summary[key] for key in summary if key.startswith(KEYS) or key in ("rl_seconds", "rl_usd")}
+        console.print(f"{name}: " + ", ".join(f"{key} {summary[key]:.1%}" for key in KEYS))
+    if arguments.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
