@@ -39,7 +39,7 @@ class Packed:
         self._pages = LatentPages(model.config, -(-model.config.max_position_embeddings // PAGE), page_size=PAGE)
         runner = fastest_runner(model, self._pages, format)
         assert isinstance(runner, NativeRunner)
-        self._runner, self.logits = runner, runner.logits
+        self._runner = runner
 
     @property
     def megabytes(self) -> float:
@@ -53,6 +53,9 @@ class Packed:
             batch = Batch(ids, [0], [T], [range(each)])
             hidden.append(self._runner.forward(batch).hidden_Nd)
         return Hidden(torch.stack(hidden))
+
+    def logits(self, hidden_BTd: Tensor) -> Tensor:
+        return self._runner.logits(hidden_BTd.flatten(0, 1)).unflatten(0, hidden_BTd.shape[:2])
 
 
 def main() -> None:
