@@ -73,17 +73,17 @@ def talk(page, model: str, lines: list[str]) -> None:
 
 def take(photographer: Photographer, talker: str, mapped: str) -> None:
     page = photographer.visit(width=1280, height=800)
-    talk(page, talker, CHAT)
+    talk(page, talker, CHAT if mapped != talker else SMALL_TALK)
     photographer.save(page, "chat.webp")
 
     page = photographer.visit(width=1440, height=900, dark=True)
-    talk(page, mapped, SMALL_TALK if mapped != talker else CHAT[:2])
+    talk(page, mapped, SMALL_TALK)
     page.locator(".fingerprint").last.click()
     page.locator(".strip span").nth(3).hover()
     photographer.save(page, "chat-mixture.webp")
 
     page = photographer.visit(width=390, height=760, phone=True, scale=1.5)
-    talk(page, talker, CHAT[2:])
+    talk(page, talker, CHAT[2:] if mapped != talker else SMALL_TALK[:2])
     photographer.save(page, "chat-phone.webp")
 
 
