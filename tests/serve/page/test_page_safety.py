@@ -53,7 +53,7 @@ def test_a_hostile_answer_runs_nothing(visit, tmp_path):
         conversation["updated"] += 1000
         conversation["title"] = HOSTILE
         for node in conversation["nodes"].values():
-            node["model"] = node["error"] = HOSTILE
+            node |= {"model": HOSTILE, "error": HOSTILE, "state": "failed"}
     file = tmp_path / "hostile.json"
     file.write_text(json.dumps(exported))
     page.set_input_files("#import-file", file)
