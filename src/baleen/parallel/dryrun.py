@@ -1,0 +1,187 @@
+"""A training step of any number of ranks, on one CPU and without memory: fake tensors over torch's fake process group.
+
+What runs is the code of training: the model is cut and sharded, and a micro-batch passes the rank's stages forward and
+backward. What is counted are the tensors and the collectives themselves; no formula of `baleen.cost` is used. Routing
+is made even, for fake scores route nothing. Sizes are bytes; weights, gradients and moments are as training holds them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from baleen.config import ModelConfig, ParallelConfig
+from baleen.model.grouped import combine_rows, spread_rows
+from baleen.model.moe import DeepseekMoE, Experts, Gate, Routing
+from baleen.model.transformer import Transformer
+from baleen.parallel.expert import ExpertParallel, Trip, exchange
+from baleen.parallel.mesh import Grid, Mesh, make_grid
+from baleen.parallel.stage import Objective, Stage
+from baleen.parallel.team import Team, take_part
+from baleen.parallel.worker import MicroBatch
+
+
+class RankCount(NamedTuple):
+    """What the first rank of each pipeline position holds and sends."""
+
+    rank: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    kept: int  # for the backward of one micro-batch
+    traffic: dict[str, int]  # bytes handed to each kind of collective, for one micro-batch with its reduction
+
+
+def dry_run(
+    config: ModelConfig, parallel: ParallelConfig, objective: Objective, *, world: int, sequences: int, seq_len: int
+) -> dict[str, Any]:
+    """{grid, ranks: RankCounts as dicts}; `sequences` of a micro-batch. Raises UserError for an impossible layout."""
+    grid = make_grid(parallel, config, world)
+    positions = [position * grid.data for position in range(grid.pipeline)]
+    counts = [_count(config, parallel, objective, grid, rank, sequences, seq_len) for rank in positions]
+    return {"grid": grid._asdict(), "ranks": [count._asdict() for count in counts]}
+
+
+def _count(
+    config: ModelConfig, parallel: ParallelConfig, objective: Objective, grid: Grid, rank: int, sequences: int, T: int
+) -> RankCount:
+    with _fake_group(rank, grid.world):
+        mesh = Mesh(grid, "cpu")  # of real numbers
+        return _count_fakes(config, parallel, objective, mesh, rank, sequences, T)
+
+
+def _count_fakes(
+    config: ModelConfig, parallel: ParallelConfig, objective: Objective, mesh: Mesh, rank: int, sequences: int, T: int
+) -> RankCount:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        team = take_part(Transformer(config), parallel, mesh)
+        for part in team.parts:
+            _route_evenly(part)
+        tokens = torch.zeros(sequences, T + 1, dtype=torch.int64)
+        kept: dict[int, int] = {}
+        with _Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(_note(kept), lambda tensor: tensor):
+            _pass(team, objective, MicroBatch(tokens, None, None, 1.0))
+        own = {p.untyped_storage()._cdata for p in team.parameters.values()}
+        weights = sum(p.numel() * p.element_size() for p in team.parameters.values())
+        return RankCount(
+            rank=rank,
+            parameters=sum(p.numel() for p in team.parameters.values()),
+            weights=weights,
+            gradients=sum(
+                p.grad.numel() * p.grad.element_size() for p in team.parameters.values() if p.grad is not None
+            ),
+            optimizer=2 * weights,
+            kept=sum(size for storage, size in kept.items() if storage not in own),
+            traffic=dict(traffic.bytes),
+        )
+
+
+def _pass(team: Team, objective: Objective, micro_batch: MicroBatch) -> None:
+    """One micro-batch through what the rank holds; a stage's input and the gradient of its output come from nowhere."""
+    if isinstance(team.parts[0], Transformer):
+        team.accumulate([micro_batch], objective)
+        return
+    tokens, share = micro_batch.tokens, torch.ones(1)
+    B, width = tokens.shape
+    outputs = []
+    for stage in team.parts:
+        assert isinstance(stage, Stage)
+        stage.objective, stage.told = objective, []
+        x = torch.zeros(B, width - 1, team.config.hidden_size, requires_grad=True)
+        outputs.append(stage(tokens if stage.first else x, tokens, share))
+    for out in reversed(outputs):
+        out.backward(torch.zeros_like(out))
+    team.bring_gradients()
+
+
+class _Even(Routing):
+    """As many tokens for each expert as for any other."""
+
+    def load(self) -> Tensor:
+        N, K = self.indices_NK.shape
+        E = self.scores_NE.shape[1]
+        return self.indices_NK.new_full((E,), N * K // E)
+
+
+class _EvenDispatch(ExpertParallel):
+    """ExpertParallel's rows and exchanges, with counts that are known without looking."""
+
+    def __init__(self, like: object, experts: int):
+        self.local = experts
+        self.ranks = 1
+        if isinstance(like, ExpertParallel):
+            self.group, self.ranks, self.out, self.back = like.group, like.ranks, like.out, like.back
+
+    def __call__(self, x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        N, K = routing.indices_NK.shape
+        order = torch.zeros(N * K, dtype=torch.int64)
+        rows = spread_rows(x_Nd, order, order.view(N, K))
+        if self.ranks > 1:
+            each = _evenly(N * K, self.ranks)
+            there = Trip(each, each, self.group)
+            rows = exchange(rows, there, self.out, self.back)
+        y_Md = experts(rows, _evenly(N * K, self.local))
+        if self.ranks > 1:
+            y_Md = exchange(y_Md, there.reversed(), self.back, self.out)
+        return combine_rows(y_Md, order.view(N, K), routing.weights_NK)
+
+
+def _evenly(total: int, parts: int) -> list[int]:
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def _route_evenly(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, DeepseekMoE):
+            module.dispatch = _EvenDispatch(module.dispatch, module.experts.gate_up_proj.shape[0])
+        if isinstance(module, Gate):
+            module.register_forward_hook(lambda gate, arguments, routing: _Even(*routing))
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes of every collective's input, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.bytes[func._schema.name.split("::")[1].strip("_")] += _sent(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _sent(args: tuple[Any, ...]) -> int:
+    """Of the last tensors among the arguments: c10d names outputs before inputs."""
+    found = [a if isinstance(a, list | tuple) else [a] for a in args]
+    lists = [[t for t in a if isinstance(t, Tensor)] for a in found]
+    inputs = [tensors for tensors in lists if tensors][-1]
+    return sum(t.numel() * t.element_size() for t in inputs)
+
+
+def _note(kept: dict[int, int]):
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    return pack
+
+
+@contextmanager
+def _fake_group(rank: int, world: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
