@@ -6,6 +6,7 @@ Rank 0 prints one JSON object: {"reference": rows, "layouts": {layout: {"rows": 
 {source: rows}}}}. A row is [loss, MTP loss, balance loss, norm of the gradient].
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,12 +19,16 @@ from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.model.transformer import Transformer
+from baleen.parallel import team
 from baleen.parallel.mesh import make_grid
 from baleen.parallel.ranks import joined
 from baleen.parallel.team import join
 from baleen.train.saver import TeamSaver
 from baleen.train.trainer import Trainer
 
+team.Mesh = functools.cache(
+    team.Mesh
+)  # a layout's process groups once: each has threads, and none ends before the process
 STEPS, SAVED_AT, CONTINUED = 20, 3, 2
 MODEL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 5,
