@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         command += ["-t", str(machine()["threads"]), "--port", str(port), "--no-webui"]
     else:
         name = "llama_cpp.server (one request at a time)"
-        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", str(length)]
+        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", "2048"]
         command += ["--n_threads", str(machine()["threads"]), "--port", str(port)]
     peers = {name: measure_server(command, port, args)} if args.peer else {}
 
