@@ -26,9 +26,9 @@ from baleen.parallel.team import join
 from baleen.train.saver import TeamSaver
 from baleen.train.trainer import Trainer
 
-team.Mesh = functools.cache(
-    team.Mesh
-)  # a layout's process groups once: each has threads, and none ends before the process
+# A layout's process groups are made once: each has threads of its own, and none ends before the process.
+team.Mesh = functools.cache(team.Mesh)
+
 STEPS, SAVED_AT, CONTINUED = 20, 3, 2
 MODEL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 5,
