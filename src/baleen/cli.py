@@ -56,18 +56,27 @@ def demo(
 @app.command()
 def train(
     recipe: RecipeArgument,
-    run: RunOption,
+    run: Annotated[Path | None, typer.Option("--run", help="Directory of the run.")] = None,
     data: DataOption = [],  # noqa: B006 - typer wants a list
     overrides: SetOption = [],  # noqa: B006
     max_steps: MaxStepsOption = None,
     resume: ResumeOption = False,
     track: TrackOption = "none",
     only: Annotated[str | None, typer.Option(help="Train the recipe's base on: its MTP layers (mtp) or all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what each rank of --world would hold.")] = False,
+    world: Annotated[int, typer.Option(min=1, help="Processes, for --dry-run.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a recipe, or continue with --resume."""
     from baleen.config import UserError, load_recipe, read_recipe
 
+    if dry_run:
+        from baleen.train.dryrun import dry_run_recipe
+
+        _report(dry_run_recipe(load_recipe(recipe, overrides, data), world), as_json)
+        return
+    if run is None:
+        raise UserError("where shall the run be kept? Give --run DIRECTORY")
     if only is not None:
         from baleen.train.continued import train_on
         from baleen.train.continued_recipe import ContinuedRecipe
