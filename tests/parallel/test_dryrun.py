@@ -1,0 +1,42 @@
+"""What fake ranks hold and send, against counts by hand and the cost engine's formula."""
+
+import pytest
+
+from baleen.config import ParallelConfig, UserError
+from baleen.cost.architecture import from_model_config
+from baleen.cost.layout import Layout
+from baleen.cost.traffic import expert_all_to_all
+from baleen.parallel.dryrun import dry_run
+from baleen.train.loss import Objective
+
+pytestmark = pytest.mark.slow
+OBJECTIVE = Objective(0.3, 1e-4, "fp32")
+B, T = 2, 16
+
+
+def test_bytes_of_all_to_all_equal_the_cost_engines_exactly(tiny_config):
+    config = tiny_config(num_hidden_layers=5)
+    found = dry_run(
+        config, ParallelConfig(pipeline=2, expert=2, schedule="dualpipev"), OBJECTIVE, world=8, sequences=B, seq_len=T
+    )
+    assert found["grid"] == {"pipeline": 2, "replicate": 1, "share": 2, "expert": 2}
+    layout = Layout(devices=8, pipeline=2, expert=2)
+    a_token = expert_all_to_all(from_model_config(config), layout, 1, "fp32").network
+    # the first rank folds back to the last stage, whose MTP layer sees one position less; the second has four layers
+    for rank, tokens in zip(found["ranks"], (B * (T - 1), 4 * B * T), strict=True):
+        leaving = rank["traffic"]["alltoall_base"] / 2  # of two ranks, half of what is handed over stays
+        assert leaving == 2 * a_token * tokens  # forward and backward
+
+
+def test_zero_1_holds_a_share_of_the_weights_and_reduces_once(tiny_config):
+    whole, *_ = dry_run(tiny_config(), ParallelConfig(zero=0), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
+    shard, *_ = dry_run(tiny_config(), ParallelConfig(zero=1), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
+    assert shard["weights"] == pytest.approx(whole["weights"] / 4, rel=0.01)
+    assert shard["optimizer"] == 2 * shard["weights"] and shard["gradients"] == shard["weights"]
+    assert shard["traffic"]["reduce_scatter_base"] == pytest.approx(whole["weights"], rel=0.01)
+    assert shard["traffic"]["allgather_base"] == shard["weights"]  # gathered once: not again for the backward
+
+
+def test_an_impossible_layout_fails(tiny_config):
+    with pytest.raises(UserError, match="the nearest that does is 2"):
+        dry_run(tiny_config(), ParallelConfig(expert=3), OBJECTIVE, world=4, sequences=B, seq_len=T)
