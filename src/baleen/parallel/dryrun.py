@@ -89,7 +89,8 @@ def _count_fakes(
 def _pass(team: Team, objective: Objective, micro_batch: MicroBatch) -> None:
     """One micro-batch through what the rank holds; a stage's input and the gradient of its output come from nowhere."""
     if isinstance(team.parts[0], Transformer):
-        team.accumulate([micro_batch], objective)
+        objective.of_model(team.parts[0], micro_batch.tokens, None, None).total.backward()
+        team.bring_gradients()
         return
     tokens, share = micro_batch.tokens, torch.ones(1)
     B, width = tokens.shape
