@@ -1,32 +1,15 @@
 """Servers on real sockets, in a thread, over a tiny random model or over a script."""
 
 import contextlib
-import socket
-import threading
 
 import pytest
 import torch
 from scripted_engine import ScriptedEngine
+from served import CONFIG, WORDS, running
 
-from baleen.config import ModelConfig
-from baleen.cost.money import rate_card
 from baleen.data.tokenizer import train_tokenizer
 from baleen.infer.engine import Engine
 from baleen.model.transformer import Transformer
-from baleen.serve.app import create_app
-from baleen.serve.limits import Limits
-from baleen.serve.models import Models, Served
-from baleen.serve.server import Server, make_service
-
-WORDS = "the cat sat on a mat and so did the dog, which saw naïve café birds: 1 2 3 {} [] over hills and far away "
-SHAPE = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
-    "v_head_dim": 12, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4,
-    "topk_group": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-}  # fmt: skip
-CONFIG = ModelConfig(**SHAPE)
 
 
 @pytest.fixture(scope="session")
@@ -45,29 +28,6 @@ def make_engine(tokenizer):
         return Engine(model, tokenizer, **{"cache_tokens": 8192, "max_queue": 1024, "speculate": 1, **options})
 
     return make
-
-
-@contextlib.contextmanager
-def running(engines, *, limits=None, **options):
-    """A server over {name: engine}; yields it with `.url`, `.port` and `.service`."""
-    models = Models([Served(name, engine) for name, engine in engines.items()])
-    service = make_service(models, limits or Limits(), devices=1, rate=rate_card("cpu"))
-    ready = threading.Event()
-    app = create_app(service, **options)
-    server = Server(app, service, started=ready.set)
-    server.app = app
-    door = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    server.port, server.service = door.getsockname()[1], service
-    server.url = f"http://127.0.0.1:{server.port}"
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

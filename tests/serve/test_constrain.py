@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIG
+from served import CONFIG
 
 from baleen.serve.constrain import Constrainer
 from baleen.serve.errors import ApiError

@@ -7,7 +7,7 @@ import statistics
 import time
 
 import pytest
-from conftest import CONFIG, running
+from served import CONFIG, running
 
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams

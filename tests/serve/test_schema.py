@@ -7,10 +7,10 @@ import re
 
 import pytest
 import schemathesis
-from conftest import running
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.core import NotSet
+from served import running
 
 from baleen.serve.app import numbers_below
 from baleen.serve.limits import Limits

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import CONFIG, SHAPE, running
+from served import CONFIG, SHAPE, running
 from test_wire import chat_body, events, request, send, talk, wait_until
 
 from baleen.config import UserError

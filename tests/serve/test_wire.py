@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import running
+from served import running
 
 from baleen.serve.limits import Limits
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from baleen.config import UserError
+from baleen.parallel.worker import Alone
 from baleen.train import checkpoint, loop
 from baleen.train.checkpoint import load_newest
 from baleen.train.display import Display
-from baleen.parallel.worker import Alone
 from baleen.train.loop import train
 from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.trainer import Trainer, max_violation
