@@ -71,7 +71,14 @@ def test_sft_then_rl_leaves_a_model_metrics_and_a_ledger(recipe, tmp_path):
     assert ends["rl"]["tokens"] == last["tokens"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"kl_coef": 0.0, "minibatches": 1}, {"dynamic_sampling": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"kl_coef": 0.0, "minibatches": 1}, marks=pytest.mark.slow),
+        pytest.param({"dynamic_sampling": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_equals_straight_bit_for_bit(recipe, tmp_path, changes):
     pipeline = recipe(SFT, RL | changes)
     run(pipeline, tmp_path / "straight")
@@ -215,6 +222,7 @@ def test_commands_refuse_recipes_of_other_stages(recipe):
         for_command("rl", recipe(SFT))
 
 
+@pytest.mark.slow
 def test_a_reward_for_length_alone_is_hacked_and_the_report_shows_it(recipe, tmp_path):
     """Paid by the character, the network learns to ramble; the page says that accuracy did not follow."""
     pytest.importorskip("plotly")
