@@ -168,6 +168,6 @@ def gguf_file(model: Transformer, name: str, dtype: str, folder: Path) -> Path:
     return path
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """Of the logits: root mean square of a - b, in that of b."""
-    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+def differences(a_BZ: Tensor, b_BZ: Tensor) -> list[float]:
+    """Of each row of logits: root mean square of a - b, in that of b."""
+    return ((a_BZ - b_BZ).square().mean(-1) / b_BZ.square().mean(-1)).sqrt().tolist()

@@ -29,14 +29,14 @@ def measure(args: argparse.Namespace) -> dict:
     def begin(contender: Contender) -> list[torch.Tensor]:
         return [contender.prefill(prompts).clone(), *(contender.step(tokens).clone() for tokens in stream[:3])]
 
-    differences = check(made, begin)
+    apart = check(made, begin)
     speeds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(args.rounds):
         for name, contender in made.items():
             contender.prefill(prompts)
             took = seconds(lambda c=contender: [c.step(tokens).argmax(-1).tolist() for tokens in stream])
             speeds[name].append(args.batch * args.steps / took)
-    return {"config": args.config, "batch": args.batch} | summary(made, speeds, differences)
+    return {"config": args.config, "batch": args.batch} | summary(made, speeds, apart)
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ def measure(args: argparse.Namespace) -> dict:
     made = contenders(args, model, sequences=1, length=args.tokens)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(model.config.vocab_size, (1, args.tokens), generator=generator).tolist()
-    differences = check(made, lambda contender: [contender.prefill(prompts).clone()])
+    apart = check(made, lambda contender: [contender.prefill(prompts).clone()])
     speeds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(args.rounds):
         for name, contender in made.items():
             speeds[name].append(args.tokens / seconds(lambda c=contender: c.prefill(prompts)))
-    return {"config": args.config, "tokens": args.tokens} | summary(made, speeds, differences)
+    return {"config": args.config, "tokens": args.tokens} | summary(made, speeds, apart)
 
 
 def main() -> None:
