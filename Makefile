@@ -68,7 +68,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e '.[demo,data,report]'
+	$(BIN)/pip install -q -e '.[demo,data,report,serve]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
