@@ -146,7 +146,11 @@ def _route_evenly(part: nn.Module) -> None:
         if isinstance(module, DeepseekMoE):
             module.dispatch = _EvenDispatch(module.dispatch, module.experts.gate_up_proj.shape[0])
         if isinstance(module, Gate):
-            module.register_forward_hook(lambda gate, arguments, routing: _Even(*routing))
+            module.register_forward_hook(_make_even)
+
+
+def _make_even(gate: nn.Module, arguments: Any, routing: Routing) -> Routing:
+    return _Even(*routing)
 
 
 class _Traffic(TorchDispatchMode):

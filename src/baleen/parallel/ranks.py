@@ -159,7 +159,7 @@ def _said(word: str, rank: int, seconds: float) -> bool:
         return False
 
 
-def _store() -> dist.Store:
+def _store():
     return dist.distributed_c10d._get_default_store()
 
 

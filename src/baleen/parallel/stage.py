@@ -22,11 +22,16 @@ from baleen.model.transformer import Output, Transformer
 class Losses(Protocol):
     """What a loss over a micro-batch tells; `train.loss.Loss` is one."""
 
-    total: Tensor
-    main: Tensor
-    mtp: Tensor
-    balance: Tensor
-    loads: list[Tensor]
+    @property
+    def total(self) -> Tensor: ...
+    @property
+    def main(self) -> Tensor: ...
+    @property
+    def mtp(self) -> Tensor: ...
+    @property
+    def balance(self) -> Tensor: ...
+    @property
+    def loads(self) -> list[Tensor]: ...
 
 
 class Objective(Protocol):
@@ -46,7 +51,7 @@ class Objective(Protocol):
     def of_hidden(
         self,
         model: Stage,
-        hidden_BTd: Tensor,
+        hidden: Tensor,
         routings: list[Routing],
         tokens: Tensor,
         document_ids: Tensor | None,
@@ -116,7 +121,7 @@ class Stage(nn.Module):
         """With a borrowed embedding: a backward that is split in two takes gradients of these and no others."""
         yield from super().parameters(recurse)
         if self._mtp and "embed_tokens" not in self.model._modules:
-            yield self._lent[0].weight
+            yield from self._lent[0].parameters()
 
     @property
     def gates(self) -> dict[int, Gate]:

@@ -186,7 +186,8 @@ class PipelineTeam(Team):
         for d in range(grid.data if self._copied_embedding else 0):
             ends = [d, (grid.pipeline - 1) * grid.data + d]
             group = dist.new_group(ends)
-            mine = group if self.rank in ends else mine
+            if isinstance(group, dist.ProcessGroup) and self.rank in ends:
+                mine = group
         return mine
 
     @property

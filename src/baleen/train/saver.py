@@ -55,7 +55,9 @@ class TeamSaver(Saver):
     def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None], ranks: Ranks):
         super().__init__(folder, keep=keep, warn=warn)
         self.ranks = ranks
-        self.talk = dist.new_group(backend="gloo")
+        talk = dist.new_group(backend="gloo")
+        assert isinstance(talk, dist.ProcessGroup)
+        self.talk = talk
         self._pending: tuple[Checkpoint, Future[Any]] | None = None
 
     def newest(self) -> Stored | None:
