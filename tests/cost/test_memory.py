@@ -7,9 +7,10 @@ from baleen.config import ModelConfig, UserError
 from baleen.cost import flops
 from baleen.cost.architecture import from_dims, from_model_config
 from baleen.cost.layout import Layout, make_layout
-from baleen.cost.memory import GIB, in_flight_layers, rank_memory
+from baleen.cost.memory import GIB, in_flight_layers, layer_activation_bytes, rank_memory
 from baleen.cost.schedule import interleaved_1f1b, schedule
 from baleen.cost.simulator import Durations, execute
+from baleen.model.native.training import kernels
 
 V3 = from_model_config(ModelConfig())
 V3_LAYOUT = Layout(devices=2048, pipeline=16, expert=64, zero=1, schedule="dualpipe", recompute="deepseek")
@@ -106,6 +107,36 @@ def test_static_memory_equals_a_real_step(config):
     assert counted.weights == pytest.approx(_bytes(model.parameters()), rel=0.01)
     assert counted.gradients == pytest.approx(_bytes(p.grad for p in model.parameters()), rel=0.01)
     assert counted.optimizer == pytest.approx(_bytes(moments), rel=0.01)
+
+
+@pytest.mark.skipif(kernels() == "pytorch", reason="PyTorch's own operators keep other tensors than native ones")
+@pytest.mark.parametrize(("storage", "off_by"), [("fp32", 0.01), ("autocast", 0.03)])
+@pytest.mark.parametrize("layer_idx", [0, 1], ids=["dense", "moe"])
+def test_a_layer_keeps_for_its_backward_what_is_counted(storage, off_by, layer_idx):
+    """Every tensor that autograd saves, weights and their narrow copies apart; in BF16 experts' rows are rounded up."""
+    from baleen.model.transformer import Transformer
+    from baleen.train.precision import computing_in
+
+    model, tokens = Transformer(TINY), 3000
+    model.init_weights(0)
+    context = model._context(torch.zeros(15, tokens // 15, dtype=torch.long), None, None, None)
+    hidden = torch.randn(15, tokens // 15, TINY.hidden_size, requires_grad=True)
+    weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape not in weights and tensor.untyped_storage().nbytes() >= tokens and tensor.ndim > 1:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    precision = computing_in("bf16" if storage == "autocast" else "fp32", torch.device("cpu"))
+    with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.trunk_layers[layer_idx](hidden, context)
+    shared = {context.cos.untyped_storage().data_ptr(), context.sin.untyped_storage().data_ptr()}
+    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in shared)
+    layout = Layout(devices=1, zero=0, recompute="none")
+    counted = layer_activation_bytes(from_model_config(TINY), layout, storage, moe=layer_idx > 0)
+    assert measured / tokens == pytest.approx(counted, rel=off_by)
 
 
 def _bytes(tensors) -> int:

@@ -15,6 +15,7 @@ from baleen.cost.failures import Reliability, load_reliability
 from baleen.cost.hardware import Hardware
 from baleen.cost.money import load_factors
 
+DRAW_SHARE = "draw_share"  # of money.toml: average over rated watts
 NOT_NUMBERS = {"name", "title", "generation", "aliases", "sources", "purchase_usd", "rental_usd_per_hour"}
 
 
@@ -59,22 +60,22 @@ def load_assumptions(hardware: Hardware, sets: Iterable[str] = ()) -> Assumption
     )
 
 
-def split_sets(sets: Iterable[str]) -> tuple[list[str], dict[str, float]]:
-    """`name=number` of cells of devices, as they are, and constants of the calibration by name.
+def split_sets(sets: Iterable[str]) -> tuple[list[str], dict[str, float], list[str]]:
+    """`name=number` of cells of devices, as they are; constants of the calibration by name; draw_share, as it is.
 
-    Raises UserError on a name that is neither.
+    These are the factors of a step, a run, its memory and the energy of its devices. Raises UserError on other names.
     """
     cells, constants = set(Hardware.model_fields) - NOT_NUMBERS, []
-    of_devices = []
+    of_devices, draws = [], []
     for text in sets:
         name = text.partition("=")[0].strip()
-        if name not in cells and name not in CONSTANTS:
-            near = get_close_matches(name, [*cells, *CONSTANTS], n=1, cutoff=0.0)[0]
+        if name not in {*cells, *CONSTANTS, DRAW_SHARE}:
+            near = get_close_matches(name, sorted({*cells, *CONSTANTS, DRAW_SHARE}), n=1, cutoff=0.0)[0]
             raise UserError(f"--set {text}: no constant or cell of a device {name!r}; did you mean {near!r}?")
-        (of_devices if name in cells else constants).append(text)
+        (draws if name == DRAW_SHARE else of_devices if name in cells else constants).append(text)
     numbers = _numbers(constants)
     Calibration(numbers)  # raises UserError where one is not positive
-    return of_devices, numbers
+    return of_devices, numbers, draws
 
 
 def set_hardware(hardware: Hardware, sets: list[str]) -> Hardware:

@@ -53,6 +53,15 @@ class Hardware(Strict):
     streaming_share: Share = 0.85  # of the memory's rate that kernels reach: BabelStream 0.85-0.93 on A100, H100
     link_share: Share = 0.8  # of a link's rate that collectives reach: 160 of 200, 40 of 50 GB/s (2505.09343 §4)
     overlapped_compute_share: Share = 112 / 132  # of the SMs, beside 20 that communicate (2412.19437 §3.2.2)
+    # Attention's core inside training, share of the dense peak; None: the table of `baleen.cost.kernels`.
+    attention_forward_share: Share | None = None
+    attention_backward_share: Share | None = None
+    # Serving, attention over a cache: shares of the peaks of products and of memory that FlashMLA reaches on H800, 660
+    # of 989 TFLOPS and 3,000 of 3,350 GB/s (github.com/deepseek-ai/FlashMLA, April 2025); weights stream so too.
+    cached_attention_share: Share = 0.67
+    cached_bandwidth_share: Share = 0.9
+    fillable_share: Share = 0.95  # of the memory that a training may plan to fill: the rest is for the context
+    allocated_over_used: PositiveFloat = 1.05  # memory a caching allocator holds over what tensors need: its peaks
     # What `baleen cost calibrate` measures of a machine; a product takes FLOPs / achieved + bytes / rate + a call.
     threads: Positive | None = None
     product_tb_s_fp32: PositiveFloat | None = None  # at which a product's operands come; None: never what it waits for
@@ -72,6 +81,10 @@ class Hardware(Strict):
     @property
     def is_cpu(self) -> bool:
         return self.generation == "cpu"
+
+    @property
+    def fillable_bytes(self) -> float:
+        return self.memory_gb * 1e9 * self.fillable_share
 
     @property
     def fastest_precision(self) -> str:

@@ -22,10 +22,6 @@ from baleen.cost.traffic import COMBINE_BYTES, DISPATCH_BYTES, expert_all_to_all
 
 BYTES_PER_WEIGHT = {"fp8": 1.0, "bf16": 2.0, "fp32": 4.0}
 SECONDS_PER_DAY = 86400
-# Shares of the peaks that attention over a cache reaches: FlashMLA on H800, 660 of 989 TFLOPS and 3,000 of 3,350 GB/s
-# (github.com/deepseek-ai/FlashMLA, April 2025). Of the memory's peak, streaming kernels elsewhere reach as much.
-ATTENTION_SHARE = 0.67
-BANDWIDTH_SHARE = 0.9
 
 
 class Bound(NamedTuple):
@@ -94,7 +90,7 @@ def prefill_bound(arch: Architecture, hardware: Hardware, precision: str, unit: 
     flops = forward_flops(arch, round(prompt))
     scores = flops.pop("scores")
     compute = sum(flops.values()) / (hardware.peak_flops(precision) * hardware.achieved_share(precision))
-    compute += scores / (hardware.peak_flops(_core(precision)) * ATTENTION_SHARE)
+    compute += scores / (hardware.peak_flops(_core(precision)) * hardware.cached_attention_share)
     sent = expert_all_to_all(arch, unit.layout, hardware.domain, precision).network * arch.moe_layers
     network = sent / (hardware.network_gb_s * 1e9) if sent and hardware.network_gb_s else 0.0
     seconds = max(compute, network) + _tensor_seconds(arch, hardware, unit)
@@ -108,7 +104,7 @@ def decode_bound(
 
     The batch is the largest that meets the speed and whose caches fit; None if a single sequence does not.
     """
-    bandwidth = hardware.memory_tb_s * 1e12 * BANDWIDTH_SHARE
+    bandwidth = hardware.memory_tb_s * 1e12 * hardware.cached_bandwidth_share
     cache = context * cache_bytes_per_token(arch)
     work = 2 * matmul_parameters(arch) / (hardware.peak_flops(precision) * hardware.achieved_share(precision))
     if arch.kv_lora_rank is None:
@@ -116,7 +112,8 @@ def decode_bound(
     else:  # absorbed: every head reads the latent, as key and as value
         width = 2 * arch.kv_lora_rank + arch.qk_rope_head_dim
     scores = 2 * context * arch.num_attention_heads * width * arch.num_hidden_layers
-    attention = max(cache / bandwidth, scores / (hardware.peak_flops(_core(precision)) * ATTENTION_SHARE))
+    core = hardware.peak_flops(_core(precision)) * hardware.cached_attention_share
+    attention = max(cache / bandwidth, scores / core)
     network = 0.0
     if unit.layout.expert > 1 and hardware.network_gb_s:
         # Decode sends each copy by itself to where its expert is (DeepEP's low-latency mode; ISCA §2.3.2).

@@ -184,6 +184,7 @@ def attention_seconds(
         reads, writes = UNFUSED_SCORE_BYTES
         return Seconds(dense + reads * scores, 2 * dense + writes * scores)
     forward, backward = ATTENTION_SHARE.get((attention, hardware.generation), USUAL_ATTENTION_SHARE)
+    forward, backward = hardware.attention_forward_share or forward, hardware.attention_backward_share or backward
     width = (
         min(1.0, (arch.qk_head_dim + arch.v_head_dim) / 256) ** 0.5
     )  # narrow heads leave the exponentials to wait for

@@ -302,9 +302,10 @@ def _earlier(path: Path, name: str) -> tuple[str | None, float]:
             continue
         seconds = row.get("device_seconds")
         usd = rate.get("usd_per_device_hour") if isinstance(rate, dict) else None
-        known = isinstance(seconds, int | float) and isinstance(usd, int | float)
         last.pop(stage_id, None)
-        last[stage_id] = seconds / 3600 * usd if known else 0.0
+        last[stage_id] = 0.0
+        if isinstance(seconds, int | float) and isinstance(usd, int | float):
+            last[stage_id] = seconds / 3600 * usd
     return next(reversed(last), None), sum(last.values())
 
 

@@ -26,18 +26,19 @@ class StateBytes(NamedTuple):
     kept: float  # an activation as the next operator's input
     kept_linear_input: float  # an activation as the input of a linear layer (FP8 training keeps those in FP8)
     logit: float  # logits and their gradient, in training precision and in FP32
+    stream: float  # a number of the residual stream
 
 
 # fp32: as Baleen trains on a CPU. bf16: FP32 master weights, moments and gradients (Megatron's default; 18 bytes).
 # fp8: V3's recipe (2412.19437 §3.3.3): BF16 weights with an FP8 copy to multiply with, FP32 gradients and master
 # weights, BF16 moments; linear inputs in FP8 with one FP32 scale per 128.
 # autocast: BF16 products over FP32 weights, whose BF16 copies live until the backward; gradients are widened singly;
-# the residual stream, norms and attention's operands are FP32, all else BF16: 2.8 bytes a number on average.
+# the residual stream, the router and what rotates are FP32, all else BF16; logits come and go in chunks.
 STATE_BYTES = {
-    "autocast": StateBytes(6, 4, 8, 2.8, 2.8, 0),
-    "fp32": StateBytes(4, 4, 8, 4, 4, 8),
-    "bf16": StateBytes(2, 4, 12, 2, 2, 12),
-    "fp8": StateBytes(3, 4, 8, 2, 1 + 4 / 128, 12),
+    "autocast": StateBytes(6, 4, 8, 2, 2, 0, 4),
+    "fp32": StateBytes(4, 4, 8, 4, 4, 8, 4),
+    "bf16": StateBytes(2, 4, 12, 2, 2, 12, 2),
+    "fp8": StateBytes(3, 4, 8, 2, 1 + 4 / 128, 12, 2),
 }
 
 
@@ -93,7 +94,7 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
     split = layout.tensor if layout.sequence_parallel else 1  # without SP, TP leaves the residual stream whole
     keys_values = arch.num_key_value_heads * (arch.qk_head_dim + arch.v_head_dim)
     if policy == "full":
-        return d * state.kept / split
+        return d * state.stream / split
     if policy == "operators":  # the layer's input, attention's output, and every second matmul: q, v, gate, down
         ff = arch.moe_intermediate_size * arch.num_experts_per_tok if moe else arch.intermediate_size
         inner = heads * (arch.qk_head_dim + arch.v_head_dim) + keys_values / 2 + ff
@@ -102,11 +103,14 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
     kept, linear = state.kept, 0 if deepseek else state.kept_linear_input  # bytes of a norm's or SwiGLU's output
     swiglu = state.kept_linear_input if deepseek else state.kept  # V3 keeps SwiGLU's input in FP8
 
-    total = 2 * d * (kept + linear) / split  # the residual stream before each norm, and what each norm hands on
+    wide = state.stream - kept  # what the residual stream has beyond the width of products
+    total = 2 * d * (state.stream + linear) / split  # the residual stream before each norm, and what each norm hands on
     core = heads * (arch.qk_head_dim + arch.v_head_dim) + keys_values  # q and the output, k and v
     if arch.kv_lora_rank is not None:
         latents = (arch.q_lora_rank or 0) + arch.kv_lora_rank + arch.qk_rope_head_dim
         total += latents * (kept + linear) / split
+        # Rotation is as wide as the stream, the latents beside the rotated key with it, which are narrowed once more.
+        total += wide * (heads * arch.qk_rope_head_dim / layout.tensor + 2 * arch.kv_lora_rank + arch.qk_rope_head_dim)
         core = heads * arch.v_head_dim if deepseek else core  # q, k and v come again from the latents
     total += (core * kept + 4 * heads) / layout.tensor  # 4: attention's log-sum-exp in FP32
     inner = (arch.ffn_matrices - 1) * swiglu + linear
@@ -115,7 +119,8 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
     routed = arch.num_experts_per_tok
     total += (routed + arch.n_shared_experts) * arch.moe_intermediate_size * inner
     total += routed * d * (state.kept_linear_input + (0 if deepseek else kept))  # copies sent, and outputs to weigh
-    return total + 4 * arch.n_routed_experts / split  # the router's scores
+    router = 4 * arch.n_routed_experts + (state.stream * d if wide else 0)  # its scores, and its input made wide
+    return total + router / split
 
 
 def in_flight_layers(layout: Layout, layers: float, micro_batches: int) -> float:

@@ -10,7 +10,7 @@ from baleen.cost.failures import expected_goodput
 from baleen.cost.layout import StatedLayout
 from baleen.cost.plan_request import MOST_DEVICES, Request
 from baleen.cost.planned_model import PlannedModel, usual_batch
-from baleen.cost.ranking import MEMORY_SHARE, Candidate
+from baleen.cost.ranking import Candidate
 from baleen.cost.search import Conditions, explain_no_layout, search_layouts, user_layout
 
 # Layouts that the authors of a model published, taken where neither --layout nor --search asks for another.
@@ -82,7 +82,7 @@ def _too_large(
     leanest: Candidate,
 ) -> UserError:
     """By how much nothing fits, and the nearest that does: another layout of these devices, or more of them."""
-    room, needed = on.hardware.memory_gb * 1e9 * MEMORY_SHARE, leanest.memory.total
+    room, needed = on.hardware.fillable_bytes, leanest.memory.total
     near = f"no number of them up to {MOST_DEVICES:,} holds it; take devices with more memory or a smaller model"
     tries = [(gpus, StatedLayout())]
     tries += [(gpus * 2**k, wanted) for k in range(1, 18) for wanted in (stated, StatedLayout())]

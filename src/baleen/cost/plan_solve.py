@@ -38,7 +38,7 @@ def solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen,
         if model is None or tokens is None or not request.deadline_seconds:
             raise UserError("how many devices? Give --gpus N, or a --budget or --energy, or a --deadline with --tokens")
         chosen = _fewest_devices(request, facts, model, tokens, request.deadline_seconds)
-        return chosen, tokens, {"gpus": f"the fewest that meet the deadline: {chosen.gpus}"}
+        return chosen, tokens, {"gpus": f"the smallest power of two of nodes that meets the deadline: {chosen.gpus}"}
 
     solved: dict[str, Any] = {}
     gpus = request.gpus

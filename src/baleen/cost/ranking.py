@@ -12,7 +12,6 @@ from baleen.cost.memory import RankMemory, rank_memory
 from baleen.cost.step import StepTime, least_seconds, rooflines, step_time
 from baleen.cost.workload import Workload
 
-MEMORY_SHARE = 0.95  # of the device that a run may plan to fill: the rest is for the context and the allocator
 RISING_RECOMPUTATION = ("none", "selective", "deepseek", "operators", "full")
 # More model parallelism than fits already only adds traffic and bubbles; this much more is still tried.
 WORTH_TRYING = 16
@@ -53,7 +52,7 @@ def rank(works: Iterable[Workload], calibration: Calibration, top: int = 1) -> F
         model_parallel, plain = _effort(work)[0], work.layout.model_copy(update={"recompute": "none"})
         if leanest is None or memory.total < leanest[0]:
             leanest = (memory.total, work, memory)
-        if memory.total > work.hardware.memory_gb * 1e9 * MEMORY_SHARE or plain in settled:
+        if memory.total > work.hardware.fillable_bytes or plain in settled:
             continue
         smallest = smallest or model_parallel
         if model_parallel > WORTH_TRYING * smallest:

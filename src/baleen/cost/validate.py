@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from baleen.config import UserError
-from baleen.cost.assumptions import set_hardware, split_sets
+from baleen.cost.assumptions import DRAW_SHARE, set_hardware, split_sets
 from baleen.cost.calibration import CONSTANTS, Calibration, Fitted, fit_to_toml, shipped_fit
 from baleen.cost.cases import Case, Prepared, implied_mfu, prepare, read_cases, shipped_cases
 from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.memory import GIB
+from baleen.cost.money import load_factors
 from baleen.cost.step import Rooflines, rooflines, step_time
 
 NEVER_FITTED = "anchor"
@@ -28,10 +29,6 @@ NEVER_FITTED = "anchor"
 STEP_NOISE, RUN_NOISE = 0.10, 0.25
 TIER_NOISE = {"A": 1.0, "B": 1.5, "C": 2.5}
 HUBER = 1.5  # beyond so many deviations a row pulls no harder
-# Memory that the allocator holds and nobody uses: reserved against allocated.
-ALLOCATOR_SHARE = 1.05
-# Average draw over the rated power while training: Olmo 3 measured 0.89-0.93, Epoch takes 0.75 for whole servers' GPUs.
-DRAW_SHARE = 0.85
 
 
 class Item(NamedTuple):
@@ -131,13 +128,14 @@ def validate(
 
     Without `calibrate_on` the shipped constants predict, and rows that those were fitted on are predicted by constants
     fitted without their source. With it, constants are fitted on the file's rows of that split, again leaving a row's
-    own source out. `sets` are `name=number` of constants or of cells of all devices. Returns {kinds, splits, rows,
-    skipped,
-    constants}; errors are on tokens/s/GPU (step), GPU-hours (run), GiB (memory) and MWh (energy), relative.
+    own source out. `sets` are `name=number` of constants, of cells of all devices, or draw_share. Returns {kinds,
+    splits, rows, skipped, constants}; errors are relative: of tokens/s/GPU (step), GPU-hours (run), GiB (memory) and
+    MWh (energy).
     Raises UserError for a broken file or a split that is absent or never fitted on.
     """
     cases = shipped_cases() if cases_csv is None else read_cases(cases_csv)
-    cells, changed = split_sets(sets)
+    cells, changed, draws = split_sets(sets)
+    draw_share = load_factors(draws)[DRAW_SHARE].value
 
     def find(name: str) -> Hardware:
         return set_hardware(find_hardware(name, *hardware_files), cells)
@@ -154,7 +152,7 @@ def validate(
     for row in prepared:
         constants = constants_for(row)
         in_split = [i for i in items if i.row.case.text["split"] == row.case.text["split"]]
-        rows += _compare(row, constants, known, in_split)
+        rows += _compare(row, constants, known, in_split, draw_share)
     splits = sorted({row["split"] for row in rows})
     return {
         "kinds": _summary(rows),
@@ -171,9 +169,9 @@ def write_fit(path: Path, date: str) -> Fitted:
     items = [Item(row, rooflines(row.work)) for row in prepared if row.rate or row.hours]
     cal = [item for item in items if item.row.case.text["split"] == "cal"]
     left_out = leave_one_source_out(cal)
-    rows = [
-        r for i in cal for r in _compare(i.row, left_out[i.row.case.source], cal, cal) if r["kind"] in ("step", "run")
-    ]
+    draw_share = load_factors()[DRAW_SHARE].value
+    compared = [r for i in cal for r in _compare(i.row, left_out[i.row.case.source], cal, cal, draw_share)]
+    rows = [r for r in compared if r["kind"] in ("step", "run")]
     errors = {
         kind: {k: round(v, 4) for k, v in s.items() if v is not None} for kind, s in _summary(rows).items() if s["n"]
     }
@@ -254,19 +252,19 @@ def _fitted_items() -> tuple[Item, ...]:
 
 
 def _compare(
-    row: Prepared, constants: Calibration, known: Sequence[Item], in_split: Sequence[Item]
+    row: Prepared, constants: Calibration, known: Sequence[Item], in_split: Sequence[Item], draw_share: float
 ) -> list[dict[str, Any]]:
     """One entry for each thing that a row states."""
     item = Item(row, rooflines(row.work))
-    seconds = predicted(item, constants)
+    seconds, hardware = predicted(item, constants), row.work.hardware
     hours = seconds * row.tokens / 3600 if row.tokens else None
     share, inside = baseline_mfu(row, known), baseline_mfu(row, in_split, leave_out=False)
     out = []
     for kind, published, value in (
         ("step", row.rate, 1 / seconds),
         ("run", row.hours, hours),
-        ("memory", row.gib, row.memory.total * ALLOCATOR_SHARE / GIB),
-        ("energy", row.mwh, hours * (row.work.hardware.watts or math.nan) * DRAW_SHARE / 1e6 if hours else None),
+        ("memory", row.gib, row.memory.total * hardware.allocated_over_used / GIB),
+        ("energy", row.mwh, hours * hardware.watts * draw_share / 1e6 if hours and hardware.watts else None),
     ):
         if published is None or value is None:
             continue
