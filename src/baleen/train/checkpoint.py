@@ -39,8 +39,11 @@ class NotSaved(UserError):
 class Stored(Protocol):
     """A checkpoint that can be continued from."""
 
-    step: int
-    state: dict[str, Any]
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
 
     def names(self, group: str) -> list[str]:
         """Of the tensors of a group: model, optimizer or ema."""

@@ -95,13 +95,14 @@ class PackedModel:
         out.input_norm = self._floats(layer.input_layernorm.weight)
         out.post_norm = self._floats(layer.post_attention_layernorm.weight)
         out.latent_norm = self._floats(attention.kv_a_layernorm.weight)
-        down, bias = [attention.kv_a_proj_with_mqa.weight], [attention.kv_a_proj_with_mqa.bias]
+        down = [attention.kv_a_proj_with_mqa.weight]
+        bias = [attention.kv_a_proj_with_mqa.bias]
         queries = attention.q_proj if cfg.q_lora_rank is None else attention.q_b_proj
         if cfg.q_lora_rank is not None:
             out.q_norm = self._floats(attention.q_a_layernorm.weight)
             down.insert(0, attention.q_a_proj.weight)
             bias.insert(0, attention.q_a_proj.bias)
-        out.qkv_a = self._matrix(torch.cat(down), None if bias[0] is None else torch.cat(bias))
+        out.qkv_a = self._matrix(torch.cat(down), None if bias[0] is None else torch.cat(tuple(bias)))
         out.q_b = self._matrix(queries.weight.unflatten(0, (H, -1)))
         w_uk_HNR, w_uv_HVR = attention.kv_b_proj.weight.unflatten(0, (H, -1)).split([N, V], 1)
         out.w_uk, out.w_uv = self._matrix(w_uk_HNR.transpose(1, 2)), self._matrix(w_uv_HVR)
