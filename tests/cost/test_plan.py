@@ -159,3 +159,16 @@ def test_what_does_not_fit_says_by_how_much_and_what_does():
         plan(gpu="h800", model="llama3-70b", tokens="1T", gpus="8")
     with pytest.raises(UserError, match=words + "32 of them"):
         plan(gpu="h800", model="llama3-70b", tokens="1T", gpus="32", layout="TP2,recompute-none,ZeRO1")
+
+
+def test_every_share_can_be_set():
+    usual = plan(**LLAMA, tokens="1T", gpus="64")
+    slower = plan(**LLAMA, tokens="1T", gpus="64", sets=("attention_forward_share=0.1", "attention_backward_share=0.1"))
+    assert slower["phases"]["attention"] > 2 * usual["phases"]["attention"]
+    assert slower["phases"]["matmul"] == usual["phases"]["matmul"]
+    served = plan(**LLAMA, tokens="1T", gpus="64", sets=("cached_bandwidth_share=0.3", "cached_attention_share=0.1"))
+    for phase in ("prefill", "decode"):
+        bounds = [p["inference"][phase]["bound_tokens_per_second_per_gpu"] for p in (served, usual)]
+        assert bounds[0] < bounds[1]
+    with pytest.raises(UserError, match="more than the 8.0 GB that may be filled"):
+        plan(**LLAMA, tokens="1T", gpus="64", sets=("fillable_share=0.1",))

@@ -75,6 +75,20 @@ def test_a_sceptic_changes_one_factor_and_sees_the_effect(tmp_path):
             validate(path, sets=[wrong])
 
 
+def test_memory_and_energy_follow_their_factors(tmp_path):
+    path = write(tmp_path / "cases.csv", ["tt-8b-8", "olmo3-7b"])
+    plain, changed = (
+        {
+            row["kind"]: row["predicted"]
+            for row in validate(path, sets=sets)["rows"]
+            if row["kind"] in ("memory", "energy")
+        }
+        for sets in ((), ["draw_share=0.375", "allocated_over_used=2.1"])
+    )
+    assert changed["memory"] == pytest.approx(2 * plain["memory"])
+    assert changed["energy"] == pytest.approx(plain["energy"] / 2)
+
+
 def test_memory_is_compared_in_gib(tmp_path):
     result = validate(write(tmp_path / "cases.csv", ["tt-8b-8"]))
     row = next(row for row in result["rows"] if row["kind"] == "memory")

@@ -218,6 +218,13 @@ def test_a_run_that_never_trained_leaves_its_directory_free(tiny_recipe, corpus,
 # --- bad text
 
 
+@pytest.mark.parametrize("wrong", [{"sources": ("/no/such/text",)}, {"format": "chat", "fim_rate": 0.1}])
+def test_a_refused_recipe_leaves_neither_directory_nor_ledger(tiny_recipe, tmp_path, wrong):
+    with pytest.raises(UserError, match="neither a file nor a folder|are for data.format 'text'"):
+        run(tiny_recipe(data=wrong), tmp_path / "lab" / "run")
+    assert not (tmp_path / "lab").exists()
+
+
 @pytest.mark.parametrize(
     "content, cure",
     [(b"", "is empty"), (b"\x00\x01" * 500, "is binary"), (b"too short", "too few to train on|fills only|fewer than")],

@@ -60,10 +60,7 @@ def prepare(
     second call only opens it. `assistant_only` masks the loss to the assistant's words (SFT). `progress` is told each
     step in words. Raises UserError for bad sources, settings that do not fit together, or too little text.
     """
-    if data.format == "chat" and (data.fim_rate or data.pretoken_split_rate):
-        raise UserError(
-            "data.fim_rate and data.pretoken_split_rate are for data.format 'text': set them to 0 for 'chat'"
-        )
+    check_data(data)
     if assistant_only and data.format != "chat":
         raise UserError("only conversations have an assistant to learn from: set data.format to 'chat'")
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
@@ -87,6 +84,16 @@ def prepare(
         list(_read_spool(directory / "heldout.jsonl")),
         read_json(directory / "stats.json"),
     )
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises UserError for settings that do not fit together and sources that are not there; reads none of them."""
+    if data.format == "chat" and (data.fim_rate or data.pretoken_split_rate):
+        raise UserError(
+            "data.fim_rate and data.pretoken_split_rate are for data.format 'text': set them to 0 for 'chat'"
+        )
+    for source in data.sources:
+        source_files(source)
 
 
 def _cache_key(

@@ -18,7 +18,7 @@ from baleen.cost.figures import duration
 from baleen.cost.ledger import Stage
 from baleen.data.loader import Batch, Loader
 from baleen.data.packing import PackedTokens
-from baleen.data.prepare import Prepared, prepare
+from baleen.data.prepare import Prepared, check_data, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
@@ -62,6 +62,7 @@ def train_on(
         raise UserError(f"train.seq_len ({recipe.train.seq_len}) is longer than the context of {recipe.base}")
     if only == "mtp" and not loaded.model.mtp_layers:
         raise UserError(f"{recipe.base} has no MTP layer to train: make it with `baleen upcycle ... --mtp 1`")
+    check_data(recipe.data)  # what is refused leaves neither directory nor cost
     open_run(run_dir, recipe, resume=resume)
     with run_stage(recipe.cost, run_dir, "data"):
         prepared = prepare(

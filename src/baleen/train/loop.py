@@ -19,7 +19,7 @@ from baleen.cost.figures import duration
 from baleen.cost.ledger import Ledger, Stage, StageName
 from baleen.cost.money import rate_card
 from baleen.data.loader import Loader
-from baleen.data.prepare import Prepared, prepare
+from baleen.data.prepare import Prepared, check_data, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
@@ -75,6 +75,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train` on one of several ranks: rank 0 keeps the run directory and the ledger."""
     grid = check_layout(recipe, ranks)
+    ranks.lead(lambda: check_data(recipe.data))  # what is refused leaves neither directory nor cost
     ranks.lead(lambda: open_run(run_dir, recipe, resume=resume))
     tracker = open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump())
     keep_freed_memory()
