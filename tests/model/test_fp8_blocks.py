@@ -44,3 +44,15 @@ def test_quantising_again_changes_nothing():
     once = dequantize_blocks(*quantize_blocks(x, WEIGHT_BLOCK, power_of_two=True), WEIGHT_BLOCK)
     twice = dequantize_blocks(*quantize_blocks(once, WEIGHT_BLOCK, power_of_two=True), WEIGHT_BLOCK)
     assert torch.equal(once, twice)
+
+
+def test_blocks_too_small_to_divide_by_are_zeros():
+    quantized, scale = quantize_blocks(torch.full((2, 3), 1e-44), (1, 128))
+    assert not quantized.float().isnan().any() and (scale > 0).all()
+
+
+@pytest.mark.parametrize("block", [WEIGHT_BLOCK, (1, 128), (128, 1)])
+def test_no_rows_have_no_scales(block):
+    quantized, scale = quantize_blocks(torch.empty(0, 200), block)
+    assert quantized.shape == (0, 200) and scale.shape == scale_shape((0, 200), block)
+    assert dequantize_blocks(quantized, scale, block).shape == (0, 200)

@@ -27,7 +27,8 @@ def quantize_blocks(x: Tensor, block: tuple[int, int], *, power_of_two: bool = F
     """
     blocks = _in_blocks(x.float(), block)
     largest = blocks.abs().amax((-3, -1), keepdim=True)
-    scale = torch.where(largest > 0, largest / E4M3_MAX, torch.ones_like(largest))
+    least = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # a quotient may be too small to divide by
+    scale = torch.where(largest > 0, least, torch.ones_like(largest))
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
@@ -47,7 +48,7 @@ def _in_blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
     (r, c), (R, C) = block, x.shape[-2:]
     if R % r or C % c:
         x = F.pad(x, (0, -C % c, 0, -R % r))
-    return x.unflatten(-1, (-1, c)).unflatten(-3, (-1, r))
+    return x.unflatten(-1, (-(-C // c), c)).unflatten(-3, (-(-R // r), r))  # counted, for x may have no rows
 
 
 def _out_of_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:

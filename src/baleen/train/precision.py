@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -18,7 +18,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+def resolve_precision(precision: Literal["auto", "fp32", "bf16", "fp8"], device: torch.device) -> Precision:
     """`auto` is bf16 where that is faster, fp32 elsewhere. Weights and optimizer stay fp32."""
     if precision == "auto":
         return "bf16" if multiplies_bf16(device) else "fp32"
@@ -27,8 +27,12 @@ def resolve_precision(precision: Literal["auto", "fp32", "bf16"], device: torch.
 
 @contextlib.contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matmuls in bf16 over fp32 weights (autocast), or everything in fp32."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """Matmuls in bf16 over fp32 weights (autocast), or everything in fp32.
+
+    With fp8 this is for what `use_fp8` leaves wide: bf16 on GPUs, fp32 on CPUs, where the effect of FP8 stands alone.
+    """
+    bf16 = precision == "bf16" or (precision == "fp8" and device.type != "cpu")
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         yield
 
 

@@ -16,6 +16,7 @@ from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
 from baleen.parallel.worker import Alone, MicroBatch, Worker
 from baleen.train.checkpoint import Checkpoint, Stored
+from baleen.train.fp8 import use_fp8
 from baleen.train.loss import Objective
 from baleen.train.optimizer import Optimizer
 from baleen.train.precision import Precision, resolve_precision
@@ -66,6 +67,10 @@ class Trainer:
         self.optimizer = Optimizer(self.worker, recipe.train)
         self.schedules = Schedules(recipe)
         self.precision: Precision = resolve_precision(recipe.train.precision, self.worker.device)
+        if self.precision == "fp8":
+            if self.worker.world > 1:
+                raise UserError("train.precision=fp8 is for one process: take bf16, or parallel.dispatch=fp8 with it")
+            use_fp8(self.model)
         self.counters = Counters()
         self.ema = {n: t.detach().clone() for n, t in self.worker.tensors().items()} if recipe.train.ema_decay else {}
 
