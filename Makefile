@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat demo-draft reason test test-slow test-dist bench lint screenshots clean
+.PHONY: demo demo-chat demo-draft reason test test-slow test-dist bench evidence evidence-quick lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -42,8 +42,8 @@ test-dist: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/parallel
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench evidence
+	$(BIN)/ruff format --check src tests bench evidence
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Beside the peers, on this machine: half an hour. llama.cpp is compiled from llama-cpp-python's sources.
@@ -56,6 +56,10 @@ bench: $(VENV)/.slow
 	done
 	$(BIN)/python bench/decode.py --config L --rounds 3
 	$(BIN)/python bench/prefill.py --config L --rounds 3
+
+# Whatever claim of evidence/ has no result yet, or an old one; stopped, it goes on with the same command.
+evidence evidence-quick: $(VENV)/.demo
+	$(BIN)/python evidence/notebook.py $(if $(filter evidence-quick,$@),--quick)
 
 # The pictures in docs/, of this build: SmolLM2 talks, the demo's experts are shown. Needs chromium (apt-get install).
 screenshots: $(VENV)/.slow
