@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -89,6 +90,8 @@ def run_missing(name: str, claim: Claim, runs: Path, folder: Path = HERE) -> Non
 
 def run_row(name: str, claim: Claim, arm: str, seed: int, runs: Path) -> dict[str, Any]:
     """Raises KeyboardInterrupt if the run was stopped; it goes on the next time."""
+    import torch
+
     from baleen.cost.card import cost_card
     from baleen.train.loop import train
 
@@ -107,7 +110,7 @@ def run_row(name: str, claim: Claim, arm: str, seed: int, runs: Path) -> dict[st
         "tokens": summary["tokens"],
         "train_seconds": summary["train_seconds"],
         "device_hours": hours,
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
 
