@@ -69,7 +69,9 @@ def test_equal_prompts_at_once_are_read_once(engine):
     assert len({a.token_ids for a in answers}) == 8
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 16, 64]
+)
 def test_chunks_change_nothing(engine, chunk):
     whole, parts = engine(), engine(prefill_chunk=chunk, page_size=8)
     requests = [Request(text(n, seed=n), drawn(n, logprobs=1)) for n in (40, 1, 17, 33)]
@@ -269,7 +271,7 @@ def test_stop_strings_need_a_tokenizer(engine):
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5))])
 def test_random_life(engine, seed):
     """Requests come, are aborted, wait and give way in random order: each answer is the one it gets alone."""
     rng = random.Random(seed)

@@ -127,7 +127,7 @@ print(high_water() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
-@pytest.mark.parametrize("dtype", ["", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("", marks=pytest.mark.slow), "bf16"])
 def test_memory_stays_under_the_largest_shard_and_one_expert(tmp_path, tiny_model, dtype):
     shape = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     save_model(tiny_model(**shape), tmp_path / "large", max_shard_bytes=9 * 2**20)

@@ -1,4 +1,4 @@
-"""A batch's loss mask and document ids reach the loss: fine-tuning learns the assistant's words, a document at a time."""
+"""A batch's loss mask and document ids reach the loss: the assistant's words are learnt, a document at a time."""
 
 import pytest
 import torch
