@@ -248,3 +248,10 @@ def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
     honest = [row | {"accuracy": row["reward"], "heldout_accuracy": row["reward"]} for row in rows]
     assert hacked_reward(honest) == []
     assert hacked_reward(rows[:1]) == []
+
+
+def test_several_processes_are_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        run(recipe(SFT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ from baleen.interop.load import Loaded, load
 from baleen.model.transformer import Transformer
 from baleen.train.display import Display
 from baleen.train.loop import Interruption, device, run_stage
-from baleen.train.rundir import open_run, read_metrics, write_aside
+from baleen.train.rundir import open_run, read_metrics, require_one_process, write_aside
 from baleen.train.saver import Saver
 
 SAMPLED = "sampled.jsonl"
@@ -57,6 +57,7 @@ class Pipeline:
 
     def run(self, resume: bool) -> dict[str, Any]:
         recipe = self.recipe
+        require_one_process("post-training")
         open_run(self.run_dir, recipe, resume=resume)
         for number, stage in enumerate(recipe.stages):
             if self.is_done(number):

@@ -31,7 +31,7 @@ from baleen.train.loop import device, run_stage
 from baleen.train.loss import training_loss
 from baleen.train.own_text import own_text
 from baleen.train.precision import Precision, computing_in, keep_freed_memory, resolve_precision
-from baleen.train.rundir import Metrics, open_run
+from baleen.train.rundir import Metrics, open_run, require_one_process
 from baleen.train.schedule import Curve
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants
 
@@ -55,6 +55,7 @@ def train_on(
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
+    require_one_process(f"--only {only}")
     display = display or Display()
     keep_freed_memory()
     loaded = load(recipe.base, dtype=torch.float32, device=device())

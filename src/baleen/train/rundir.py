@@ -48,6 +48,12 @@ def _apart_from_layout(recipe: Strict) -> Strict:
     return recipe.model_copy(update={"parallel": ParallelConfig()}) if isinstance(recipe, Recipe) else recipe
 
 
+def require_one_process(what: str) -> None:
+    """Raises UserError under torchrun with several processes, which would all write to one run directory."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{what} runs in one process: start it without torchrun, or with --nproc-per-node 1")
+
+
 def write_aside(file: Path, text: str) -> None:
     """Write a text file aside and rename it, so that a kill leaves the old one or the new one."""
     aside = file.with_name(f".{file.name}.aside")
