@@ -76,7 +76,7 @@ def test_a_sceptic_changes_one_factor_and_sees_the_effect(tmp_path):
 
 
 def test_memory_and_energy_follow_their_factors(tmp_path):
-    path = write(tmp_path / "cases.csv", ["tt-8b-8", "olmo3-7b"])
+    path = write(tmp_path / "cases.csv", ["tt-8b-8", "olmo2-7b-energy"])
     plain, changed = (
         {
             row["kind"]: row["predicted"]

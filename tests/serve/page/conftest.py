@@ -9,7 +9,7 @@ from chat_page import LAPTOP, PATIENCE, ChatPage, TracedEngine, say
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lives, playwright's event loop runs in this thread
 def chromium():
     if CHROMIUM is None:
         missing = "no chromium on this machine (apt-get install chromium)"
