@@ -48,8 +48,36 @@ def test_the_worked_solution_is_right_and_well_formed(task, seed):
 def test_a_chain_sum_is_what_python_reckons(seed):
     question = ChainSum(terms=(2, 6), digits=2).question(random.Random(seed))
     assert eval(question.prompt.rstrip("=")) == int(question.answer)
-    assert question.worked.split()[-1] == question.answer
-    assert all(int(partial) >= 0 for partial in question.worked.split())
+    steps = [step.split("=") for step in "".join(question.worked).split()]
+    assert all(eval(operation) == int(result) >= 0 for operation, result in steps)
+    assert steps[-1][1] == question.answer
+    assert len(steps) == max(1, question.prompt.count("+") + question.prompt.count("-"))
+
+
+@by_name
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_a_careless_solution_leaves_out_intermediate_results_and_nothing_else(task, seed):
+    question = task.question(random.Random(seed))
+    assert question.careless(0.0, 1).completion == question.completion
+    bare = question.careless(1.0, 1)
+    assert "".join(bare.worked) == "".join(question.worked[::2])
+    careless = question.careless(0.5, 1)
+    assert careless == question.careless(0.5, 1)
+    assert (careless.prompt, careless.answer) == (question.prompt, question.answer)
+    assert REWARDS[question.verifier](question.prompt, careless.completion, question.answer) == 1
+    assert format_(question.prompt, careless.completion, question.answer) == 1
+
+
+def test_intermediate_results_are_left_out_as_often_as_asked():
+    asked = distinct_questions([ChainSum(terms=(5, 5))], "train", 0, 400)
+    written = [q.careless(0.7, 0).completion.count("=") - 1 for q in asked]  # of 3 intermediate results
+    assert abs(sum(written) / 1200 - 0.3) < 0.04
+    assert set(written) == {0, 1, 2, 3}
+    assert (
+        asked[0].careless(1.0, 0).completion
+        == f"<think>{asked[0].prompt}{asked[0].answer}</think><answer>{asked[0].answer}</answer>"
+    )
 
 
 @by_name

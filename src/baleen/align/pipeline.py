@@ -180,7 +180,7 @@ class Pipeline:
         if stage.worked:
             tasks = stage.tasks or self.recipe.tasks
             for q in distinct_questions(tasks, "train", stage.train.seed, stage.worked):
-                words += [q.prompt, q.worked, q.solution]
+                words += [q.prompt, *q.worked, q.solution]
         sampled = self.sampled(number) if stage.sampled else []
         chats = [*read_chats(stage.sources), *sampled]
         return words + [message.content for chat in chats for message in chat]

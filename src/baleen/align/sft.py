@@ -29,7 +29,8 @@ def conversations(work: Work, stage: SFTStage, sampled: Sequence[Chat]) -> list[
     chats: list[Chat] = []
     if stage.worked:
         asked = distinct_questions(work.tasks(stage.tasks), "train", stage.train.seed, stage.worked)
-        chats += [chat_of(question, question.completion, work.recipe.system) for question in asked]
+        shown = (question.careless(stage.skip_steps, stage.train.seed) for question in asked)
+        chats += [chat_of(question, question.completion, work.recipe.system) for question in shown]
     chats += read_chats(stage.sources)
     if stage.sampled:
         if not sampled:

@@ -1,7 +1,8 @@
 """Questions without end whose answers can be checked: what a model is taught to reason on.
 
-A task makes questions from a random stream; `worked` is a solution in words, for cold starts. Whether a question is for
-training or for testing is decided by a hash of its prompt, so the two sets share none, whatever the seeds.
+A task makes questions from a random stream; `worked` is a solution in words, for cold starts, written with care or
+without. Whether a question is for training or for testing is decided by a hash of its prompt, so the two sets share
+none, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import importlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -35,18 +36,30 @@ Level = Annotated[int, Field(ge=1, le=1000)]
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is what the verifier is given; `worked` and `solution` are the thought and the words that solve it."""
+    """`answer` is what the verifier is given; `worked` and `solution` are the thought and the words that solve it.
+
+    The thought is in pieces, of which every second is an intermediate result: one that can be left out.
+    """
 
     prompt: str
     answer: str
     verifier: str  # a name of rewards.REWARDS, or reasoning_gym:TASK
-    worked: str
+    worked: tuple[str, ...]
     solution: str
 
     @property
     def completion(self) -> str:
         """The worked solution as an assistant's turn."""
-        return f"<think>{self.worked}</think><answer>{self.solution}</answer>"
+        return f"<think>{''.join(self.worked)}</think><answer>{self.solution}</answer>"
+
+    def careless(self, skip_steps: float, seed: int) -> Question:
+        """As someone in a hurry works it out: each intermediate result is left out with that probability.
+
+        The same for the same seed and question.
+        """
+        rng = random.Random(f"{seed} {self.prompt}")
+        written = [piece for place, piece in enumerate(self.worked) if place % 2 == 0 or rng.random() >= skip_steps]
+        return replace(self, worked=("".join(written),))
 
     @property
     def is_for_testing(self) -> bool:
@@ -54,7 +67,10 @@ class Question:
 
 
 class ChainSum(Strict):
-    """`3+8-2=`: the thought is the running partial sums, never negative."""
+    """`3+8-2=`: the thought is one operation after the other, `3+8=11 11-2=9`; no partial sum is negative.
+
+    Without the intermediate result it takes two terms at once: `3+8-2=9`.
+    """
 
     name: Literal["chain_sum"] = "chain_sum"
     terms: tuple[Level, Level] = (2, 5)  # fewest and most
@@ -63,14 +79,17 @@ class ChainSum(Strict):
     def question(self, rng: random.Random) -> Question:
         smallest, largest = 10 ** (self.digits - 1), 10**self.digits - 1
         total = rng.randint(smallest, largest)
-        prompt, partial = str(total), []
-        for _ in range(_within(rng, self.terms) - 1):
+        prompt, worked = str(total), [str(total)]
+        for place in range(_within(rng, self.terms) - 1):
             term = rng.randint(smallest, largest)
             minus = term <= total and rng.random() < 0.5
+            if place:
+                worked += [f"={total} {total}", ""]
             total += -term if minus else term
             prompt += f"{'-' if minus else '+'}{term}"
-            partial.append(str(total))
-        return Question(f"{prompt}=", str(total), "number", " ".join(partial), str(total))
+            worked[-1] += f"{'-' if minus else '+'}{term}"
+        worked[-1] += f"={total}"
+        return Question(f"{prompt}=", str(total), "number", tuple(worked), str(total))
 
 
 class Countdown(Strict):
@@ -82,17 +101,20 @@ class Countdown(Strict):
 
     def question(self, rng: random.Random) -> Question:
         given = [rng.randint(1, self.largest) for _ in range(_within(rng, self.numbers))]
-        value, expression, steps = given[0], str(given[0]), []
-        for number in given[1:]:
+        value, expression, worked = given[0], str(given[0]), [str(given[0])]
+        for place, number in enumerate(given[1:]):
             operators = ["+", "*"] + ["-"] * (value > number) + ["/"] * (value % number == 0)
             operator = rng.choice(operators)
             result = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[operator]
-            steps.append(f"{value}{operator}{number}={result}")
+            if place:
+                worked += [f"={value} {value}", ""]
+            worked[-1] += f"{operator}{number}"
             inner = f"({expression})" if operator in "*/" and not expression.isdigit() else expression
             value, expression = result, f"{inner}{operator}{number}"
+        worked[-1] += f"={value}"
         shown = " ".join(map(str, rng.sample(given, len(given))))
         prompt = f"Make {value} from {shown}"
-        return Question(prompt, json.dumps([value, given]), "countdown", " ".join(steps), expression)
+        return Question(prompt, json.dumps([value, given]), "countdown", tuple(worked), expression)
 
 
 class Comparison(Strict):
@@ -108,7 +130,9 @@ class Comparison(Strict):
             two = one - 1 if one % 10 else one + 1
         a, b = next((a, b) for a, b in zip(str(one), str(two), strict=True) if a != b)
         larger = str(max(one, two))
-        return Question(f"{one} or {two}, which is larger?", larger, "number", f"{a}{'>' if a > b else '<'}{b}", larger)
+        return Question(
+            f"{one} or {two}, which is larger?", larger, "number", (f"{a}{'>' if a > b else '<'}{b}",), larger
+        )
 
 
 class LetterCounting(Strict):
@@ -120,16 +144,18 @@ class LetterCounting(Strict):
     def question(self, rng: random.Random) -> Question:
         text = " ".join(rng.choice(WORDS) for _ in range(_within(rng, self.words)))
         letter = rng.choice(text.replace(" ", ""))
-        count, spelled = 0, []
-        for character in text:
-            count += character == letter
-            spelled.append(f"{character}{count}")
+        count, spelled = 0, [text[0]]
+        for before, character in pairwise(text):
+            count += before == letter
+            spelled += [str(count), f" {character}"]
+        count += text[-1] == letter
+        spelled[-1] += str(count)
         prompt = f'How many "{letter}" are in "{text}"?'
-        return Question(prompt, str(count), "number", " ".join(spelled), str(count))
+        return Question(prompt, str(count), "number", tuple(spelled), str(count))
 
 
 class Sorting(Strict):
-    """Numbers in ascending order: the thought takes the least, again and again."""
+    """Numbers in ascending order: the thought takes the least, again and again, and writes down what is left."""
 
     name: Literal["sorting"] = "sorting"
     numbers: tuple[Level, Level] = (3, 6)
@@ -137,12 +163,13 @@ class Sorting(Strict):
 
     def question(self, rng: random.Random) -> Question:
         left = [rng.randint(0, 10**self.digits - 1) for _ in range(_within(rng, self.numbers))]
-        prompt, ordered, steps = f"Sort {' '.join(map(str, left))}", sorted(left), []
-        for number in ordered:
+        prompt, ordered = f"Sort {' '.join(map(str, left))}", sorted(left)
+        worked = [str(ordered[0])]
+        for number, following in pairwise(ordered):
             left.remove(number)
-            steps.append(f"{number}:{' '.join(map(str, left))}")
+            worked += [f":{' '.join(map(str, left))}", f"\n{following}"]
         solution = " ".join(map(str, ordered))
-        return Question(prompt, solution, "sorting", "\n".join(steps), solution)
+        return Question(prompt, solution, "sorting", tuple(worked), solution)
 
 
 class ReasoningGym(Strict):
@@ -160,7 +187,7 @@ class ReasoningGym(Strict):
             raise UserError(f"reasoning-gym cannot make the task {self.task!r}: {error}") from None
         answer = str(entry["answer"])
         kept = {"question": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
-        return Question(entry["question"], json.dumps(kept, default=str), f"reasoning_gym:{self.task}", "", answer)
+        return Question(entry["question"], json.dumps(kept, default=str), f"reasoning_gym:{self.task}", (), answer)
 
 
 Task = Annotated[
