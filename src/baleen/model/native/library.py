@@ -2,27 +2,30 @@
 
 No header but the standard ones and OpenMP is needed, so that a file compiles in seconds; tensors pass as pointers.
 `BALEEN_NATIVE` says whether native code is used: `auto` (where it compiles), `require` (an error where it does not) or
-`off`. A library is found again under a hash of its source, compiler, flags and CPU.
+`off`. `BALEEN_NATIVE_ARCH` names the CPU to compile for, in the compiler's words (`native`: this one), for an image
+that is built on one machine and run on others. A library is found again under a hash of its source, compiler, flags
+and CPU.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch  # brings the OpenMP runtime that our libraries must share: two pools of threads would fight
 
 from baleen.config import UserError
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 MODES = ("auto", "require", "off")
 
 
@@ -55,24 +58,52 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 
 def compiled(source: Path) -> Path:
     """Path of the library, compiled if it is not in the cache yet. Raises OSError or SubprocessError."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    compiler, flags = _compiler(), (*FLAGS, _target())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]  # it may include any of them
-    parts = (*texts, compiler, version, *FLAGS, platform.machine(), _cpu_features())
+    parts = (*texts, *compiler, version, *flags, platform.machine(), _cpu_features())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baleen" / "native"
     library = folder / f"{source.stem}-{key}.so"
     if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: two processes may compile at once.
-        print(f"baleen: compiling {source.name}, once for this machine", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / library.name
-            subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, check=True, text=True)
-            made.replace(library)
+        _compile([*compiler, *flags, str(source)], library)
     return library
+
+
+def _compile(command: list[str], library: Path) -> None:
+    """Whole or not at all, and once, however many processes of a machine ask for it at the same moment."""
+    folder, aside = library.parent, library.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error}): set XDG_CACHE_HOME to a folder that can") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return
+        for left in folder.glob("*.part"):  # by a process that was killed
+            left.unlink()
+        print(f"baleen: compiling {Path(command[-1]).name}, once for this machine", file=sys.stderr)
+        # The compiler inherits the lock: should this process be killed, nobody writes beside what it left running.
+        descriptors = (lock.fileno(),)
+        subprocess.run([*command, "-o", str(aside)], capture_output=True, check=True, text=True, pass_fds=descriptors)
+        aside.replace(library)
+
+
+def _compiler() -> list[str]:
+    """$CXX, or the first C++ compiler on the path."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    return [found]
+
+
+def _target() -> str:
+    arch = os.environ.get("BALEEN_NATIVE_ARCH") or "native"
+    return f"-mcpu={arch}" if platform.machine() in ("aarch64", "arm64") else f"-march={arch}"
 
 
 def _cpu_features() -> str:
