@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from scripted_engine import ScriptedEngine
-from served import CONFIG, WORDS, running
+from served import CONFIG, TOKENS, WORDS, running
 
 from baleen.data.tokenizer import train_tokenizer
 from baleen.infer.engine import Engine
@@ -14,12 +14,12 @@ from baleen.model.transformer import Transformer
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer([WORDS * 3], 310)
+    return train_tokenizer([WORDS * 3], TOKENS)
 
 
 @pytest.fixture(scope="session")
 def make_engine(tokenizer):
-    """The real engine over a tiny random network; rows of the embedding that no token uses are biased away."""
+    """The real engine over a tiny random network."""
 
     def make(**options):
         torch.manual_seed(0)

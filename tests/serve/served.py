@@ -6,12 +6,14 @@ import threading
 
 from baleen.config import ModelConfig
 from baleen.cost.money import rate_card
+from baleen.data.tokenizer import SPECIAL_TOKENS
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, Served
 from baleen.serve.server import Server, make_service
 
 WORDS = "the cat sat on a mat and so did the dog, which saw naïve café birds: 1 2 3 {} [] over hills and far away "
+TOKENS = 310  # of the tokenizer: special ones first
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
     "num_attention_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
@@ -20,6 +22,8 @@ SHAPE = {
     "initializer_range": 0.1,
 }  # fmt: skip
 CONFIG = ModelConfig(**SHAPE)
+# A logit_bias: only tokens with text of their own, or a random network would end its answers by chance.
+WORDY = {str(id): -100 for id in (*range(len(SPECIAL_TOKENS)), *range(TOKENS, CONFIG.vocab_size))}
 
 
 @contextlib.contextmanager

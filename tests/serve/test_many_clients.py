@@ -7,7 +7,7 @@ import statistics
 import time
 
 import pytest
-from served import CONFIG, running
+from served import CONFIG, WORDY, running
 
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
@@ -80,7 +80,8 @@ def test_a_dozen_at_once(make_engine):
     """The same in small, for the fast tests: answers together are those alone, token by token from one seed."""
     with running({"m": make_engine()}) as server:
         message = {"role": "user", "content": "hills and far away"}
-        bodies = [{"model": "m", "messages": [message], "seed": s, "max_tokens": 12, "top_k": 20} for s in range(12)]
+        body = {"model": "m", "messages": [message], "max_tokens": 12, "top_k": 20, "logit_bias": WORDY}
+        bodies = [{**body, "seed": seed} for seed in range(12)]
         together = asyncio.run(storm(server.port, bodies))
         alone = [asyncio.run(storm(server.port, [body]))[0] for body in bodies]
         assert [answer[::2] for answer in together] == [answer[::2] for answer in alone]

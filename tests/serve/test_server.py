@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from served import CONFIG, SHAPE, running
+from served import CONFIG, SHAPE, WORDY, running
 from test_wire import chat_body, events, request, send, talk, wait_until
 
 from baleen.config import UserError
@@ -96,7 +96,7 @@ def rest(connection):
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-LONG = {"max_tokens": 200, "logit_bias": {"1": -100}, "seed": 1}
+LONG = {"max_tokens": 200, "logit_bias": WORDY, "seed": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -172,7 +172,9 @@ def test_nothing_waits_for_a_slow_reader(make_engine):
     """A client that takes nothing must not hold up the others."""
     engine = make_engine()
     with running({"tiny": engine}) as server:
-        body = json.dumps(chat_body("tiny", stream=True, n=8, max_tokens=200, baleen={"trace": True})).encode()
+        body = json.dumps(
+            chat_body("tiny", stream=True, n=8, max_tokens=200, logit_bias=WORDY, baleen={"trace": True})
+        ).encode()
         deaf = send(server, request("POST", "/v1/chat/completions", body))
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         quick = json.dumps(chat_body("tiny", stream=True, max_tokens=5)).encode()
