@@ -111,9 +111,14 @@ def answer_once(partner: Partner, prompt: str, out: TextIO, params: SamplingPara
 
 
 def answer_by_vote(engine: Engine, prompt: str, out: TextIO, votes: int, params: SamplingParams = CHAT_PARAMS) -> Vote:
-    """The majority of `votes` answers, drawn together: writes the first that says it. Raises UserError if none does."""
+    """The majority of `votes` answers, drawn together: writes the first that says it. Raises UserError if none does.
+
+    With a seed, answer i takes seed + i.
+    """
     prompt_ids = engine.tokenizer.encode_chat([Message("user", prompt)], add_generation_prompt=True)
-    texts = [done.text for done in engine.complete([Request(prompt_ids, params)] * votes)]
+    seeds = [None if params.seed is None else params.seed + i for i in range(votes)]
+    requests = [Request(prompt_ids, replace(params, seed=seed)) for seed in seeds]
+    texts = [done.text for done in engine.complete(requests)]
     vote = majority(texts)
     if vote is None:
         raise UserError(f"none of the {votes} answers came to an end: give more room to think, or ask again")
