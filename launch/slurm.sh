@@ -11,16 +11,18 @@
 #SBATCH --signal=TERM@120
 set -u
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that a rank has to save in, within Slurm's own grace time
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# SIGTERM reaches every process of the step: each rank ends its step, saves with the others and returns. The job asks
-# for its place in the queue again unless the run is done.
-srun --kill-on-bad-exit=1 torchrun \
-    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
-    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$head:29500" \
-    -m baleen -- train "$1" --run "$2" --resume &
-step=$!
-stopped=0
-trap 'stopped=1; kill -TERM $step' TERM
-wait $step; status=$?
-[ $stopped = 1 ] && { wait $step; status=$?; scontrol requeue "$SLURM_JOB_ID"; }
-exit $status
+# Slurm sends SIGTERM to the processes of the step and not to this script. Each rank then ends its training step, saves
+# with the others and returns; the shell around torchrun remembers, and asks for the job's place in the queue again.
+srun --kill-on-bad-exit=1 bash -c '
+    trap "interrupted=1" TERM
+    torchrun "$@" &
+    wait $!; status=$?
+    [ -n "${interrupted:-}" ] || exit $status
+    wait
+    [ "$SLURM_PROCID" != 0 ] || scontrol requeue "$SLURM_JOB_ID"' torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_ON_NODE}" --max-restarts 3 \
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv-endpoint "$head:${MASTER_PORT:-29500}" \
+    -m baleen -- train "$1" --run "$2" --resume

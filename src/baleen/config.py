@@ -318,6 +318,9 @@ class ScheduleConfig(Strict):
         return knots
 
 
+Recomputed = Literal["norm", "up_projection", "swiglu"]
+
+
 class ParallelConfig(Strict):
     """How a run is spread over the processes that torchrun starts. It may change when a run is resumed.
 
@@ -332,6 +335,7 @@ class ParallelConfig(Strict):
     shard: Count = 0
     zero: Literal[0, 1, 2, 3] = 1
     schedule: Literal["1f1b", "zbv", "dualpipev"] = "dualpipev"
+    recompute: tuple[Recomputed, ...] = ()  # outputs that the backward makes again; V3 takes all three (§3.2.3)
     dispatch: Literal["wide", "fp8"] = "wide"  # what tokens travel in: as computed, or E4M3 and back in BF16 (V3 §3.3)
     timeout_seconds: Positive = 600  # after which a silent rank is taken for hanging
 

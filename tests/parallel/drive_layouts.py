@@ -23,6 +23,7 @@ from baleen.parallel import team
 from baleen.parallel.mesh import make_grid
 from baleen.parallel.ranks import joined
 from baleen.parallel.team import join
+from baleen.train import checkpoint
 from baleen.train.saver import TeamSaver
 from baleen.train.trainer import Trainer
 
@@ -80,8 +81,7 @@ def main(folder: Path, layouts: list[str], dtype: torch.dtype) -> None:
         for layout in layouts if dtype == torch.float64 else []:
             for source in sorted(path.name for path in folder.iterdir()):
                 it = trainer(json.loads(layout), ranks.world, dtype)
-                stored = TeamSaver(folder / source, keep=1, warn=print, ranks=ranks).newest()
-                it.restore(stored)
+                it.restore(checkpoint.load_newest(folder / source, print))
                 out[layout]["continued"][source] = [step(it) for _ in range(CONTINUED)]
         if ranks.rank == 0:
             print(json.dumps({"reference": reference, "layouts": out}), flush=True)

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 DRIVER = Path(__file__).with_name("drive_layouts.py")
+RECOMPUTE = ["norm", "up_projection", "swiglu"]
 ON_2 = [
     {"zero": 0},
     {"zero": 1},
     {"zero": 2},
     {"zero": 3},
     {"expert": 2},
-    {"expert": 2, "zero": 3},
+    {"expert": 2, "zero": 3, "recompute": RECOMPUTE},
     {"pipeline": 2, "schedule": "1f1b"},
-    {"pipeline": 2, "schedule": "zbv"},
+    {"pipeline": 2, "schedule": "zbv", "recompute": RECOMPUTE},
     {"pipeline": 2, "schedule": "dualpipev"},
 ]
 ON_4 = [

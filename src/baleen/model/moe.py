@@ -17,6 +17,13 @@ from baleen.model.fused import swiglu
 from baleen.model.grouped import combine_rows, grouped_linear, row_alignment, spread_rows
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) * up, as a module: what is applied to a model from outside finds it."""
+
+    def forward(self, *gate_up: Tensor) -> Tensor:
+        return swiglu(*gate_up)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -25,9 +32,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act_fn = SwiGLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -112,10 +120,12 @@ class Experts(nn.Module):
         E, d, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
         self.down_proj = nn.Parameter(torch.empty(E, d, width))
+        self.act_fn = SwiGLU()
 
     def forward(self, x_Md: Tensor, counts: list[int] | Tensor) -> Tensor:
         """Rows sorted by expert -> the same rows, each through its expert."""
-        return grouped_linear(swiglu(grouped_linear(x_Md, self.gate_up_proj, counts)), self.down_proj, counts)
+        hidden_MF = self.act_fn(grouped_linear(x_Md, self.gate_up_proj, counts))
+        return grouped_linear(hidden_MF, self.down_proj, counts)
 
 
 class Dispatcher(Protocol):

@@ -6,7 +6,7 @@ losses and expert counts add up over ranks, and each rank ends a step with the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +41,7 @@ class Worker(Protocol):
     data_rank: int  # which share of a batch is this rank's, of data_ranks
     data_ranks: int
     layout: str  # for people, and for comparing
+    parts: Sequence[nn.Module]  # the model, or the stages of it that are here
 
     @property
     def device(self) -> torch.device: ...
@@ -89,6 +90,7 @@ class Alone:
 
     def __init__(self, model: Transformer):
         self.model = model
+        self.parts = [model]
 
     @property
     def device(self) -> torch.device:

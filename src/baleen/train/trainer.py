@@ -14,6 +14,7 @@ from baleen.config import Recipe, UserError
 from baleen.data.loader import Batch, Loader
 from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
+from baleen.parallel.recompute import recompute
 from baleen.parallel.worker import Alone, MicroBatch, Worker
 from baleen.train.checkpoint import Checkpoint, Stored
 from baleen.train.fp8 import use_fp8
@@ -64,6 +65,8 @@ class Trainer:
         """worker: this process's share of the work; a whole model works alone."""
         self.recipe, self.loader = recipe, loader
         self.worker: Worker = Alone(worker) if isinstance(worker, Transformer) else worker
+        for part in self.worker.parts:
+            recompute(part, recipe.parallel.recompute)
         self.optimizer = Optimizer(self.worker, recipe.train)
         self.schedules = Schedules(recipe)
         self.precision: Precision = resolve_precision(recipe.train.precision, self.worker.device)

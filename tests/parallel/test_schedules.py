@@ -1,0 +1,35 @@
+"""The schedules that PyTorch runs, over sleeping stages, beside those that the cost engine simulates."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from baleen.cost.schedule import Op, schedule
+from baleen.cost.simulator import Durations, execute
+
+DRIVER = Path(__file__).with_name("drive_schedules.py")
+RANKS, MICRO_BATCHES = 4, 8
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def told(torchrun):
+    return json.loads(torchrun(RANKS, DRIVER, MICRO_BATCHES).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipev"])
+def test_bubble_and_live_activations_are_the_simulators(told, name):
+    ranks, seconds = told["ranks"][name], told["seconds"]
+    done = [[Op(*op[:3]) for op in rank["ops"]] for rank in ranks]
+    # PyTorch's DualPipeV runs the operations of a pair one after the other: nothing overlaps
+    order = schedule(name, RANKS, MICRO_BATCHES) if name != "zbv" else [[(op,) for op in ops] for ops in done]
+    assert done == [[op for action in actions for op in action] for actions in order]
+    timeline = execute(order, Durations(seconds["F"], seconds["B"], seconds["W"]))
+    starts, ends = zip(*((start, end) for rank in ranks for *_, start, end in rank["ops"]), strict=True)
+    length = max(ends) - min(starts)
+    assert length == pytest.approx(timeline.seconds, rel=0.05)
+    for rank, bubble in zip(ranks, timeline.bubble_seconds, strict=True):
+        assert length - sum(end - start for *_, start, end in rank["ops"]) == pytest.approx(bubble, rel=0.05)
+    assert [rank["peak"] for rank in ranks] == timeline.peak_activations
+    assert name != "dualpipev" or timeline.peak_activations[0] == 2 * RANKS + 1  # PP + 1, V3's table 2
