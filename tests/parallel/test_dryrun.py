@@ -37,6 +37,15 @@ def test_zero_1_holds_a_share_of_the_weights_and_reduces_once(tiny_config):
     assert shard["traffic"]["allgather_base"] == shard["weights"]  # gathered once: not again for the backward
 
 
+def test_what_is_recomputed_is_not_kept(tiny_config):
+    def kept(*kinds):
+        parallel = ParallelConfig(recompute=kinds)
+        return dry_run(tiny_config(), parallel, OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"][0]["kept"]
+
+    # outputs of SwiGLU: 48 in the dense layer, 16 in each of 3 routed experts and a shared one of two layers and of MTP
+    assert kept() - kept("swiglu") == 4 * (B * T * 48 + (2 * B * T + B * (T - 1)) * 4 * 16)
+
+
 def test_an_impossible_layout_fails(tiny_config):
     with pytest.raises(UserError, match="the nearest that does is 2"):
         dry_run(tiny_config(), ParallelConfig(expert=3), OBJECTIVE, world=4, sequences=B, seq_len=T)

@@ -25,6 +25,7 @@ from baleen.model.moe import DeepseekMoE, Experts, Gate, Routing
 from baleen.model.transformer import Transformer
 from baleen.parallel.expert import ExpertParallel, Trip, exchange
 from baleen.parallel.mesh import Grid, Mesh, make_grid
+from baleen.parallel.recompute import recompute
 from baleen.parallel.stage import Objective, Stage
 from baleen.parallel.team import Team, take_part
 from baleen.parallel.worker import MicroBatch
@@ -67,9 +68,17 @@ def _count_fakes(
         team = take_part(Transformer(config), parallel, mesh)
         for part in team.parts:
             _route_evenly(part)
+        kept: dict[int, int] = {}  # bytes by storage
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        for part in team.parts:
+            recompute(part, parallel.recompute, note)
         tokens = torch.zeros(sequences, T + 1, dtype=torch.int64)
-        kept: dict[int, int] = {}
-        with _Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(_note(kept), lambda tensor: tensor):
+        with _Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             _pass(team, objective, MicroBatch(tokens, None, None, 1.0))
         own = {p.untyped_storage()._cdata for p in team.parameters.values()}
         weights = sum(p.numel() * p.element_size() for p in team.parameters.values())
@@ -172,15 +181,6 @@ def _sent(args: tuple[Any, ...]) -> int:
     lists = [[t for t in a if isinstance(t, Tensor)] for a in found]
     inputs = [tensors for tensors in lists if tensors][-1]
     return sum(t.numel() * t.element_size() for t in inputs)
-
-
-def _note(kept: dict[int, int]):
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    return pack
 
 
 @contextmanager

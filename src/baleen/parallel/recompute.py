@@ -20,7 +20,7 @@ from baleen.model.layer import DecoderLayer
 from baleen.model.moe import SwiGLU
 
 
-def recompute(model: nn.Module, kinds: Iterable[Recomputed], note: Callable[[Tensor], None] | None = None) -> None:
+def recompute(model: nn.Module, kinds: Iterable[Recomputed], note: Callable[[Tensor], object] | None = None) -> None:
     """In every decoder layer of `model`, drop the outputs of these kinds of modules. Numbers stay what they are.
 
     note: told of each tensor that is kept, as often as it is.
@@ -60,7 +60,7 @@ class _View:
 class _Layer:
     """What one layer's forward drops, while it runs."""
 
-    def __init__(self, layer: DecoderLayer, kinds: set[Recomputed], note: Callable[[Tensor], None] | None):
+    def __init__(self, layer: DecoderLayer, kinds: set[Recomputed], note: Callable[[Tensor], object] | None):
         self.note = note
         self.made: dict[int, tuple[Tensor, _Dropped]] = {}  # by storage; its tensor lives, so that none takes its place
         self.hooks: list[saved_tensors_hooks] = []

@@ -41,7 +41,11 @@ class Worker(Protocol):
     data_rank: int  # which share of a batch is this rank's, of data_ranks
     data_ranks: int
     layout: str  # for people, and for comparing
-    parts: Sequence[nn.Module]  # the model, or the stages of it that are here
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The model, or the stages of it that are here."""
+        ...
 
     @property
     def device(self) -> torch.device: ...
@@ -90,7 +94,7 @@ class Alone:
 
     def __init__(self, model: Transformer):
         self.model = model
-        self.parts = [model]
+        self.parts: list[nn.Module] = [model]
 
     @property
     def device(self) -> torch.device:
