@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from baleen.align.rollout import prompt_of
+from baleen.align.rollout import draw, prompt_of
 from baleen.align.tasks import ChainSum, questions
-from baleen.infer.engine import Engine, Request
+from baleen.infer.engine import Request
 from baleen.infer.sampler import SamplingParams
 from baleen.interop.load import load, model_path
 
@@ -47,9 +47,9 @@ def main() -> None:
         ]
         requests = [Request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
         started = time.perf_counter()
-        done = Engine(model, tokenizer, max_batch=len(requests)).complete(requests)
+        done = draw(model, requests)
         seconds = time.perf_counter() - started
-        assert sum(len(completion.token_ids) for completion in done) == count
+        assert sum(len(tokens) for tokens, _ in done) == count
         return count / seconds
 
     def peers() -> float:

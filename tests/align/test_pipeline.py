@@ -1,6 +1,7 @@
 """The stages of a recipe on a network so small that a step takes a blink: what they leave, and how they resume."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from baleen.align import grpo as grpo_module
 from baleen.align.pipeline import align
 from baleen.align.recipe import AlignRecipe, for_command
+from baleen.align.sft import conversations
 from baleen.config import UserError
 from baleen.eval.report import hacked_reward, write_report
 from baleen.interop.load import load
@@ -124,6 +126,17 @@ def test_the_stages_of_r1_in_one_recipe(recipe, tmp_path):
     assert run(pipeline, tmp_path / "run", resume=True)["status"] == "done"  # nothing is left to do
     rows = read_metrics(tmp_path / "run")
     assert rows[-1]["reward"] == pytest.approx(1 + 0.5 * rows[-1]["reward_length"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_a_share_of_the_worked_solutions_is_hasty(recipe, share):
+    pipeline = recipe(SFT | {"worked": 400, "hasty": share}, tasks=[{"name": "chain_sum", "terms": [4, 4]}])
+    work = SimpleNamespace(recipe=pipeline, tasks=lambda own: own or pipeline.tasks)
+    first, again = (conversations(work, pipeline.stages[0], []) for _ in range(2))
+    assert first == again
+    results = [chat[-1].content.count("=") for chat in first]
+    assert set(results) <= {1, 3}
+    assert abs(results.count(1) / 400 - share) < 0.08 * (0 < share < 1) + 1e-9
 
 
 def test_rejection_sampling_keeps_only_right_answers(recipe, tmp_path, monkeypatch):

@@ -57,27 +57,22 @@ def test_a_chain_sum_is_what_python_reckons(seed):
 @by_name
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_a_careless_solution_leaves_out_intermediate_results_and_nothing_else(task, seed):
+def test_a_hasty_solution_leaves_out_the_intermediate_results_and_nothing_else(task, seed):
     question = task.question(random.Random(seed))
-    assert question.careless(0.0, 1).completion == question.completion
-    bare = question.careless(1.0, 1)
-    assert "".join(bare.worked) == "".join(question.worked[::2])
-    careless = question.careless(0.5, 1)
-    assert careless == question.careless(0.5, 1)
-    assert (careless.prompt, careless.answer) == (question.prompt, question.answer)
-    assert REWARDS[question.verifier](question.prompt, careless.completion, question.answer) == 1
-    assert format_(question.prompt, careless.completion, question.answer) == 1
+    hasty = question.hasty()
+    assert (hasty.prompt, hasty.answer, hasty.solution) == (question.prompt, question.answer, question.solution)
+    assert "".join(hasty.worked) == "".join(question.worked[::2])
+    assert REWARDS[question.verifier](question.prompt, hasty.completion, question.answer) == 1
+    assert format_(question.prompt, hasty.completion, question.answer) == 1
 
 
-def test_intermediate_results_are_left_out_as_often_as_asked():
-    asked = distinct_questions([ChainSum(terms=(5, 5))], "train", 0, 400)
-    written = [q.careless(0.7, 0).completion.count("=") - 1 for q in asked]  # of 3 intermediate results
-    assert abs(sum(written) / 1200 - 0.3) < 0.04
-    assert set(written) == {0, 1, 2, 3}
+def test_a_hasty_sum_takes_all_terms_at_once():
+    question = ChainSum(terms=(5, 5)).question(random.Random(3))
     assert (
-        asked[0].careless(1.0, 0).completion
-        == f"<think>{asked[0].prompt}{asked[0].answer}</think><answer>{asked[0].answer}</answer>"
+        question.hasty().completion
+        == f"<think>{question.prompt}{question.answer}</think><answer>{question.answer}</answer>"
     )
+    assert question.completion.count("=") == 4
 
 
 @by_name

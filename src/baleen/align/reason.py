@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from baleen.align.accuracy import HELDOUT_SEED, measure
 from baleen.align.judge import Judge
 from baleen.align.pipeline import Pipeline, align
 from baleen.align.recipe import AlignRecipe, RLStage, SFTStage
-from baleen.align.tasks import distinct_questions
+from baleen.align.tasks import Question, Task, distinct_questions
 from baleen.config import UserError
 from baleen.cost.account import StageRecord, find_run, read_ledger
 from baleen.cost.figures import duration, usd
@@ -26,6 +27,7 @@ from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import read_metrics, write_aside
 
 QUESTIONS = 500  # unseen ones, the same for every model
+TABLE_SEED = 20_250_120  # of these, apart from the held-out ones that curves and choices of settings have looked at
 SAMPLES = 4  # of each question at temperature 1
 ENOUGH = 10**12  # tokens: the control ends by the clock
 
@@ -88,11 +90,18 @@ def measured_at(recipe: AlignRecipe, path: Path) -> dict[str, Any]:
     rl = recipe.stages[1]
     assert isinstance(rl, RLStage)
     loaded = load(path, device=device())
-    asked = distinct_questions(rl.tasks or recipe.tasks, "test", HELDOUT_SEED, QUESTIONS)
+    asked = table_questions(rl.tasks or recipe.tasks)
     with Judge(sorted({question.verifier for question in asked}), rl.reward_seconds) as judge:
         return measure(
             loaded.model, loaded.tokenizer, asked, judge, rl.sampling, samples=SAMPLES, seed=1, system=recipe.system
         )
+
+
+def table_questions(tasks: Sequence[Task]) -> list[Question]:
+    """Questions for testing that nothing has looked at before: those of TABLE_SEED but for the held-out ones."""
+    seen = {question.prompt for question in distinct_questions(tasks, "test", HELDOUT_SEED, QUESTIONS)}
+    drawn = distinct_questions(tasks, "test", TABLE_SEED, 2 * QUESTIONS)
+    return [question for question in drawn if question.prompt not in seen][:QUESTIONS]
 
 
 def plateau_gain(rows: list[dict[str, Any]]) -> float | None:

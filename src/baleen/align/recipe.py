@@ -55,7 +55,7 @@ class SFTStage(Strict):
     start: Start = "previous"
     worked: Count = 0  # different training questions with the task's own worked solution (a cold start)
     tasks: tuple[Task, ...] = ()  # of these; none: those of the recipe
-    skip_steps: Fraction = 0.0  # share of the intermediate results that the worked solutions leave out
+    hasty: Fraction = 0.0  # share of them that leave out every intermediate result
     sources: tuple[str, ...] = ()  # files or packages of conversations
     sampled: bool = False  # what the sample stages before kept
     train: TrainConfig

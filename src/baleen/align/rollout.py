@@ -10,7 +10,7 @@ from baleen.align.recipe import RewardConfig, SamplingConfig
 from baleen.align.tasks import Question
 from baleen.data.document import Message
 from baleen.data.tokenizer import Tokenizer
-from baleen.infer.engine import Engine, Request
+from baleen.infer.engine import Engine, Logprob, Request
 from baleen.infer.sampler import SamplingParams
 from baleen.model.transformer import Transformer
 
@@ -76,6 +76,7 @@ def sample(
     was_training = model.training
     model.eval()
     prompts = [prompt_of(tokenizer, question, system) for question in questions]
+    end = (tokenizer.eos_id,)
     requests = [
         Request(
             prompt,
@@ -84,25 +85,43 @@ def sample(
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
                 seed=seed * 2**20 + number * count + again,
+                stop_ids=end,
                 logprobs=0,
             ),
         )
         for number, prompt in enumerate(prompts)
         for again in range(count)
     ]
-    completions = Engine(model, tokenizer, max_batch=len(requests)).complete(requests)
+    drawn = draw(model, requests)
     model.train(was_training)
     answers = [
         Answer(
             tuple(request.prompt_ids),
-            completion.token_ids,
-            tuple(known.logprob for known in completion.logprobs or ()),
-            completion.text,
-            completion.finish_reason == "length",
+            tuple(known.token_id for known in logprobs),
+            tuple(known.logprob for known in logprobs),
+            tokenizer.decode([known.token_id for known in (logprobs if truncated else logprobs[:-1])]),
+            truncated,
         )
-        for request, completion in zip(requests, completions, strict=True)
+        for request, (logprobs, truncated) in zip(requests, drawn, strict=True)
     ]
     return [Group(q, tuple(answers[i * count : (i + 1) * count])) for i, q in enumerate(questions)]
+
+
+def draw(model: Transformer, requests: Sequence[Request]) -> list[tuple[list[Logprob], bool]]:
+    """For each request its tokens, the end token included, and whether they were cut off by length.
+
+    By ids alone, and read once they are whole: of small models the text of every single token would be half the time.
+    """
+    engine = Engine(model, None, max_batch=len(requests))
+    numbers = {engine.submit(request): number for number, request in enumerate(requests)}
+    logprobs: list[list[Logprob]] = [[] for _ in requests]
+    truncated = [False] * len(requests)
+    while engine.has_work:
+        for event in engine.step():
+            number = numbers[event.request]
+            logprobs[number] += event.logprobs or ()
+            truncated[number] = event.finish_reason == "length"
+    return list(zip(logprobs, truncated, strict=True))
 
 
 def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 
@@ -29,7 +30,8 @@ def conversations(work: Work, stage: SFTStage, sampled: Sequence[Chat]) -> list[
     chats: list[Chat] = []
     if stage.worked:
         asked = distinct_questions(work.tasks(stage.tasks), "train", stage.train.seed, stage.worked)
-        shown = (question.careless(stage.skip_steps, stage.train.seed) for question in asked)
+        hurry = random.Random(stage.train.seed)
+        shown = [question.hasty() if hurry.random() < stage.hasty else question for question in asked]
         chats += [chat_of(question, question.completion, work.recipe.system) for question in shown]
     chats += read_chats(stage.sources)
     if stage.sampled:

@@ -1,7 +1,7 @@
 """Questions without end whose answers can be checked: what a model is taught to reason on.
 
 A task makes questions from a random stream; `worked` is a solution in words, for cold starts, written with care or
-without. Whether a question is for training or for testing is decided by a hash of its prompt, so the two sets share
+in haste. Whether a question is for training or for testing is decided by a hash of its prompt, so the two sets share
 none, whatever the seeds.
 """
 
@@ -52,14 +52,9 @@ class Question:
         """The worked solution as an assistant's turn."""
         return f"<think>{''.join(self.worked)}</think><answer>{self.solution}</answer>"
 
-    def careless(self, skip_steps: float, seed: int) -> Question:
-        """As someone in a hurry works it out: each intermediate result is left out with that probability.
-
-        The same for the same seed and question.
-        """
-        rng = random.Random(f"{seed} {self.prompt}")
-        written = [piece for place, piece in enumerate(self.worked) if place % 2 == 0 or rng.random() >= skip_steps]
-        return replace(self, worked=("".join(written),))
+    def hasty(self) -> Question:
+        """As someone in a hurry works it out, who writes no intermediate result down."""
+        return replace(self, worked=("".join(self.worked[::2]),))
 
     @property
     def is_for_testing(self) -> bool:
