@@ -69,8 +69,8 @@ export class Mixture {
     const [busiest] = this.#allBusiest().sort((a, b) => b.share - a.share);
     const { layers, experts } = this.trace.shape;
     this.canvas.setAttribute("aria-label",
-      `Heat map of ${layers} layers by ${experts} experts.` + (this.trace.rows.length ? ` The busiest is ${expertName(this.trace, busiest)}, with ${share(busiest.share)} of the tokens; an even share were ${share(this.trace.evenShare)}.` : ""));
-    if (this.#token === null && this.#cell === null) this.readout.textContent = this.trace.rows.length ? `Busiest: ${expertName(this.trace, busiest)}, ${share(busiest.share)} of the tokens. An even share were ${share(this.trace.evenShare)}.` : "";
+      `Heat map of ${layers} layers by ${experts} experts.` + (this.trace.rows.length ? ` The busiest is ${expertName(this.trace, busiest)}, with ${share(busiest.share)} of the tokens; an even share would be ${share(this.trace.evenShare)}.` : ""));
+    if (this.#token === null && this.#cell === null) this.readout.textContent = this.trace.rows.length ? `Busiest: ${expertName(this.trace, busiest)}, ${share(busiest.share)} of the tokens. An even share would be ${share(this.trace.evenShare)}.` : "";
   }
 
   #allBusiest() {

@@ -2,19 +2,19 @@
 
 import { element } from "./dom.js";
 
-// name in the request: words, least, greatest, step, and what it does
+// name in the request: words, least, greatest, step, what it does, and what it is when neither person nor model says
 const SAMPLING = [
-  ["temperature", "Temperature", 0, 2, 0.05, "0 always takes the likeliest token; more is livelier"],
+  ["temperature", "Temperature", 0, 2, 0.01, "0 always takes the likeliest token; more is livelier"],
   ["top_p", "Top p", 0.01, 1, 0.01, "draw among the likeliest tokens that together have this probability"],
   ["top_k", "Top k", 0, 200, 1, "draw among this many of the likeliest tokens; 0 among all"],
   ["min_p", "Min p", 0, 1, 0.01, "leave out tokens less likely than this share of the likeliest"],
-  ["presence_penalty", "Presence penalty", -2, 2, 0.1, "against any token that was used"],
-  ["frequency_penalty", "Frequency penalty", -2, 2, 0.1, "against tokens by how often they were used"],
-  ["max_tokens", "Longest answer", 1, 100_000, 1, "in tokens"],
-  ["seed", "Seed", 0, 2 ** 31 - 1, 1, "the same seed and settings draw the same answer"],
+  ["presence_penalty", "Presence penalty", -2, 2, 0.01, "against any token that was used", "0"],
+  ["frequency_penalty", "Frequency penalty", -2, 2, 0.01, "against tokens by how often they were used", "0"],
+  ["max_tokens", "Longest answer", 1, 100_000, 1, "in tokens", "no limit"],
+  ["seed", "Seed", 0, 2 ** 31 - 1, 1, "the same seed and settings draw the same answer", "by chance"],
 ];
 
-const THINKING = [[null, "As the model likes"], [true, "Think first"], [false, "Answer at once"]];
+const THINKING = [[null, "Model decides"], [true, "Think first"], [false, "Answer at once"]];
 const THEMES = [["", "As the system"], ["light", "Light"], ["dark", "Dark"]];
 
 /** Fills `body`. change(): the conversation was changed. theme: "", "light" or "dark". */
@@ -23,11 +23,11 @@ export function showSettings(body, { conversation, model, change, theme, setThem
   system.value = conversation.system;
   system.addEventListener("input", () => change(() => (conversation.system = system.value)));
 
-  const fields = SAMPLING.map(([name, label, least, greatest, step, meaning]) => {
+  const fields = SAMPLING.map(([name, label, least, greatest, step, meaning, otherwise]) => {
     const usual = model?.baleen.sampling?.[name];
     const input = element("input", {
       id: `sampling-${name}`, type: "number", min: least, max: greatest, step, inputmode: "decimal",
-      placeholder: usual ?? "default", "aria-describedby": `about-${name}`,
+      placeholder: usual ?? otherwise, "aria-describedby": `about-${name}`,
     });
     input.value = conversation.sampling[name] ?? "";
     input.addEventListener("input", () => {

@@ -227,7 +227,7 @@ export function figuresOf({ stats }) {
   return [
     `${count(stats.completion_tokens)} tokens`,
     stats.tokens_per_second && `${speed(stats.tokens_per_second)}/s`,
-    stats.drafted && `${share(stats.accepted / stats.drafted)} guessed ahead`,
+    stats.accepted && `${share(stats.accepted / stats.completion_tokens)} guessed ahead`,
     stats.joules && energy(stats.joules),
     stats.usd && money(stats.usd),
   ].filter(Boolean).join(" · ");
