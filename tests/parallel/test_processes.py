@@ -4,15 +4,19 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import baleen
 from baleen.cost.account import read_ledger
 from baleen.interop.huggingface import load_model
+from baleen.parallel.state import shard_file
 from baleen.train import checkpoint
 from baleen.train.rundir import read_metrics
 
@@ -41,10 +45,13 @@ def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
     assert checkpoint.saved_steps(run / "checkpoints") == [STEPS - 2, STEPS]
     assert not list((run / "checkpoints").rglob("*.metadata"))  # torch's own index, a pickle
 
-    # one process and a pipeline continue it
+    # a pipeline continues it, from the newest checkpoint that is whole
+    (run / "checkpoints" / f"step-{STEPS}" / "shards" / shard_file(1)).unlink()
     longer = recipe_file("longer", train={"tokens": 256 * STEPS}, parallel={"pipeline": 2, "schedule": "zbv"})
-    again = json.loads(train(torchrun, 2, longer, run, "--resume").stdout)
-    assert again["step"] == STEPS
+    done = train(torchrun, 2, longer, run, "--resume")
+    again = json.loads(done.stdout)
+    assert again["status"] == "done" and again["step"] == STEPS
+    assert done.stderr.count(f"step-{STEPS} is passed over") == 1 and "shard-00002" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -59,9 +66,44 @@ def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
 def test_an_impossible_layout_is_one_sentence(torchrun, recipe_file, tmp_path, processes, train_keys, parallel, says):
     recipe = recipe_file(train=train_keys, parallel=parallel)
     done = train(torchrun, processes, recipe, tmp_path / "run", check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and len(errors) == 1 and says in errors[0]
+    assert done.returncode and [says in line for line in errors_of(done)] == [True]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("of_rank_1", "says"),
+    [
+        ("recipe=$2", "rank 1 has another recipe than rank 0"),
+        ("export PYTHONPATH=$3", "rank 1 has another version of the code than rank 0"),
+    ],
+)
+def test_ranks_that_were_started_differently_are_told_apart(torchrun, recipe_file, tmp_path, of_rank_1, says):
+    recipe, other = recipe_file(), recipe_file("other", train={"lr": 1e-3}, parallel={"expert": 4})
+    shutil.copytree(Path(baleen.__file__).parent, tmp_path / "code" / "baleen")
+    with (tmp_path / "code" / "baleen" / "cli.py").open("a") as stream:
+        stream.write("# another version\n")
+    script = f"recipe=$1; [ $RANK = 0 ] || {of_rank_1}; exec {sys.executable} -m baleen train $recipe --run $4"
+    command = ["bash", "-c", script, "bash", recipe, other, tmp_path / "code", tmp_path / "run"]
+    done = torchrun(2, *command, options=["--no-python"], check=False)
+    assert done.returncode and [says in line for line in errors_of(done)] == [True]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_on_one_rank_ends_the_run_and_the_last_good_checkpoint_stays(torchrun, recipe_file, tmp_path):
+    recipe, run = recipe_file(parallel={"expert": 2}), tmp_path / "run"
+    train(torchrun, 2, recipe, run, "--max-steps", "4")
+    # files of rank 1 may not grow over 16 KiB, and a checkpoint does
+    script = f"[ $RANK = 0 ] || ulimit -f 16; exec {sys.executable} -m baleen train $1 --run $2 --resume"
+    done = torchrun(2, "bash", "-c", script, "bash", recipe, run, options=["--no-python"], check=False)
+    assert done.returncode
+    (error,) = errors_of(done)
+    assert "step-6 could not be saved (rank 1: [Errno 27] File too large); the one before it stays" in error
+    assert checkpoint.saved_steps(run / "checkpoints")[-1] == 4 and not list((run / "checkpoints").glob(".aside*"))
+    assert json.loads(train(torchrun, 2, recipe, run, "--resume").stdout)["step"] == STEPS
+
+
+def errors_of(done):
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
@@ -71,19 +113,8 @@ def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
     expected = json.loads(train(torchrun, 2, recipe, straight).stdout)
     run, rng = tmp_path / "killed" / "run", random.Random(0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
-        "--max-restarts",
-        "10",
-        "-m",
-        "baleen",
-        "--",
-        "train",
-        str(recipe),
-        "--run",
-        str(run),
-        "--resume",
-        "--json",
-    ]
+    command += ["--max-restarts", "10", "-m", "baleen", "--", "train", str(recipe), "--run", str(run)]
+    command += ["--resume", "--json"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

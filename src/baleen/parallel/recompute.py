@@ -39,12 +39,13 @@ class _Dropped:
         self.again: Tensor | None = None  # as long as a reader's backward is still to come
 
     def value(self) -> Tensor:
-        if self.again is None:
+        again = self.again
+        if again is None:
             enabled, dtype = self.autocast
             # with gradients, as the first time: FP8 layers compute otherwise without
             with torch.enable_grad(), torch.autocast(self.device, dtype, enabled=enabled):
-                self.again = self.module.forward(*map(_unpack, self.inputs)).detach()
-        return self.again
+                again = self.again = self.module.forward(*map(_unpack, self.inputs)).detach()
+        return again
 
 
 class _View:

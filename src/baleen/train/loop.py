@@ -114,10 +114,12 @@ def _train(
 
 def check_layout(recipe: Recipe, ranks: Ranks) -> Grid:
     """The grid of ranks. Raises UserError if it does not divide, or if the ranks were started differently."""
-    train, grid = recipe.train, make_grid(recipe.parallel, recipe.model, ranks.world)
+    train = recipe.train
+    if ranks.world > 1:
+        ranks.require_equal({"recipe": recipe.to_toml(), "version of the code": fingerprint_of_code()})
+    grid = make_grid(recipe.parallel, recipe.model, ranks.world)
     if ranks.world == 1:
         return grid
-    ranks.require_equal({"recipe": recipe.to_toml(), "version of the code": fingerprint_of_code()})
     sequences, at_once = train.batch_tokens // train.seq_len, grid.data * max(1, train.micro_batch_size)
     if sequences % at_once:
         near = max(1, round(sequences / at_once)) * at_once * train.seq_len

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from baleen.parallel.ranks import Ranks
 from baleen.parallel.state import SHARDS, begin_save, shard_file
@@ -49,7 +50,8 @@ class Saver:
 class TeamSaver(Saver):
     """Checkpoints of several processes: `save` copies tensors aside, `settle` publishes what all ranks have written.
 
-    All ranks call every method together.
+    All ranks call every method together. One that cannot be saved ends the run: NotSaved is raised on rank 0, and the
+    others end without a word.
     """
 
     def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None], ranks: Ranks):
@@ -87,25 +89,18 @@ class TeamSaver(Saver):
         mine = aside / SHARDS / shard_file(self.ranks.rank)
         digest = b"" if fault or not mine.is_file() else bytes.fromhex(checkpoint.sha256(mine))
         if self.ranks.largest([float(fault is not None)])[0]:
-            if self.ranks.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                self.warn(f"checkpoint {final.name} could not be saved ({fault}); the one before it stays")
-            return
+            self.ranks.lead(lambda: _refuse(aside, final, _said(fault)))
         sums = self._gather(digest)
-        published = self.ranks.lead(lambda: self._publish(aside, final, taken, sums))
-        if self.ranks.largest([float(bool(published))])[0]:
-            self.saved_step = taken.step
+        self.ranks.lead(lambda: self._publish(aside, final, taken, sums))
+        self.saved_step = taken.step
 
-    def _publish(self, aside: Path, final: Path, taken: Checkpoint, sums: dict[str, str]) -> bool:
+    def _publish(self, aside: Path, final: Path, taken: Checkpoint, sums: dict[str, str]) -> None:
         try:
             (aside / "state.json").write_text(json.dumps(taken.state))
             sums = {**sums, "state.json": checkpoint.sha256(aside / "state.json")}
             checkpoint.publish(aside, final, sums, keep=self.keep)
-            return True
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            self.warn(f"checkpoint {final.name} could not be saved ({error}); the one before it stays")
-            return False
+            _refuse(aside, final, f"rank 0: {error}")
 
     def _gather(self, digest: bytes) -> dict[str, str]:
         """{file: sha256} of every rank that wrote one."""
@@ -127,3 +122,17 @@ class TeamSaver(Saver):
 def _fresh(directory: Path) -> None:
     shutil.rmtree(directory.parent, ignore_errors=True)
     os.makedirs(directory)
+
+
+def _refuse(aside: Path, final: Path, why: str) -> NoReturn:
+    shutil.rmtree(aside, ignore_errors=True)
+    raise checkpoint.NotSaved(
+        f"checkpoint {final.name} could not be saved ({why}); the one before it stays: make room, then use --resume"
+    )
+
+
+def _said(fault: BaseException | None) -> str:
+    """What failed where; PyTorch tells every rank of the failures of all."""
+    if isinstance(fault, CheckpointException):
+        return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(fault.failures.items()))
+    return str(fault)
