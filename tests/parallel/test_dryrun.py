@@ -28,6 +28,13 @@ def test_bytes_of_all_to_all_equal_the_cost_engines_exactly(tiny_config):
         assert leaving == 2 * a_token * tokens  # forward and backward
 
 
+def test_bytes_of_fp8_dispatch_equal_the_cost_engines_exactly(tiny_config):
+    config, parallel = tiny_config(hidden_size=256), ParallelConfig(expert=2, dispatch="fp8")
+    (rank,) = dry_run(config, parallel, OBJECTIVE, world=2, sequences=B, seq_len=T)["ranks"]
+    a_token = expert_all_to_all(from_model_config(config), Layout(devices=2, expert=2), 1, "fp8").network
+    assert rank["traffic"]["alltoall_base"] / 2 == 2 * a_token * (2 * B * T + B * (T - 1))
+
+
 def test_zero_1_holds_a_share_of_the_weights_and_reduces_once(tiny_config):
     whole, *_ = dry_run(tiny_config(), ParallelConfig(zero=0), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
     shard, *_ = dry_run(tiny_config(), ParallelConfig(zero=1), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
