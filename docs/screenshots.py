@@ -21,7 +21,7 @@ CHAT = [
     "Which bones do baleen whales have instead of teeth? Give a short list in Markdown.",
     "Write a Python function that adds two numbers, with a docstring.",
 ]
-SMALL_TALK = ["Hi, how are you?", "What did you do today?", "Any plans for the weekend?"]
+SMALL_TALK = ["Hi, how are you?", "What did you do today?", "What do you like to do on the weekend?"]
 TO_WEBP = """async ([png, quality]) => {
     const image = new Image();
     image.src = `data:image/png;base64,${png}`;
@@ -64,11 +64,17 @@ def ask(page, text: str) -> None:
 
 def talk(page, model: str, lines: list[str]) -> None:
     page.select_option("#model", model)
-    page.keyboard.press("Control+Comma")
-    page.get_by_label("Seed").fill("7")
-    page.keyboard.press("Control+Comma")
     for line in lines:
         ask(page, line)
+
+
+def open_longest(page) -> None:
+    """The mixture at work of the answer with the most tokens, and in it the experts of a token in the middle."""
+    answers = page.locator(".fingerprint")
+    lengths = [int(text) for text in re.findall(r"(\d+) tokens", " ".join(answers.all_inner_texts()))]
+    answers.nth(lengths.index(max(lengths))).click()
+    tokens = page.locator(".strip span")
+    tokens.nth(tokens.count() // 2).hover()
 
 
 def take(photographer: Photographer, talker: str, mapped: str) -> None:
@@ -78,12 +84,11 @@ def take(photographer: Photographer, talker: str, mapped: str) -> None:
 
     page = photographer.visit(width=1440, height=900, dark=True)
     talk(page, mapped, SMALL_TALK)
-    page.locator(".fingerprint").last.click()
-    page.locator(".strip span").nth(3).hover()
+    open_longest(page)
     photographer.save(page, "chat-mixture.webp")
 
     page = photographer.visit(width=390, height=760, phone=True, scale=1.5)
-    talk(page, talker, CHAT[2:] if mapped != talker else SMALL_TALK[:2])
+    talk(page, talker, CHAT[:2] if mapped != talker else SMALL_TALK[:2])
     photographer.save(page, "chat-phone.webp")
 
 
