@@ -29,10 +29,10 @@ from baleen.model.transformer import Transformer
 PAGE = 16
 
 
-def network(name: str) -> Transformer:
-    """Config S, M or L with random weights, always the same."""
+def network(name: str, **changes: int) -> Transformer:
+    """Config S, M or L, with some keys changed, and random weights, always the same."""
     configs = tomllib.loads((Path(__file__).parent / "configs.toml").read_text())
-    model = Transformer(ModelConfig(**configs[name]))
+    model = Transformer(ModelConfig(**configs[name] | changes))
     model.init_weights(0)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""The peer of bench/quality.py: a plain dense Llama of transformers, of the same active size, trained the same way."""
+"""The dense peer: a plain Llama of transformers, of the same active size or another, and nanoGPT's steps for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.model.transformer import Output, Transformer
+from baleen.train.optimizer import Optimizer
 from baleen.train.precision import computing_in, resolve_precision
 from baleen.train.schedule import Schedules
 from baleen.train.trainer import Counters
@@ -27,14 +28,17 @@ def active_parameters(model: Transformer) -> int:
 
 
 class Dense(nn.Module):
-    """LlamaForCausalLM behind the little of our Transformer's face that evaluation uses."""
+    """LlamaForCausalLM behind the little of our Transformer's face that evaluation uses.
 
-    def __init__(self, recipe: Recipe, active: int):
+    With scale 1 it has `active` parameters beside its embedding; else both its widths are so much larger or smaller.
+    """
+
+    def __init__(self, recipe: Recipe, active: int, scale: float = 1.0):
         super().__init__()
         cfg = recipe.model
-        d, L = cfg.hidden_size, cfg.num_hidden_layers
-        attention, head = 4 * d * d, cfg.vocab_size * d
-        width = round(((active - head) / L - attention) / (3 * d) / 8) * 8
+        d, L, per_head = cfg.hidden_size, cfg.num_hidden_layers, 8 * cfg.num_attention_heads
+        width = ((active - cfg.vocab_size * d) / L - 4 * d * d) / (3 * d)
+        d, width = round(scale * d / per_head) * per_head, round(scale * width / 8) * 8
         torch.manual_seed(recipe.train.seed)
         self.llama = LlamaForCausalLM(
             LlamaConfig(
@@ -57,19 +61,13 @@ class Dense(nn.Module):
 
 
 class DenseTrainer:
-    """The steps of nanoGPT: AdamW (fused), clipping, the recipe's own schedule and precision."""
+    """The steps of nanoGPT: AdamW (fused) or Muon, clipping, the recipe's own schedule and precision."""
 
     def __init__(self, recipe: Recipe, model: Dense, loader: Loader):
         self.recipe, self.model, self.loader = recipe, model, loader
         self.schedules, self.counters = Schedules(recipe), Counters()
         self.precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        decay = recipe.train.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=recipe.train.lr, betas=recipe.train.betas, fused=True,
-        )  # fmt: skip
+        self.optimizer = Optimizer(model, recipe.train)
 
     @property
     def position(self) -> float:
@@ -91,9 +89,7 @@ class DenseTrainer:
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedules.lr(self.position)
-        self.optimizer.step()
+        self.optimizer.step(self.schedules.lr(self.position))
         self.counters.step += 1
         self.counters.tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         self.counters.seconds += time.monotonic() - started

@@ -11,47 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from baleen.config import UserError, read_recipe
-from baleen.data.prepare import prepare
+from trained import Trained, repetition, trained
+
+from baleen.config import UserError
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
-from baleen.interop.load import Loaded, load
-from baleen.train.continued_recipe import ContinuedRecipe
-
-GRAM = 4
 
 
-def repetition(answers: Sequence[Sequence[int]]) -> float:
-    """Share of the 4-grams of an answer that stood in it before."""
-    counts = [Counter(tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)) for ids in answers]
-    total = sum(sum(count.values()) for count in counts)
-    return 1 - sum(map(len, counts)) / total if total else 0.0
-
-
-def heldout_prompts(run: Path, loaded: Loaded, count: int) -> list[list[int]]:
-    recipe = read_recipe(ContinuedRecipe, run / "recipe.toml")
-    prepared = prepare(
-        recipe.data,
-        vocab_size=loaded.model.config.vocab_size,
-        seq_len=recipe.train.seq_len,
-        seed=recipe.train.seed,
-        cache_dir=run / "data",
-        tokenizer=loaded.tokenizer,
-    )
-    openings = [document.messages[0] for document in prepared.heldout if document.messages]
+def heldout_prompts(run: Trained, count: int) -> list[list[int]]:
+    openings = [document.messages[0] for document in run.heldout if document.messages]
     if not openings:
-        raise UserError(f"{run} held no conversations out")
-    return [loaded.tokenizer.encode_chat([opening], add_generation_prompt=True) for opening in openings[:count]]
+        raise UserError("the run held no conversations out")
+    return [run.tokenizer.encode_chat([opening], add_generation_prompt=True) for opening in openings[:count]]
 
 
 def measure(args: argparse.Namespace) -> dict:
-    loaded = load(args.run)
-    prompts = heldout_prompts(args.run, loaded, args.prompts)
-    engine = Engine(loaded.model, loaded.tokenizer)
+    run = trained(args.run)
+    prompts = heldout_prompts(run, args.prompts)
+    engine = Engine(run.model, run.tokenizer)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     speeds: dict[int, list[float]] = {0: [], 1: []}
     answers: dict[int, list[list[int]]] = {0: [], 1: []}

@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from trained import trained
 
-from baleen.config import load_recipe
-from baleen.data.prepare import prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.infer.native.runner import NativeRunner, fastest_runner
 from baleen.infer.native.weights import FORMATS, Format
-from baleen.interop.load import load
 from baleen.model.cache import Batch, LatentPages
 from baleen.model.transformer import Transformer
 
@@ -63,18 +61,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    recipe, loaded = load_recipe(args.run / "recipe.toml"), load(args.run)
-    prepared = prepare(
-        recipe.data,
-        vocab_size=recipe.model.vocab_size,
-        seq_len=recipe.train.seq_len,
-        seed=recipe.train.seed,
-        cache_dir=args.run / "data",
-    )
-    model = loaded.model.float()
+    run = trained(args.run)
+    model = run.model.float()
 
     def score(reader) -> float:
-        found = bits_per_byte(reader, loaded.tokenizer, prepared.heldout, window=recipe.train.seq_len)
+        found = bits_per_byte(reader, run.tokenizer, run.heldout, window=run.seq_len)
         return found["bits_per_byte"]
 
     rows = {"pytorch": {"bits_per_byte": score(model)}}

@@ -1,23 +1,25 @@
-"""Quality for the same tokens and for the same seconds: the demo's model beside a dense one of equal active size.
+"""Quality per second: the demo's model beside the best dense ones, with AdamW and with Muon, on one text.
 
-    python bench/quality.py [--minutes 8] [--grid-minutes 2] [--json]
+    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--rows runs/bench-quality.json] [--json]
 
-Each learning rate is tuned in short runs, going on until the best one has a worse neighbour on either side. Then
-Baleen (MTP and all) trains for --minutes, the dense model for as many seconds, and again for as many tokens.
+Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
+every side. Then each trains for --minutes; Baleen also for half of them, the dense model with AdamW also for as many
+tokens as Baleen read. Every run is kept in --rows when it ends: stopped, the same command goes on. The clock stands
+still while held-out text is scored. Two hours and a half on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import machine
 from dense import Dense, DenseTrainer, active_parameters
 
 from baleen.config import Recipe, load_recipe
@@ -28,119 +30,161 @@ from baleen.model.transformer import Transformer
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 
-CURVE_POINTS = 16
-RATIO = 2.0  # between neighbours of a grid of learning rates
+SCORES = 16  # of held-out text, on the way of a long run
+LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
 MANY_TOKENS = 10**9
+Row = dict[str, Any]
 
 
-def baleen(recipe: Recipe, prepared: Prepared) -> tuple[Any, Trainer]:
-    model = Transformer(recipe.model)
-    model.init_weights(recipe.train.seed)
-    return model, Trainer(recipe, model, Loader(prepared.train, seed=recipe.train.seed))
+@dataclass(frozen=True)
+class Contestant:
+    """Who races: its middle learning rate, its optimizer, and whether its size is tuned."""
+
+    name: str
+    lr: float
+    optimizer: str
+    has_sizes: bool
+
+    def recipe(self, base: Recipe, *, lr: float, minutes: float, tokens: int) -> Recipe:
+        changes: Row = {"optimizer": self.optimizer, "lr": lr, "minutes": minutes, "tokens": tokens}
+        if self.has_sizes:  # nanoGPT has one learning rate for all
+            changes["embedding_lr_scale"] = 1.0
+        return base.model_copy(update={"train": base.train.model_copy(update=changes)})
+
+    def trainer(self, recipe: Recipe, prepared: Prepared, size: int) -> Trainer | DenseTrainer:
+        loader = Loader(prepared.train, seed=recipe.train.seed)
+        if self.has_sizes:
+            with torch.device("meta"):
+                active = active_parameters(Transformer(recipe.model))
+            return DenseTrainer(recipe, Dense(recipe, active, SIZE_RATIO**size), loader)
+        model = Transformer(recipe.model)
+        model.init_weights(recipe.train.seed)
+        return Trainer(recipe, model, loader)
 
 
-def dense(recipe: Recipe, prepared: Prepared) -> tuple[Any, DenseTrainer]:
-    with torch.device("meta"):
-        active = active_parameters(Transformer(recipe.model))
-    model = Dense(recipe, active)
-    return model, DenseTrainer(recipe, model, Loader(prepared.train, seed=recipe.train.seed))
+class Race:
+    """The runs, each by its settings; those that have been run before are read from the file."""
+
+    def __init__(self, base: Recipe, prepared: Prepared, path: Path):
+        self._base, self._prepared, self._path = base, prepared, path
+        self._rows: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(self, who: Contestant, *, lr: float, size: int, minutes: float, tokens: int = 0, scores: int = 1) -> Row:
+        """Trains for `minutes`, or for `tokens`: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
+        recipe = who.recipe(self._base, lr=lr, minutes=0.0 if tokens else minutes, tokens=tokens or MANY_TOKENS)
+        length = f"{tokens} tokens" if tokens else f"{minutes:g} minutes"
+        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {length}, seed {recipe.train.seed}"
+        if name not in self._rows:
+            row = {"name": who.name, "lr": lr, "size": size} | self._train(
+                who.trainer(recipe, self._prepared, size), scores
+            )
+            print(f"  {name}: {row['tokens']:,} tokens, {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
+            self._rows[name] = row
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._rows, indent=1) + "\n")
+        return self._rows[name]
+
+    def tuned(self, who: Contestant, minutes: float) -> list[Row]:
+        """Runs from the middle of the grid towards ever better neighbours; the first is the best one, with all its
+        neighbours among the others."""
+        tried: dict[tuple[int, int], Row] = {}
+        at = (0, 0)
+        while True:
+            step, size = at
+            near = [at, (step - 1, size), (step + 1, size)]
+            near += [(step, size - 1), (step, size + 1)] if who.has_sizes else []
+            for place in near:
+                if place not in tried:
+                    tried[place] = self.run(who, lr=who.lr * LR_RATIO ** place[0], size=place[1], minutes=minutes)
+            best = min(near, key=lambda place: tried[place]["bits_per_byte"])
+            if best == at:
+                return sorted(tried.values(), key=lambda row: row["bits_per_byte"])
+            at = best
+
+    def _train(self, trainer: Trainer | DenseTrainer, scores: int) -> Row:
+        recipe, counters, curve, paused = trainer.recipe, trainer.counters, [], 0.0
+        model: Any = trainer.model
+        heldout, started = self._prepared.heldout, time.monotonic()
+        while not trainer.done:
+            trainer.step()
+            counters.wall_seconds = time.monotonic() - started - paused
+            share = trainer.position / recipe.train.tokens
+            if trainer.done or share * scores >= len(curve) + 1:
+                before = time.monotonic()
+                found = bits_per_byte(model, self._prepared.tokenizer, heldout, window=recipe.train.seq_len)
+                curve.append({"seconds": counters.wall_seconds, "bits_per_byte": found["bits_per_byte"]})
+                paused += time.monotonic() - before
+        return {
+            "bits_per_byte": curve[-1]["bits_per_byte"],
+            "tokens": counters.tokens,
+            "seconds": counters.wall_seconds,
+            "tokens_per_second": counters.tokens / counters.wall_seconds,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "curve": curve,
+        }
 
 
-def run(build: Callable[[Recipe, Prepared], Any], prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
-    """Train to the recipe's tokens or minutes: {lr, bits_per_byte, tokens, seconds, tokens_per_second, curve}."""
-    model, trainer = build(recipe, prepared)
-    points: list[tuple[int, float, float]] = []
-    started = time.monotonic()
-    while not trainer.done:
-        result = trainer.step()
-        loss = result if isinstance(result, float) else result.loss
-        trainer.counters.wall_seconds = time.monotonic() - started
-        points.append((trainer.counters.tokens, trainer.counters.wall_seconds, loss))
-    bpb = bits_per_byte(model, prepared.tokenizer, prepared.heldout, window=recipe.train.seq_len)["bits_per_byte"]
-    counters = trainer.counters
-    out = {
-        "lr": recipe.train.lr,
-        "bits_per_byte": bpb,
-        "tokens": counters.tokens,
-        "seconds": counters.wall_seconds,
-        "tokens_per_second": counters.tokens / counters.wall_seconds,
-        "curve": smooth(points),
+def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
+    """Seconds of the first score that is as good; None where there is none."""
+    return next((point["seconds"] for point in curve if point["bits_per_byte"] <= bits), None)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    base = load_recipe(args.recipe)
+    train = base.train
+    prepared = prepare(
+        base.data, vocab_size=base.model.vocab_size, seq_len=train.seq_len, seed=train.seed, cache_dir=args.cache
+    )
+    race = Race(base, prepared, args.rows)
+    ours = Contestant("baleen", train.lr, train.optimizer, False)
+    adamw, muon = (Contestant(f"dense {name}", args.dense_lr, name, True) for name in ("adamw", "muon"))
+    grids, finals = {}, {}
+    for who in (ours, adamw, muon):
+        print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
+        grids[who.name] = race.tuned(who, args.grid_minutes)
+    best = {name: {"lr": rows[0]["lr"], "size": rows[0]["size"]} for name, rows in grids.items()}
+    print(f"{args.minutes:g} minutes each", file=sys.stderr)
+    for who in (ours, adamw, muon):
+        finals[who.name] = race.run(who, **best[who.name], minutes=args.minutes, scores=SCORES)
+    half = race.run(ours, **best["baleen"], minutes=args.minutes / 2, scores=SCORES)
+    same = race.run(adamw, **best["dense adamw"], minutes=0, tokens=finals["baleen"]["tokens"])
+    bits = {name: row["bits_per_byte"] for name, row in finals.items()}
+    peers = {name: row for name, row in finals.items() if name != "baleen"}
+    return {
+        "baleen": finals["baleen"] | {"half": half},
+        "peers": peers | {"dense adamw, equal tokens": same},
+        "ratios": {f"bits per byte: baleen / {name}": bits["baleen"] / bits[name] for name in peers}
+        | {f"bits per byte: baleen in half the time / {name}": half["bits_per_byte"] / bits[name] for name in peers},
+        "reached_after_seconds": {name: first_reached(finals["baleen"]["curve"], bits[name]) for name in peers},
+        "grids": grids,
+        "machine": machine(),
     }
-    print(f"  {build.__name__:7} lr {out['lr']:.2e}  {counters.tokens:9,} tokens  {out['seconds']:4.0f} s  "
-          f"{out['tokens_per_second']:5,.0f} tok/s  {bpb:.4f} bits per byte", file=sys.stderr)  # fmt: skip
-    return out
-
-
-def smooth(points: list[tuple[int, float, float]]) -> list[dict[str, float]]:
-    """Training loss averaged over CURVE_POINTS stretches of the run."""
-    size = max(1, len(points) // CURVE_POINTS)
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [{"tokens": p[-1][0], "seconds": p[-1][1], "loss": sum(x[2] for x in p) / len(p)} for p in parts]
-
-
-def tuned(build: Callable[[Recipe, Prepared], Any], prepared: Prepared, recipe: Recipe, minutes: float) -> list[dict]:
-    """Short runs on a grid of learning rates, extended until the best one is interior; sorted by learning rate."""
-    results = {f: run(build, prepared, changed(recipe, minutes, lr=recipe.train.lr * RATIO**f)) for f in (-1, 0, 1)}
-    while True:
-        best = min(results, key=lambda f: results[f]["bits_per_byte"])
-        missing = [f for f in (best - 1, best + 1) if f not in results]
-        if not missing:
-            return [results[f] for f in sorted(results)]
-        for f in missing:
-            results[f] = run(build, prepared, changed(recipe, minutes, lr=recipe.train.lr * RATIO**f))
-
-
-def changed(recipe: Recipe, minutes: float, *, lr: float, tokens: int = MANY_TOKENS) -> Recipe:
-    train = recipe.train.model_copy(update={"minutes": minutes, "lr": lr, "tokens": tokens})
-    return recipe.model_copy(update={"train": train})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="chitchat")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--grid-minutes", type=float, default=2.0)
-    parser.add_argument("--dense-lr", type=float, default=1.2e-3, help="middle of the dense model's grid")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--grid-minutes", type=float, default=3.0)
+    parser.add_argument("--dense-lr", type=float, default=1.2e-3, help="middle of the dense models' grids")
+    parser.add_argument("--rows", type=Path, default=Path("runs/bench-quality.json"), help="the runs that are done")
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-data"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe)
     keep_freed_memory()
-    prepared = prepare(
-        recipe.data,
-        vocab_size=recipe.model.vocab_size,
-        seq_len=recipe.train.seq_len,
-        seed=recipe.train.seed,
-        cache_dir=args.cache,
-    )
-    recipes = {"baleen": recipe, "dense": changed(recipe, args.minutes, lr=args.dense_lr)}
-    grids, best = {}, {}
-    for build in (baleen, dense):
-        name = build.__name__
-        print(f"{name}: learning rates, {args.grid_minutes:g} minutes each", file=sys.stderr)
-        grids[name] = tuned(build, prepared, recipes[name], args.grid_minutes)
-        best[name] = min(grids[name], key=lambda result: result["bits_per_byte"])["lr"]
-    print(f"{args.minutes:g} minutes each, then the dense model on Baleen's tokens", file=sys.stderr)
-    ours = run(baleen, prepared, changed(recipe, args.minutes, lr=best["baleen"]))
-    same_seconds = run(dense, prepared, changed(recipe, args.minutes, lr=best["dense"]))
-    same_tokens = run(dense, prepared, changed(recipe, 0.0, lr=best["dense"], tokens=ours["tokens"]))
-    result = {
-        "baleen": ours,
-        "peers": {"dense, equal seconds": same_seconds, "dense, equal tokens": same_tokens},
-        "ratios": {
-            "bits_per_byte at equal seconds": ours["bits_per_byte"] / same_seconds["bits_per_byte"],
-            "bits_per_byte at equal tokens": ours["bits_per_byte"] / same_tokens["bits_per_byte"],
-        },
-        "grids": grids,
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-    }
+    result = measure(args)
     if args.json:
         print(json.dumps(result))
         return
-    for name, out in {"baleen": ours, **result["peers"]}.items():
-        print(f"\n{name}: {out['bits_per_byte']:.4f} bits per byte\n   tokens   seconds   training loss")
-        for point in out["curve"]:
-            print(f"{point['tokens']:9,} {point['seconds']:9.0f} {point['loss']:15.3f}")
+    for name, row in {"baleen": result["baleen"], **result["peers"]}.items():
+        print(
+            f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
+            f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}"
+        )
+    for name, ratio in result["ratios"].items():
+        print(f"{name:60} {ratio:6.3f}")
+    for name, seconds in result["reached_after_seconds"].items():
+        print(f"baleen reaches {name} after {'-' if seconds is None else f'{seconds:.0f} s'}")
 
 
 if __name__ == "__main__":

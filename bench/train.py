@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 from contenders import machine, network
-from dense import Dense, active_parameters
 from torch import Tensor, nn
 
 from baleen.config import Recipe, model_config_to_hf
@@ -62,6 +61,7 @@ class Contender:
 
 
 def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str, Contender]:
+    from dense import Dense, active_parameters  # and with it transformers, only where there are peers
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     model = network(config).train()

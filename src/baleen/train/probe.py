@@ -33,13 +33,13 @@ def time_steps(recipes: list[Recipe], steps: int) -> list[dict[str, Any]]:
     """
     trainers, peaks = [], []
     for recipe in recipes:
-        before = _process_bytes("VmRSS")
+        before = process_bytes("VmRSS")
         model = Transformer(recipe.model)
         model.init_weights(recipe.train.seed)
         trainers.append(Trainer(recipe, model, Loader(_random_tokens(recipe), seed=recipe.train.seed)))
         for _ in range(WARM_UP):
             trainers[-1].step()
-        peak = _process_bytes("VmHWM")
+        peak = process_bytes("VmHWM")
         # what the first one freed is kept for the next, whose growth would tell too little
         peaks.append(peak - before if before and peak and not peaks else None)
     seconds = [[trainer.step().seconds for trainer in trainers] for _ in range(steps)]
@@ -60,7 +60,8 @@ def _random_tokens(recipe: Recipe) -> PackedTokens:
     return PackedTokens(train.seq_len, tokens, np.zeros_like(tokens))
 
 
-def _process_bytes(field: str) -> int | None:
+def process_bytes(field: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process; None where the system does not tell."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

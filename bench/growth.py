@@ -1,0 +1,100 @@
+"""How time per token and memory grow with context, experts, batch and vocabulary, beside what theory counts.
+
+    python bench/growth.py [--out docs/growth.json] [--only experts] [--shrink 8] [--json]
+
+Config S with one thing changed at a time, each point in a process of its own; rows are kept in --out as they come, and
+those that are there are not measured again. Then `python bench/growth_plot.py` draws them. Twelve minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from contenders import machine
+
+EXPERTS = (8, 16, 32, 64, 128, 256)
+CONTEXTS = (512, 2048, 8192, 32768)
+BATCHES = (1, 2, 4, 8, 16, 32)
+VOCABULARIES = (1024, 4096, 16384, 65536)
+STEP_TOKENS = 16384  # of a training step, where experts grow; twice that where the context does
+LENGTH = 256
+
+
+def points(shrink: int) -> Iterator[dict[str, Any]]:
+    """What growth_point.py is asked: {axis, value, work, batch, length, steps, model}. shrink: so much less of all."""
+
+    def point(axis: str, value: int, work: str, batch: int, length: int, steps: int, **model: int) -> dict[str, Any]:
+        return dict(axis=axis, value=value, work=work, batch=batch, length=length, steps=steps, model=model)
+
+    tokens = STEP_TOKENS // shrink
+    contexts = [context for context in CONTEXTS if context <= 2 * tokens]
+    for experts in EXPERTS[:: 1 if shrink == 1 else 5]:
+        yield point("experts", experts, "train", tokens // LENGTH, LENGTH, 3, n_routed_experts=experts)
+    for context in contexts:
+        yield point("context", context, "train", 2 * tokens // context, context, 1)
+    for batch in BATCHES:
+        yield point("batch", batch, "train", batch, LENGTH, 5)
+    for vocabulary in VOCABULARIES[:: 1 if shrink == 1 else 3]:
+        yield point("vocabulary", vocabulary, "train", 8, LENGTH, 3, vocab_size=vocabulary)
+    for context in contexts:
+        yield point("context", context, "decode", 1, context, 48)
+    for batch in BATCHES:
+        yield point("batch", batch, "decode", batch, 512, 48)
+
+
+def measured(point: dict[str, Any]) -> dict[str, Any]:
+    worker = [sys.executable, str(Path(__file__).with_name("growth_point.py"))]
+    done = subprocess.run(worker, input=json.dumps(point), stdout=subprocess.PIPE, text=True, check=True)
+    return point | json.loads(done.stdout)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each kind of work: seconds per token and bytes at the last value over those at the first, and theory's."""
+    found = {}
+    for work, axis in dict.fromkeys((row["work"], row["axis"]) for row in rows):
+        mine = [row for row in rows if (row["work"], row["axis"]) == (work, axis)]
+        first, last = mine[0], mine[-1]
+        name = f"{work}, {axis} {first['value']} to {last['value']}"
+        for key in ("seconds", "bytes"):
+            found[f"{name}: {key}"] = last[key] / first[key]
+            found[f"{name}: {key} in theory"] = last["theory"][key] / first["theory"][key]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/growth.json"))
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=["experts", "context", "batch", "vocabulary"]
+    )
+    parser.add_argument("--shrink", type=int, default=1, help="a power of two: try it out with so much less work")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    for point in points(args.shrink):
+        if point["axis"] not in args.only or any(point.items() <= row.items() for row in rows):
+            continue
+        rows.append(measured(point))
+        args.out.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=1) + "\n")
+        row = rows[-1]
+        print(
+            f"{row['work']:6} {row['axis']:10} {row['value']:>6,} {1e6 * row['seconds']:9,.1f} us a token"
+            f" {row['bytes'] / 1e6:9,.1f} MB, {row['theory']['bytes'] / 1e6:,.1f} counted",
+            file=sys.stderr,
+        )
+    result = {"rows": rows, "ratios": ratios(rows), "machine": machine()}
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, ratio in result["ratios"].items():
+        print(f"{name:60} {ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
