@@ -206,6 +206,27 @@ def plan(
     show(result, plan_view(result), json)
 
 
+@app.command()
+def place(
+    run: Annotated[Path, typer.Argument(help="A run whose experts' load was recorded.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts of a layer are spread over")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that those stand in")] = 1,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of experts (n_group)")] = 1,
+    redundant: Annotated[int, typer.Option(min=0, help="Further copies of busy experts")] = 0,
+    json: Json = False,
+) -> None:
+    """Place a run's experts by their recorded load (EPLB): the busiest GPU over the mean, before and after."""
+    from baleen.cost.load_trace import place_on_trace
+
+    told = place_on_trace(run, gpus=gpus, nodes=nodes, groups=groups, redundant=redundant)
+    words = (
+        f"busiest GPU over the mean: {told['before']:.3f} with experts in order, {told['after']:.3f} placed with "
+        f"{redundant} copies more ({told['records']} records, {told['layers']} layers)\n"
+        f"in a plan: baleen cost plan ... --set {told['set']}"
+    )
+    show(told, words, json)
+
+
 simulate_app = typer.Typer(no_args_is_help=True, help="Execute pipeline schedules, or the failures of a long run.")
 app.add_typer(simulate_app, name="simulate")
 
