@@ -109,6 +109,32 @@ def test_the_mixture_at_work(visit):
     assert tokens.count() == len(ids)  # kept with the conversation
 
 
+def test_the_end_is_followed_until_a_person_scrolls_up(visit):
+    chat = visit({"go": "wave\n\n" * 60})
+    chat.ask("go")
+    gap = (
+        "(box => Math.round(box.scrollHeight - box.scrollTop - box.clientHeight))(document.getElementById('scroller'))"
+    )
+    assert chat.page.evaluate(gap) <= 1
+    # The event of the page's own scrolling comes after the text has grown again.
+    chat.page.evaluate("""() => {
+        const more = document.createElement('p');
+        more.style.height = '900px';
+        document.querySelector('#thread').append(more);
+        document.getElementById('scroller').dispatchEvent(new Event('scroll'));
+    }""")
+    chat.until(f"{gap} <= 1")
+    assert chat.page.locator("#to-end").is_hidden()
+    chat.page.locator("#scroller").hover()
+    chat.page.mouse.wheel(0, -500)
+    chat.page.locator("#to-end").wait_for()
+    chat.page.evaluate("document.querySelector('#thread p:last-child').style.height = '1800px'")
+    chat.page.wait_for_timeout(100)
+    assert chat.page.evaluate(gap) > 1000
+    chat.page.locator("#to-end").click()
+    chat.until(f"{gap} <= 1")
+
+
 def test_the_map_grows_with_the_answer(visit):
     chat = visit()
     page = chat.page
