@@ -45,6 +45,8 @@ def test_what_cannot_run_is_left_out_and_named():
         run_schedules("tripipe", 3, 6, Durations(1.0, 2.0, 1.0))
     with pytest.raises(UserError, match="at least 1"):
         run_schedules("all", 0, 6, Durations(1.0, 2.0, 1.0))
+    with pytest.raises(UserError, match="take at most 12,500"):
+        run_schedules("all", 8, 10**6, Durations(1.0, 2.0, 1.0))
 
 
 def test_a_chart_is_of_one_schedule():
@@ -59,6 +61,12 @@ def test_failures_add_up_to_the_days_they_took():
     parts = sum(days[name] for name in ("work", "checkpoints", "lost", "restarts", "waiting"))
     assert days["wall"] == pytest.approx(parts)
     assert "goodput, simulated" in text_of(failures_view(report))
+
+
+@pytest.mark.parametrize(("days", "interval"), [(1e7, None), (30, 1e-3), (30, -5), (30, 0), (float("nan"), None)])
+def test_what_would_never_end_is_refused(days, interval):
+    with pytest.raises(UserError, match="days|--interval"):
+        failures_report(2048, days, interval_seconds=interval)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,12 @@ def test_torn_lines_are_told(lab):
     assert any("Skipped 1 unreadable" in line for line in report_sentences(lab_report(lab)))
 
 
+def test_bought_machines_are_warned_of(lab):
+    assert not any("counts them twice" in line for line in report_sentences(lab_report(lab)))
+    add(lab, "hardware", 10, "2026")
+    assert any("counts them twice" in line for line in report_sentences(lab_report(lab)))
+
+
 def test_the_tables_name_projects_and_plans(lab):
     import io
 
@@ -111,6 +117,7 @@ def test_the_page_is_self_contained_and_escaped(lab, tmp_path):
     assert "default-src 'none'" in page
     assert "&lt;q&gt;" in own and "<q>" not in own
     assert "$800.00" in own
+    assert "<td>purpose</td><td>ablation</td><td>$20.00</td>" in own and "<td>people</td><td>$400.00</td>" in own
     assert [p.name for p in tmp_path.glob(".page*")] == []
 
 

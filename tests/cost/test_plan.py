@@ -6,6 +6,7 @@ from baleen.config import UserError
 from baleen.cost.flops import training_flops
 from baleen.cost.plan import make_plan
 from baleen.cost.plan_request import parse_request
+from baleen.cost.plan_table import plan_sentences
 from baleen.cost.planned_model import load_model
 
 # A stated layout keeps the tests fast: nothing is searched.
@@ -113,6 +114,19 @@ def test_given_tokens_size_the_model():
     sized = plan(gpu="h100", budget="$20k", gpus="64", tokens="500B", layout="EP8,FSDP")
     assert sized["tokens"] == 500e9 and sized["usd"]["mid"] == pytest.approx(20_000, rel=0.25)
     assert "what the hours leave" in sized["solved"]["model"]
+
+
+def test_a_model_is_never_sized_beyond_its_devices():
+    sized = plan(gpu="h800", energy="1GWh", gpus="8", layout="EP8,FSDP")
+    assert sized["memory_gib_per_rank"] < 0.95 * sized["capacity_gib"]
+    assert "the widest that fits 8 devices" in sized["solved"]["model"]
+    assert sized["solved"]["law"]["flops_per_token"] > 2 * 6 * sized["active_parameters"]
+    assert sized["energy_mwh"] == pytest.approx(1000)
+
+
+def test_a_model_that_cannot_be_served_is_planned_all_the_same():
+    sized = plan(gpu="h800", budget="$100M", gpus="1024", layout="EP64,FSDP")
+    assert "no serving unit of" in " ".join(plan_sentences(sized))
 
 
 def test_models_by_recipe_name_published_name_and_file(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,17 +108,22 @@ def headline_leaves_out(other_compute: float, recorded: dict[str, float]) -> lis
 def full_leaves_out(stages: Sequence[StageRecord], recorded: dict[str, float]) -> list[str]:
     """What even the full price is silent about."""
     parts = [f"{name}: {NOT_RECORDED}" for name in CATEGORIES if name not in recorded]
-    if "hardware" in recorded:
-        parts.append(
-            "a check for double counting: hardware was recorded as bought, and device-hours are priced beside it; "
-            "if their rate already pays for the same machines, leave one of the two out"
-        )
     parts.append(
         "work done before the ledger began or outside it, and what others paid (open data, open weights, papers)"
     )
     if any(s.status == "killed" for s in stages):
         parts.append("up to one heartbeat of each stage that was killed")
     return parts
+
+
+def counted_twice(recorded: Mapping[str, float | str]) -> list[str]:
+    """A warning where machines may be in the full price as bought and by the hour."""
+    if isinstance(recorded["hardware"], str):
+        return []
+    return [
+        "Hardware was recorded as bought, and device-hours are priced beside it: if their rate pays for the same "
+        "machines, the full price counts them twice."
+    ]
 
 
 def card_rows(card: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -165,6 +170,7 @@ def card_notes(card: dict[str, Any]) -> str:
         f"rate: {usd(rate['usd_per_device_hour'])} a device-hour, {rate['what']}; {rate['source']}",
         "the headline leaves out " + "; ".join(card["headline_leaves_out"]),
         "the full price leaves out " + "; ".join(card["full_leaves_out"]),
+        *counted_twice(card["recorded"]),
     ]
     if card["torn_lines"]:
         lines.append(f"{card['torn_lines']} torn lines of the ledger were skipped")

@@ -69,6 +69,9 @@ def expected_goodput(gpus: int, reliability: Reliability, interval_seconds: floa
     return interval / (mtbf * math.exp(reliability.restart_seconds / mtbf) * math.expm1(segment))
 
 
+MOST_STRETCHES = 1_000_000  # between checkpoints, played in one simulation: about ten seconds
+
+
 @dataclass(frozen=True)
 class RunOutcome:
     """Where the wall time of a simulated run went, in seconds."""
@@ -160,9 +163,17 @@ def failures_report(
     """A run of `days` productive days, simulated and expected: what `baleen cost simulate failures` prints."""
     if not days > 0 or not math.isfinite(days):
         raise UserError(f"--days {days}: give a number above 0")
+    if interval_seconds is not None and not 0 < interval_seconds < math.inf:
+        raise UserError(f"--interval {interval_seconds:g}: give seconds above 0")
     reliability = load_reliability(overrides)
     mtbf = reliability.mtbf_seconds(gpus)
     best = young_daly_seconds(reliability.checkpoint_seconds, mtbf)
+    stretches = days * 86400 / (interval_seconds or best)
+    if stretches > MOST_STRETCHES:
+        raise UserError(
+            f"{days:g} days in stretches of {interval_seconds or best:.3g} s are {stretches:.2g} events: take at most "
+            f"{days * MOST_STRETCHES / stretches:.3g} days or a longer --interval"
+        )
     outcome = simulate_run(gpus, days * 86400, reliability, interval_seconds=interval_seconds, seed=seed)
     return {
         "gpus": gpus,

@@ -85,13 +85,15 @@ def serving_unit(
     return None
 
 
-def prefill_bound(arch: Architecture, hardware: Hardware, precision: str, unit: Unit, prompt: float) -> Bound:
-    """Prompt tokens per second and device, none of them cached."""
+def prefill_bound(
+    arch: Architecture, hardware: Hardware, precision: str, unit: Unit, prompt: float, node_limit: int | None = None
+) -> Bound:
+    """Prompt tokens per second and device, none of them cached. `node_limit`: most nodes a token's experts lie on."""
     flops = forward_flops(arch, round(prompt))
     scores = flops.pop("scores")
     compute = sum(flops.values()) / (hardware.peak_flops(precision) * hardware.achieved_share(precision))
     compute += scores / (hardware.peak_flops(_core(precision)) * hardware.cached_attention_share)
-    sent = expert_all_to_all(arch, unit.layout, hardware.domain, precision).network * arch.moe_layers
+    sent = expert_all_to_all(arch, unit.layout, hardware.domain, precision, node_limit).network * arch.moe_layers
     network = sent / (hardware.network_gb_s * 1e9) if sent and hardware.network_gb_s else 0.0
     seconds = max(compute, network) + _tensor_seconds(arch, hardware, unit)
     return Bound(1 / seconds, "network" if network > compute else "compute", 0)
@@ -149,9 +151,8 @@ def decode_bound(
 def delivered_shares() -> tuple[float, float]:
     """(prefill, decode): what day 6 delivered over the bound of its model on its devices."""
     f = {name: factor.value for name, factor in factor_table("serving").items()}
-    bounds = _bounds(
-        from_model_config(load_recipe("v3-671b").model), find_hardware("h800"), "fp8", factor_table("serving")
-    )
+    v3 = load_recipe("v3-671b").model
+    bounds = _bounds(from_model_config(v3), find_hardware("h800"), "fp8", factor_table("serving"), v3.topk_group)
     assert bounds is not None
     per_device = f["gpus_per_node"]
     computed = f["prefill_tokens_per_node_second"] * (1 - f["cached_tokens"] / f["input_tokens"])
@@ -167,17 +168,20 @@ def serving_cost(
     precision: str,
     usd_per_hour: tuple[float, float, float],
     factors: Factors | None = None,
+    node_limit: int | None = None,
 ) -> dict[str, Any]:
     """Dollars per million tokens, {low, mid, high}, of prompts and of output; `why_not` where it cannot be served.
 
-    Prompts count cached tokens too, at day 6's share of them, as day 6 does.
+    `node_limit`: most nodes that the experts of a token lie on, where the router limits them. Prompts count cached
+    tokens too, at day 6's share of them, as day 6 does.
     """
     factors = factors or factor_table("serving")
-    bounds = _bounds(arch, hardware, precision, factors)
+    bounds = _bounds(arch, hardware, precision, factors, node_limit)
     if bounds is None:
         return {
-            "why_not": f"{hardware.title}: no serving unit holds the model with one sequence at "
-            f"{factors['stream_tokens_per_second'].value:g} tokens/s"
+            "why_not": f"no serving unit of {hardware.title} holds the model with one sequence at "
+            f"{factors['stream_tokens_per_second'].value:g} tokens/s; prefill_expert_ranks and decode_expert_ranks "
+            "are the devices of a unit"
         }
     cached = factors["cached_tokens"].value / factors["input_tokens"].value
     out: dict[str, Any] = {"like": "DeepSeek's day 6", "cached_share": cached}
@@ -196,7 +200,9 @@ def serving_cost(
     return out
 
 
-def _bounds(arch: Architecture, hardware: Hardware, precision: str, factors: Factors) -> tuple[Bound, Bound] | None:
+def _bounds(
+    arch: Architecture, hardware: Hardware, precision: str, factors: Factors, node_limit: int | None
+) -> tuple[Bound, Bound] | None:
     f = {name: factor.value for name, factor in factors.items()}
     units = [
         serving_unit(arch, hardware, precision, int(f[name]), int(f["redundant_experts"]), f["memory_share"])
@@ -209,7 +215,7 @@ def _bounds(arch: Architecture, hardware: Hardware, precision: str, factors: Fac
     )
     if decode is None:
         return None
-    return prefill_bound(arch, hardware, precision, units[0], f["prompt_tokens"]), decode
+    return prefill_bound(arch, hardware, precision, units[0], f["prompt_tokens"], node_limit), decode
 
 
 def _core(precision: str) -> str:

@@ -12,7 +12,7 @@ from baleen.config import UserError
 from baleen.cost.account import Account
 from baleen.cost.card import NOT_RECORDED
 from baleen.cost.figures import mass, quantity, signed_share, usd
-from baleen.cost.report import ratio_text, report_sentences
+from baleen.cost.report import SPENT_COLUMNS, ratio_text, report_sentences, spent_rows
 
 PURPOSE_COLOURS = {"final": "#2563eb", "research": "#60a5fa", "ablation": "#a78bfa", "failed": "#ef4444"}
 RECORDED_COLOURS = {"people": "#059669", "data": "#65a30d", "hardware": "#d97706", "other": "#6b7280"}
@@ -32,7 +32,12 @@ def write_page(report: dict[str, Any], account: Account, path: Path) -> None:
     environment.filters |= {"usd": usd, "quantity": quantity, "mass": mass, "error": signed_share, "ratio": ratio_text}
     charts = json.dumps(page_charts(report, account)).replace("<", "\\u003c")
     text = environment.from_string(template).render(
-        report=report, sentences=report_sentences(report), plotly=Markup(get_plotlyjs()), charts=Markup(charts)
+        report=report,
+        sentences=report_sentences(report),
+        spent_columns=SPENT_COLUMNS,
+        spent=spent_rows(report),
+        plotly=Markup(get_plotlyjs()),
+        charts=Markup(charts),
     )
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -78,7 +78,9 @@ def _report(
             "goodput_of_published_runs": facts.calibration["goodput"],
         },
         **plan_money(facts, prices, hours, hours * chosen.goodput / usual_goodput),
-        "inference": serving_cost(model.arch, on.hardware, on.precision, prices[:3], facts.serving),
+        "inference": serving_cost(
+            model.arch, on.hardware, on.precision, prices[:3], facts.serving, model.node_limit
+        ),
         "solved": solved,
         "limits": _limits(request, prices, hours, chosen.gpus),
         "set": list(request.sets),

@@ -11,7 +11,7 @@ from baleen.cost.layout import StatedLayout
 from baleen.cost.plan_request import MOST_DEVICES, Request
 from baleen.cost.planned_model import PlannedModel, usual_batch
 from baleen.cost.ranking import Candidate
-from baleen.cost.search import Conditions, explain_no_layout, search_layouts, user_layout
+from baleen.cost.search import Conditions, explain_no_layout, fits, search_layouts, user_layout
 
 # Layouts that the authors of a model published, taken where neither --layout nor --search asks for another.
 PUBLISHED_LAYOUTS = {
@@ -35,16 +35,7 @@ class Chosen(NamedTuple):
 def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int) -> Chosen:
     """The layout of a model on `gpus` devices: the one asked for, the published one, or the best of a search."""
     on = conditions(request, facts, model)
-    stated, how = StatedLayout(), "the fastest of all that fit"
-    if request.layout is not None:
-        stated, how = user_layout(request.layout), "as asked for; what it leaves open, the fastest that fits"
-    elif on.hardware.is_cpu:
-        stated = StatedLayout(zero=0, recompute="none", micro_batch=model.micro_batch)
-        how = "as Baleen trains on one machine"
-    elif not request.search and model.name in PUBLISHED_LAYOUTS:
-        text, source = PUBLISHED_LAYOUTS[model.name]
-        if search_layouts(model, gpus, on, facts.calibration, user_layout(text), top=1).best:
-            stated, how = user_layout(text), source
+    stated, how = _stated(request, model, gpus, on)
     found = search_layouts(model, gpus, on, facts.calibration, stated, top=5 if request.search else 1)
     if not found.tried:
         raise explain_no_layout(model, gpus, on, stated)
@@ -54,6 +45,26 @@ def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int)
     goodput = expected_goodput(gpus, facts.reliability)
     rate = on.batch * on.seq_len / found.best[0].step.seconds * goodput
     return Chosen(model, gpus, on, found.best, how, rate, goodput)
+
+
+def can_run(request: Request, facts: Assumptions, model: PlannedModel, gpus: int) -> bool:
+    """Whether `choose` would find a layout: much faster than asking it, for nothing is timed."""
+    on = conditions(request, facts, model)
+    return fits(model, gpus, on, _stated(request, model, gpus, on)[0])
+
+
+def _stated(request: Request, model: PlannedModel, gpus: int, on: Conditions) -> tuple[StatedLayout, str]:
+    """What is fixed of the layout before any search, and who fixed it."""
+    if request.layout is not None:
+        return user_layout(request.layout), "as asked for; what it leaves open, the fastest that fits"
+    if on.hardware.is_cpu:
+        as_trained = StatedLayout(zero=0, recompute="none", micro_batch=model.micro_batch)
+        return as_trained, "as Baleen trains on one machine"
+    if not request.search and model.name in PUBLISHED_LAYOUTS:
+        text, source = PUBLISHED_LAYOUTS[model.name]
+        if fits(model, gpus, on, user_layout(text)):
+            return user_layout(text), source
+    return StatedLayout(), "the fastest of all that fit"
 
 
 def conditions(request: Request, facts: Assumptions, model: PlannedModel) -> Conditions:
@@ -84,11 +95,12 @@ def _too_large(
     """By how much nothing fits, and the nearest that does: another layout of these devices, or more of them."""
     room, needed = on.hardware.fillable_bytes, leanest.memory.total
     near = f"no number of them up to {MOST_DEVICES:,} holds it; take devices with more memory or a smaller model"
-    tries = [(gpus, StatedLayout())]
-    tries += [(gpus * 2**k, wanted) for k in range(1, 18) for wanted in (stated, StatedLayout())]
+    wishes = [stated] if stated == StatedLayout() else [stated, StatedLayout()]
+    tries = [(gpus * 2**k, wanted) for k in range(18) for wanted in wishes if gpus * 2**k <= MOST_DEVICES]
     for count, wanted in tries:
-        if count <= MOST_DEVICES and (best := search_layouts(model, count, on, facts.calibration, wanted, top=1).best):
-            near = f"the nearest that fits is {best[0].layout} on {count} of them"
+        if fits(model, count, on, wanted):
+            best = search_layouts(model, count, on, facts.calibration, wanted, top=1).best[0]
+            near = f"the nearest that fits is {best.layout} on {count} of them"
             break
     return UserError(
         f"{model.name} does not fit {gpus} x {on.hardware.title}: the leanest layout, {leanest.layout}, needs "

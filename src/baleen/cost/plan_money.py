@@ -12,7 +12,7 @@ HEADLINE_LEAVES_OUT = (
     "research, ablations and failed runs", "data", "people", "context extension and post-training", "evaluation",
     "hours that are rented and not used",
 )  # fmt: skip
-FULL_LEAVES_OUT = ("data", "people", "serving", "the interval of the multiplier is that of two published projects")
+FULL_LEAVES_OUT = ("data", "people", "serving")
 
 
 class Prices(NamedTuple):

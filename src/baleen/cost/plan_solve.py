@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 from baleen.config import UserError
+from baleen.cost.architecture import Architecture
 from baleen.cost.assumptions import Assumptions
 from baleen.cost.flops import training_flops
-from baleen.cost.plan_layout import Chosen, choose, conditions
+from baleen.cost.plan_layout import Chosen, can_run, choose, conditions
 from baleen.cost.plan_money import Prices
 from baleen.cost.plan_request import MOST_DEVICES, Request
 from baleen.cost.planned_model import PlannedModel, load_model, usual_batch
-from baleen.cost.scaling import Allocation, allocate, v3_shaped_for
+from baleen.cost.scaling import WIDTHS, allocate, v3_shaped, v3_shaped_for
 
 USUAL_DAYS = 30.0  # of a run, where a budget is given and no deadline
 
@@ -57,19 +59,10 @@ def solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen,
             raise UserError(
                 "which model? Give --model NAME, or a --budget, --energy or --deadline to size one by a law"
             )
-        model, allocation = _size_by_law(request, facts, gpus, hours)
-        law = allocation.law
-        solved["model"] = f"{model.name}, " + (
-            f"by the law {law.name}: {law.source}"
-            if tokens is None
-            else f"what the hours leave for {tokens:.3g} tokens"
-        )
-        solved["law"] = {
-            "flops_per_token": allocation.flops_per_token,
-            "tokens": allocation.tokens,
-            "source": law.source,
-        }
-    chosen = choose(request, facts, model, gpus)
+        chosen, said = _size_by_law(request, facts, gpus, hours)
+        solved |= said
+    else:
+        chosen = choose(request, facts, model, gpus)
     if tokens is None:
         assert hours is not None
         tokens = hours * 3600 * chosen.tokens_per_second / gpus
@@ -98,10 +91,11 @@ def _fewest_devices(request: Request, facts: Assumptions, model: PlannedModel, t
     )
 
 
-def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) -> tuple[PlannedModel, Allocation]:
-    """The V3-shaped model and tokens that a scaling law takes for a budget of device-hours; given tokens stay.
+def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) -> tuple[Chosen, dict[str, Any]]:
+    """The V3-shaped model that a scaling law takes for a budget of device-hours, or that given tokens leave hours for.
 
-    The compute a budget buys depends on how fast the model runs, and that on its size: solved by repetition.
+    The compute a budget buys depends on how fast the model runs, and that on its size: solved by repetition. Where it
+    does not fit the devices, the widest that does is taken. Returned with what is said of it.
     """
     seq_len = request.seq_len or 4096
     rate = facts.hardware.peak_flops(request.precision or "bf16") * 0.35  # FLOP/s a device, replaced in the first round
@@ -110,13 +104,32 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
         allocation = allocate(compute, request.law)
         if request.tokens is not None:
             allocation = allocation._replace(flops_per_token=compute / request.tokens, tokens=request.tokens)
-        arch = v3_shaped_for(allocation.flops_per_token, seq_len)
-        model = PlannedModel(f"V3-shaped, {arch.hidden_size} wide", arch, seq_len, usual_batch(seq_len), None, None)
+        wanted = _v3_shaped(v3_shaped_for(allocation.flops_per_token, seq_len), seq_len)
+        model = wanted if can_run(request, facts, wanted, gpus) else _widest(request, facts, gpus, wanted)
         chosen = choose(request, facts, model, gpus)
-        before, rate = rate, chosen.tokens_per_second * training_flops(arch, seq_len) / gpus
+        before, rate = rate, chosen.tokens_per_second * training_flops(model.arch, seq_len) / gpus
         if abs(rate / before - 1) < 0.02:
             break
-    return model, allocation
+    law = allocation.law
+    how = f"by the law {law.name}: {law.source}"
+    if request.tokens is not None:
+        how = f"what the hours leave for {request.tokens:.3g} tokens"
+    if model != wanted:
+        how = f"the widest that fits {gpus} devices; {wanted.arch.hidden_size} wide would be {how}"
+    size = {"flops_per_token": allocation.flops_per_token, "tokens": allocation.tokens, "source": law.source}
+    return chosen, {"model": f"{model.name}, {how}", "law": size}
+
+
+def _v3_shaped(arch: Architecture, seq_len: int) -> PlannedModel:
+    return PlannedModel(f"V3-shaped, {arch.hidden_size} wide", arch, seq_len, usual_batch(seq_len), None, None)
+
+
+def _widest(request: Request, facts: Assumptions, gpus: int, too_wide: PlannedModel) -> PlannedModel:
+    """The widest V3-shaped model below `too_wide` with a layout that fits; the narrowest of all if none has one."""
+    widths = range(WIDTHS.start, too_wide.arch.hidden_size, WIDTHS.step)
+    models = [_v3_shaped(v3_shaped(width), too_wide.seq_len) for width in widths] or [too_wide]
+    fitting = bisect_left(models, True, key=lambda model: not can_run(request, facts, model, gpus))
+    return models[max(0, fitting - 1)]
 
 
 def _round_devices(wanted: float, domain: int) -> int:

@@ -79,7 +79,9 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         f"Rates: {plan['usd_per_gpu_hour']['source']}.",
     ]
     inference = plan["inference"]
-    if inference:
+    if "why_not" in inference:
+        out.append(f"Serving: {inference['why_not']}.")
+    else:
         prefill, decode = (inference[part]["usd_per_million_tokens"] for part in ("prefill", "decode"))
         out.append(
             f"Serving, like {inference['like']}: {usd(prefill['mid'])} ({_interval(prefill)}) a million tokens in, "

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from baleen.cost import figures
 from baleen.cost.account import CATEGORIES, Account, StageRecord, read_ledger
-from baleen.cost.card import NOT_RECORDED, TRAINING, energy, failed, full_leaves_out, productive_share
+from baleen.cost.card import (
+    NOT_RECORDED,
+    TRAINING,
+    counted_twice,
+    energy,
+    failed,
+    full_leaves_out,
+    productive_share,
+)
 from baleen.cost.factors import Factors
 from baleen.cost.figures import mass, quantity, share, signed_share, usd
 from baleen.cost.ledger import PURPOSES, STAGES
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 JOULES_PER_KWH = 3.6e6
+SPENT_COLUMNS = ("by", "", "dollars", "device-hours", "stages")
 PLANNED = ("usd", "device_hours", "joules")
 
 
@@ -164,13 +173,10 @@ def report_tables(report: dict[str, Any]) -> Group:
             "unknown" if p["joules"] is None else figures.energy(p["joules"]),
         )
     parts = Table(title="Where it went")
-    for column in ("by", "", "dollars", "device-hours", "stages"):
+    for column in SPENT_COLUMNS:
         parts.add_column(column, justify="left" if column in ("by", "") else "right")
-    for title, key in (("stage", "stages"), ("purpose", "purposes"), ("end", "statuses")):
-        for name, entry in report[key].items():
-            parts.add_row(title, name, usd(entry["usd"]), quantity(entry["device_hours"]), str(entry["count"]))
-    for name, value in report["recorded"].items():
-        parts.add_row("recorded", name, value if isinstance(value, str) else usd(value), "", "")
+    for row in spent_rows(report):
+        parts.add_row(*row)
     tables: list[Any] = [projects, parts]
     if report["plans"]:
         planned = Table(title="Plan against measured")
@@ -181,6 +187,18 @@ def report_tables(report: dict[str, Any]) -> Group:
             planned.add_row(row["run_id"], row["figure"], *cells)
         tables.append(planned)
     return Group(*tables, *map(Text, report_sentences(report)))
+
+
+def spent_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was spent by stage, purpose and end of the stages, and what was recorded beside it, under SPENT_COLUMNS."""
+    rows = [
+        (title, name, usd(entry["usd"]), quantity(entry["device_hours"]), str(entry["count"]))
+        for title, key in (("stage", "stages"), ("purpose", "purposes"), ("end", "statuses"))
+        for name, entry in report[key].items()
+    ]
+    for name, value in report["recorded"].items():
+        rows.append(("recorded", name, value if isinstance(value, str) else usd(value), "", ""))
+    return rows
 
 
 def report_sentences(report: dict[str, Any]) -> list[str]:
@@ -201,6 +219,7 @@ def report_sentences(report: dict[str, Any]) -> list[str]:
         )
     lines += [f"The headline leaves out {text}." for text in report["headline_leaves_out"]]
     lines.append("The full price leaves out " + "; ".join(report["full_leaves_out"]) + ".")
+    lines += counted_twice(report["recorded"])
     if report["torn_lines"]:
         count = sum(report["torn_lines"].values())
         lines.append(f"Skipped {count} unreadable ledger lines, in {', '.join(report['torn_lines'])}.")

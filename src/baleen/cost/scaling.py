@@ -13,6 +13,8 @@ from baleen.config import UserError
 from baleen.cost.architecture import Architecture
 from baleen.cost.flops import training_flops
 
+WIDTHS = range(256, 65536 + 1, 256)  # of V3-shaped networks
+
 
 class ScalingLaw(NamedTuple):
     """compute [FLOPs] -> best training FLOPs per token; the tokens are compute over that."""
@@ -75,7 +77,7 @@ def v3_shaped(hidden_size: int) -> Architecture:
     def tiles(width: float, tile: int) -> int:
         return max(tile, round(width * scale / tile) * tile)
 
-    heads = max(1, round(128 * scale))
+    heads = tiles(128, 8)  # tensor parallelism divides heads
     layers = max(4, min(61, round(61 * scale)))
     return Architecture(
         num_hidden_layers=layers,
@@ -100,17 +102,16 @@ def v3_shaped(hidden_size: int) -> Architecture:
 
 def v3_shaped_for(flops_per_token: float, seq_len: int) -> Architecture:
     """The V3-shaped network whose training FLOPs per token come nearest, 256 to 65,536 wide. Raises UserError."""
-    widths = range(256, 65536 + 1, 256)
-    if not _flops(widths[0], seq_len) / 2 <= flops_per_token <= _flops(widths[-1], seq_len) * 2:
+    if not _flops(WIDTHS[0], seq_len) / 2 <= flops_per_token <= _flops(WIDTHS[-1], seq_len) * 2:
         raise UserError(
             f"the scaling law asks for {flops_per_token:.3g} FLOPs per token; V3-shaped networks of 256 to 65,536 in "
-            f"width reach {_flops(widths[0], seq_len):.3g} to {_flops(widths[-1], seq_len):.3g}: name a model"
+            f"width reach {_flops(WIDTHS[0], seq_len):.3g} to {_flops(WIDTHS[-1], seq_len):.3g}: name a model"
         )
-    low, high = 0, len(widths) - 1
+    low, high = 0, len(WIDTHS) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _flops(widths[middle], seq_len) < flops_per_token else (low, middle)
-    best = min((widths[low], widths[high]), key=lambda width: abs(_flops(width, seq_len) - flops_per_token))
+        low, high = (middle, high) if _flops(WIDTHS[middle], seq_len) < flops_per_token else (low, middle)
+    best = min((WIDTHS[low], WIDTHS[high]), key=lambda width: abs(_flops(width, seq_len) - flops_per_token))
     return v3_shaped(best)
 
 

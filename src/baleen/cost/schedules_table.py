@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+MOST_OPERATIONS = 100_000  # ranks times micro-batches: beyond, more of them change no bubble
+
+
 def run_schedules(name: str, ranks: int, microbatches: int, durations: Durations) -> dict[str, Timeline]:
     """The timeline of one schedule, or of `all`, by name. Raises UserError for counts a named one cannot run.
 
     `durations` are those of a rank's share of the network; a schedule that cuts the network finer gets shorter stages.
     """
+    if ranks * microbatches > MOST_OPERATIONS:
+        raise UserError(
+            f"{microbatches:,} micro-batches on {ranks:,} ranks would run for hours and show nothing new: take at most "
+            f"{max(1, MOST_OPERATIONS // ranks):,}"
+        )
     if name != "all":
         return {name.lower(): _run(schedule(name, ranks, microbatches), durations)}
     timelines = {}

@@ -11,10 +11,11 @@ from baleen.cost.candidates import PIPELINES, RECOMPUTE, candidate_layouts
 from baleen.cost.hardware import Hardware
 from baleen.cost.layout import Layout, Schedule, StatedLayout, make_layout
 from baleen.cost.planned_model import PlannedModel
-from baleen.cost.ranking import Found, rank
+from baleen.cost.ranking import RISING_RECOMPUTATION, Found, memory_of, rank
 from baleen.cost.schedule import check_counts
 from baleen.cost.workload import Workload
 
+LEANEST_RECOMPUTATION = RISING_RECOMPUTATION[-1]
 # Schedules that the search tries where none is stated; plain 1F1B and interleaving come with "1f1b".
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 LAYOUT_WORDS = (
@@ -87,6 +88,16 @@ def search_layouts(
     """Ranks every layout that keeps what is `stated`, divides devices, batch and experts, and fits into memory."""
     layouts = divisible_layouts(model, devices, on, stated or StatedLayout())
     return rank((workload(model, layout, on) for layout in layouts), calibration, top)
+
+
+def fits(model: PlannedModel, devices: int, on: Conditions, stated: StatedLayout) -> bool:
+    """Whether any layout that keeps what is stated fits into memory. No time is computed: the leanest layouts do."""
+    lean = stated.model_copy(
+        update={"micro_batch": stated.micro_batch or 1, "recompute": stated.recompute or LEANEST_RECOMPUTATION}
+    )
+    works = (workload(model, layout, on) for layout in divisible_layouts(model, devices, on, lean))
+    memories = (memory_of(work) for work in works)
+    return any(memory.total <= on.hardware.fillable_bytes for memory in memories if memory)
 
 
 def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated: StatedLayout) -> Iterator[Layout]:
