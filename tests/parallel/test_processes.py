@@ -90,7 +90,7 @@ def test_ranks_that_were_started_differently_are_told_apart(torchrun, recipe_fil
 
 
 def test_a_full_disk_on_one_rank_ends_the_run_and_the_last_good_checkpoint_stays(torchrun, recipe_file, tmp_path):
-    recipe, run = recipe_file(parallel={"expert": 2}), tmp_path / "run"
+    recipe, run = recipe_file(train={"micro_batch_size": 8}, parallel={"expert": 2}), tmp_path / "run"
     train(torchrun, 2, recipe, run, "--max-steps", "4")
     # files of rank 1 may not grow over 16 KiB, and a checkpoint does
     script = f"[ $RANK = 0 ] || ulimit -f 16; exec {sys.executable} -m baleen train $1 --run $2 --resume"
@@ -108,7 +108,7 @@ def errors_of(done):
 
 def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
     """torchrun --max-restarts starts all ranks again whenever one is killed."""
-    recipe = recipe_file(train={"tokens": 256 * 60}, parallel={"expert": 2})
+    recipe = recipe_file(train={"tokens": 256 * 60, "micro_batch_size": 8}, parallel={"expert": 2})
     straight = tmp_path / "straight" / "run"
     expected = json.loads(train(torchrun, 2, recipe, straight).stdout)
     run, rng = tmp_path / "killed" / "run", random.Random(0)
@@ -134,7 +134,7 @@ def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
 
 
 def test_a_hanging_rank_is_named(recipe_file, tmp_path):
-    recipe = recipe_file(train={"tokens": 256 * 1000}, parallel={"timeout_seconds": 5})
+    recipe = recipe_file(train={"tokens": 256 * 1000, "micro_batch_size": 8}, parallel={"timeout_seconds": 5})
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "baleen"]
     process = subprocess.Popen(

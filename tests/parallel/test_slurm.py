@@ -122,7 +122,9 @@ def slurm(tmp_path):
 
 def test_a_preempted_job_saves_is_requeued_and_ends_as_if_undisturbed(slurm, torchrun, recipe_file, tmp_path):
     # only the preemption saves: what the second piece continues is what was saved within the grace time
-    recipe = recipe_file(train={"tokens": 256 * 200, "checkpoint_every": 0}, parallel={"expert": 2})
+    recipe = recipe_file(
+        train={"micro_batch_size": 8, "tokens": 256 * 200, "checkpoint_every": 0}, parallel={"expert": 2}
+    )
     straight, run = tmp_path / "straight" / "run", tmp_path / "preempted" / "run"
     torchrun(2, "-m", "baleen", "--", "train", recipe, "--run", straight)
 
