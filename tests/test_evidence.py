@@ -1,47 +1,103 @@
-"""The notebook: claims are runnable, rows are those of the recipe as it is, and the page is made of them."""
+"""The notebook: claims are runnable, rows are those of the recipe as it is, and the pages are made of them."""
 
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
 
+from baleen.config import UserError
+
 ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "evidence"
+
+CLAIM = """
+says = "s"
+paper = "p"
+seeds = [0, 1]
+{keys}
+[arms]
+plain = []
+new = ["train.weight_decay=0.2"]
+"""
+SWEEP = """
+says = "rates"
+paper = "p"
+expects = "least"
+seeds = [0]
+overrides = ["train.eps=1e-9"]
+[arms]
+low = ["train.lr=1e-3"]
+high = ["train.lr=2e-3"]
+"""
 
 
 @pytest.fixture
-def notebook(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "evidence"))
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(EVIDENCE))
+    import claim
     import notebook
+    import page
 
-    return notebook
-
-
-def claim_of(notebook, **keys):
-    arms = {"plain": ["train.lr=1e-3"], "new": ["train.lr=2e-3"]}
-    return notebook.Claim.model_validate({"says": "s", "paper": "p", "recipe": "chitchat", "arms": arms, **keys})
+    return claim, notebook, page
 
 
-def write_rows(notebook, claim, folder, values):
-    rows = [
-        {"arm": arm, "seed": seed, "hash": claim.hash_of(arm, seed), "value": value, "device_hours": 0.5}
-        for (arm, seed), value in values.items()
-    ]
-    (folder / "rows").mkdir(exist_ok=True)
-    (folder / "rows" / "c.json").write_text(json.dumps(rows))
+@pytest.fixture
+def make(modules, tmp_path):
+    """A notebook of one claim `c`, tuned by a sweep that is done: high is better."""
+
+    def made(keys="", tuned=True):
+        (tmp_path / "claims").mkdir(exist_ok=True)
+        (tmp_path / "base.toml").write_text((EVIDENCE / "base.toml").read_text())
+        (tmp_path / "claims" / "c.toml").write_text(CLAIM.format(keys=keys))
+        (tmp_path / "claims" / "lr-sparse.toml").write_text(SWEEP)
+        notebook = modules[0].Notebook(tmp_path)
+        if tuned:
+            fill(notebook, "lr-sparse", {("low", 0): 2.0, ("high", 0): 1.0})
+        return notebook
+
+    return made
 
 
-def test_every_claim_has_arms_that_differ(notebook):
-    for claim in notebook.load_claims().values():
-        assert len({claim.hash_of(arm, seed) for arm in claim.arms for seed in claim.seeds}) == 2 * len(claim.seeds)
+def fill(notebook, name, values):
+    for (arm, seed), value in values.items():
+        measured = {"heldout_bpb": value, "largest_jump": value / 10, "skipped": 0}
+        row = {"hash": notebook.hash_of(name, arm, seed), "claim": name, "arm": arm, "seed": seed}
+        notebook.write(row | {"measured": measured, "device_hours": 0.5, "usd": 0.01, "machine": "m", "date": "d"})
 
 
-def test_the_page_is_that_of_the_rows(notebook):
-    assert (ROOT / "docs/evidence.md").read_text() == notebook.page(notebook.load_claims())
+def test_every_claim_has_arms_that_differ(modules):
+    notebook = modules[0].Notebook()
+    sweep = notebook.claims[modules[0].SWEEP]
+    notebook.best_arm = lambda name: next(iter(notebook.claims[name].arms))  # as if all sweeps were done
+    assert sweep.expects == "least"
+    for name, claim in notebook.claims.items():
+        rows = [(arm, seed) for arm in claim.arms for seed in claim.seeds]
+        assert len({notebook.hash_of(name, *row) for row in rows}) == len(rows)
+        assert claim.expects == "least" or len(claim.seeds) >= 3
+        assert set(claim.key_value_heads) | set(claim.tuned_by) <= set(claim.arms)
+    assert [claim.quick for claim in notebook.claims.values()].count(True) == 1
 
 
-def test_interval_is_students(notebook):
-    mean, half = notebook.interval([1.0, 2.0, 3.0])
+def test_the_pages_are_those_of_the_rows(modules):
+    _, _, page = modules
+    notebook = modules[0].Notebook()
+    assert (ROOT / "docs/evidence.md").read_text() == page.page(notebook)
+    assert (readme := (ROOT / "README.md").read_text()) == page.with_summary(readme, notebook)
+    plots = {file.stem: file.read_text() for file in (ROOT / "docs/evidence").glob("*.svg")}
+    assert plots == page.drawn(notebook)
+
+
+def test_every_row_belongs_to_a_claim(modules):
+    known = {row["hash"] for row in modules[0].Notebook().all_rows()}
+    assert {file.stem for file in (EVIDENCE / "rows").glob("*.json") if not file.stem.startswith("study-")} == known
+
+
+def test_interval_is_students(modules):
+    mean, half = modules[0].interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+    assert modules[0].interval([1.0]) == (1.0, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -50,45 +106,142 @@ def test_interval_is_students(notebook):
         ("lower", -2.0, 1.0, "holds"),
         ("lower", 2.0, 1.0, "does not hold"),
         ("lower", -1.0, 2.0, "can't be seen at this size"),
+        ("higher", 2.0, 1.0, "holds"),
+        ("higher", -2.0, 1.0, "does not hold"),
         ("within", 0.5, 0.4, "holds"),
         ("within", -2.0, 0.5, "does not hold"),
         ("within", 0.5, 0.6, "can't be seen at this size"),
     ],
 )
-def test_verdicts(notebook, expects, mean, half, says):
-    assert notebook.verdict(claim_of(notebook, expects=expects, margin=1.0), mean, half) == says
+def test_verdicts(modules, make, expects, mean, half, says):
+    claim = make(f'expects = "{expects}"\nmargin = 1.0').claims["c"]
+    assert modules[0].judged(claim, mean, half) == says
 
 
-def test_stale_rows_do_not_count(notebook, tmp_path):
-    claim = claim_of(notebook, seeds=[0, 1])
-    write_rows(notebook, claim, tmp_path, {(arm, seed): 1.0 for arm in claim.arms for seed in claim.seeds})
-    assert len(notebook.read_rows("c", claim, tmp_path)) == 4
-    changed = claim_of(notebook, seeds=[0, 1], overrides=["train.tokens=4096"])
-    assert not notebook.read_rows("c", changed, tmp_path)
-    assert len(notebook.read_rows("c", claim.model_copy(update={"says": "other words"}), tmp_path)) == 4
+def test_a_claim_waits_for_its_sweep(modules, make, tmp_path):
+    notebook = make(tuned=False)
+    assert notebook.recipe("c", "new", 0) is None and notebook.rows("c") == []
+    with pytest.raises(UserError, match="run lr-sparse first"):
+        modules[1].run_row(notebook, "c", "new", 0, tmp_path)
+    recipe = make().recipe("c", "new", 0)
+    assert recipe is not None and (recipe.train.lr, recipe.train.weight_decay) == (2e-3, 0.2)
 
 
-def test_an_incomplete_claim_has_no_number(notebook, tmp_path):
-    claim = claim_of(notebook, seeds=[0, 1], not_run="too long")
-    assert "|  | too long |" in notebook.page({"c": claim}, tmp_path)
-    write_rows(notebook, claim, tmp_path, {("plain", 0): 1.0, ("new", 0): 0.5, ("plain", 1): 1.0})
-    assert "|  | 3 of 4 rows are there |" in notebook.page({"c": claim}, tmp_path)
-    write_rows(notebook, claim, tmp_path, {("plain", 0): 1.0, ("new", 0): 0.5, ("plain", 1): 2.0, ("new", 1): 1.0})
-    assert "-50.00% ± 0.00%, 2 seeds | holds |" in notebook.page({"c": claim}, tmp_path)
+def test_stale_rows_do_not_count(make):
+    fill(notebook := make(), "c", {(arm, seed): 1.0 for arm in ("plain", "new") for seed in (0, 1)})
+    assert notebook.complete("c") and len(notebook.rows("c")) == 4
+    assert make("notes = 'other words'").complete("c")
+    assert make('overrides = ["train.tokens=4096"]').rows("c") == []
+    assert len(make("[key_value_heads]\nnew = 2\n").rows("c")) == 2
+    fill(notebook, "lr-sparse", {("low", 0): 0.5})  # another rate is the best now
+    assert make(tuned=False).rows("c") == []
 
 
-def test_only_what_is_missing_is_run(notebook, tmp_path, monkeypatch):
-    claim, ran = claim_of(notebook, seeds=[0, 1]), []
+def test_an_incomplete_claim_has_no_number(modules, make):
+    _, _, page = modules
+    notebook = make('not_run = "too long"')
+    assert "| s |  | too long |" in page.summary(notebook)
+    fill(notebook, "c", {("plain", 0): 1.0, ("new", 0): 0.5, ("plain", 1): 1.0})
+    assert "| s |  | 3 of 4 rows are there |" in page.summary(notebook)
+    fill(notebook, "c", {("plain", 1): 2.0, ("new", 1): 1.0})
+    assert "| s | heldout_bpb -50.00% ± 0.00% | holds |" in page.summary(notebook)
+    text = page.page_of_claims(notebook)
+    assert "| new | -50.00% ± 0.00% | 0.7500 |" in text
+    assert page.drawn(notebook)["c"].count("<circle") == 1
+    assert page.with_summary(f"a{page.BEGIN}old{page.END}b", notebook).startswith(f"a{page.BEGIN}\n| Claim")
 
-    def run(name, claim, arm, seed, runs):
+
+def test_only_what_is_missing_is_run_and_sweeps_come_first(modules, make, tmp_path, monkeypatch):
+    notebook, ran = make(tuned=False), []
+
+    def run(notebook, name, arm, seed, runs):
         ran.append((arm, seed))
-        if len(ran) == 3:
+        if len(ran) == 5:
             raise KeyboardInterrupt
-        return {"arm": arm, "seed": seed, "hash": claim.hash_of(arm, seed), "value": 1.0, "device_hours": 0.1}
+        fill(notebook, name, {(arm, seed): 1.0 if arm == "high" else 2.0})
+        return notebook.row(name, arm, seed)
 
-    monkeypatch.setattr(notebook, "run_row", run)
+    monkeypatch.setattr(modules[1], "run_row", run)
     with pytest.raises(KeyboardInterrupt):
-        notebook.run_missing("c", claim, tmp_path, tmp_path)
-    notebook.run_missing("c", claim, tmp_path, tmp_path)
-    assert ran == [("plain", 0), ("new", 0), ("plain", 1), ("plain", 1), ("new", 1)]
-    assert len(notebook.read_rows("c", claim, tmp_path)) == 4
+        modules[1].run_missing(notebook, ["c", "lr-sparse"], tmp_path)
+    modules[1].run_missing(notebook, ["c", "lr-sparse"], tmp_path)
+    assert ran == [("low", 0), ("high", 0), ("plain", 0), ("new", 0), ("plain", 1), ("plain", 1), ("new", 1)]
+    assert notebook.complete("c")
+
+
+def test_two_rows_again(modules, make, tmp_path, monkeypatch, capsys):
+    notebook = make("quick = true")
+    with pytest.raises(UserError, match="no rows to compare with"):
+        modules[1].run_again(notebook, tmp_path)
+    fill(notebook, "c", {("plain", 0): 1.0, ("new", 0): 0.5, ("plain", 1): 1.01, ("new", 1): 0.51})
+    monkeypatch.setattr(modules[1], "run_row", lambda *_: {"measured": {"heldout_bpb": 1.02}})
+    assert not modules[1].run_again(notebook, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": within") and lines[1].endswith(": OUTSIDE")
+
+
+def test_jumps_are_over_the_median_before(modules):
+    from measures import largest_jump
+
+    assert largest_jump([3.0] * 20 + [None, 3.5] + [2.0] * 5) == 0.5
+    assert largest_jump([3.0, 9.0]) == 0.0
+
+
+def test_needles_are_asked_for_once_each(modules):
+    from needles import questions_of, with_needles
+
+    text = with_needles("a line of talk\n" * 200, random.Random(1))
+    asked = questions_of(text)
+    assert len(asked) >= 4 and 2800 <= len(text) <= 3100
+    for start, end, depth in asked:
+        sentence = text[text.rindex("The word", 0, start) : end]
+        assert text.count(sentence) == 2 and 0 <= depth < 1 and " " not in text[start + 1 : end]
+
+
+def test_a_limited_accumulator_loses_what_promotion_keeps(modules):
+    """On sums of positive numbers, where each addition to a large sum cuts off the small one."""
+    import torch
+    from studies import limited_matmul
+
+    a_MK = torch.rand(2, 1024, generator=torch.Generator().manual_seed(0))
+    exact = a_MK.double() @ a_MK.double().t()
+    held, promoted = ((limited_matmul(a_MK, a_MK, n) / exact - 1).abs().max().item() for n in (1024, 128))
+    assert held > 4 * promoted > 0
+    assert limited_matmul(torch.ones(1, 256), torch.ones(1, 256), 256).item() == 256.0
+
+
+def test_shared_heads_are_plain_attention(modules):
+    """As many key heads as heads, each twice: GQA is MHA with equal keys."""
+    import torch
+    from attention import use_shared_heads
+
+    from baleen.config import load_recipe
+    from baleen.model.transformer import Transformer
+
+    config = load_recipe(EVIDENCE / "base.toml", ["model.qk_rope_head_dim=32", "model.num_hidden_layers=1"]).model
+    models = []
+    for heads in (2, 4):
+        torch.manual_seed(0)
+        model = Transformer(config)
+        use_shared_heads(model, heads)
+        model.init_weights(0)
+        models.append(model)
+    two, four = (model.model.layers[0].self_attn for model in models)
+    shared = {k: v for k, v in models[0].state_dict().items() if not k.endswith(("k_proj.weight", "v_proj.weight"))}
+    models[1].load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(two, name).weight.unflatten(0, (2, -1))
+            getattr(four, name).weight.copy_(weight.repeat_interleave(2, 0).flatten(0, 1))
+    ids = torch.arange(40)[None]
+    a, b = (model(ids).hidden_BTd for model in models)
+    assert torch.allclose(a, b, atol=1e-5)
+    changed = ids.clone()
+    changed[0, 20] += 1
+    assert torch.equal(models[0](changed).hidden_BTd[:, :20], a[:, :20])  # causal
+
+
+def test_rows_are_written_as_json(make):
+    fill(notebook := make(), "c", {("plain", 0): 1.0})
+    file = notebook.folder / "rows" / f"{notebook.hash_of('c', 'plain', 0)}.json"
+    assert json.loads(file.read_text())["measured"]["heldout_bpb"] == 1.0

@@ -6,7 +6,7 @@ from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.config import ModelConfig, Recipe, UserError, load_recipe, read_recipe, recipe_names
 from baleen.train.continued_recipe import ContinuedRecipe
 
-CONTINUED = ("smollm2-heal", "smollm2-mtp")
+CONTINUED = ("extend-1k", "extend-4k", "smollm2-heal", "smollm2-mtp")
 STAGED = ("distill", "r1", "r1-zero", "reason")
 SHIPPED = [name for name in recipe_names() if name not in CONTINUED + STAGED]
 

@@ -24,6 +24,7 @@ from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import Loaded, load
 from baleen.train import checkpoint
+from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
 from baleen.train.display import Display
 from baleen.train.draft import draft_loss, freeze_trunk
@@ -59,6 +60,8 @@ def train_on(
     display = display or Display()
     keep_freed_memory()
     loaded = load(recipe.base, dtype=torch.float32, device=device())
+    if recipe.context is not None:
+        loaded = loaded._replace(model=with_context(loaded.model, recipe.context))
     if recipe.train.seq_len > loaded.model.config.max_position_embeddings:
         raise UserError(f"train.seq_len ({recipe.train.seq_len}) is longer than the context of {recipe.base}")
     if only == "mtp" and not loaded.model.mtp_layers:
@@ -84,7 +87,7 @@ def train_on(
                     seed=recipe.train.seed, progress=display.say,
                 )
             )  # fmt: skip
-    with run_stage(recipe.cost, run_dir, "pretrain") as stage, display:
+    with run_stage(recipe.cost, run_dir, "pretrain" if recipe.context is None else "extend") as stage, display:
         run = _Run(recipe, run_dir, loaded, texts, only, stage, display)
         status = run.train(math.inf if max_steps is None else max_steps)
     if status == "stopped":
@@ -231,7 +234,7 @@ class _Run:
             tokens,
             mtp_loss_weight=self.recipe.train.mtp_loss_weight,
             balance_loss_weight=self.recipe.train.balance_loss_weight,
-            document_ids=documents,
+            document_ids=documents if self.recipe.train.document_mask else None,
         )
         return loss.total, 0.0, loss.loads
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from baleen.config import CostConfig, Count, DataConfig, Fraction, Knot, Momentum, NotNegative, Positive, Strict
+from baleen.config import (
+    CostConfig,
+    Count,
+    DataConfig,
+    Fraction,
+    Knot,
+    LongRope,
+    Momentum,
+    NotNegative,
+    Positive,
+    RopeScaling,
+    Strict,
+)
 
 
 class OwnTextConfig(Strict):
@@ -16,6 +28,18 @@ class OwnTextConfig(Strict):
     prompt_tokens: Positive = 32  # of a document that no assistant answers; a conversation is cut where one begins
     max_tokens: Positive = 128
     share: Fraction = 0.5  # of each batch
+
+
+class ContextConfig(Strict):
+    """The context that the model gets, and the rope for it: keys of config.json, in place of the base's."""
+
+    max_position_embeddings: Positive
+    rope_scaling: RopeScaling | LongRope | None = None
+
+    @field_validator("rope_scaling", mode="before")
+    @classmethod
+    def _zero_is_null(cls, value: Any) -> Any:
+        return None if value == 0 else value  # TOML has no null
 
 
 class ContinuedConfig(Strict):
@@ -37,20 +61,27 @@ class ContinuedConfig(Strict):
     bias_update_speed: NotNegative = 0.001
     balance_loss_weight: NotNegative = 1e-4
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # inputs of routers times 1 +- this, so copies part
+    document_mask: bool = True  # attend within a document only
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: Count = 0  # steps; 0: only at the end
     keep_checkpoints: Positive = 2
 
 
 class ContinuedRecipe(Strict):
-    """`base` is a RUN, whose shape and tokenizer are kept."""
+    """`base` is a RUN, whose shape and tokenizer are kept, its context aside if there is a [context]."""
 
     name: str = "continued"
     base: Annotated[str, Field(min_length=1)]
     data: DataConfig
+    context: ContextConfig | None = None
     own_text: OwnTextConfig = OwnTextConfig()
     train: ContinuedConfig
     cost: CostConfig = CostConfig()
+
+    @field_validator("context", mode="before")
+    @classmethod
+    def _zero_is_null(cls, value: Any) -> Any:
+        return None if value == 0 else value
 
     @model_validator(mode="after")
     def _fits(self) -> ContinuedRecipe:

@@ -1,0 +1,161 @@
+"""A claim: what is said, and the runs that put it to the test; its finished rows and what they say.
+
+A row is one arm with one seed. It is kept in rows/HASH.json, by all that decides over its result: claims that share an
+arm share its rows, and a row whose recipe has changed is a row no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from baleen.config import Recipe, Strict, load_recipe, validated
+
+HERE = Path(__file__).parent
+# Student's t at 97.5 %, by degrees of freedom.
+T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+SWEEP = "lr-sparse"  # tunes what no other sweep tunes
+
+Row = dict[str, Any]
+
+
+class Claim(Strict):
+    """What is said of the second arm beside the first: a difference of `measure`, relative to the first arm's.
+
+    Further arms are shown beside them. A sweep (`expects` "least") says nothing: the overrides of its best arm are
+    taken by the arms that it tunes, before their own.
+    """
+
+    says: str
+    paper: str
+    recipe: str = "base.toml"
+    overrides: tuple[str, ...] = ()
+    arms: dict[str, tuple[str, ...]] = Field(min_length=2)
+    key_value_heads: dict[str, int] = {}  # by arm: plain attention with so many instead of MLA
+    extended: bool = False  # arms are ways to a longer context: rows of context.py
+    tuned_by: dict[str, str] = {}  # by arm: another sweep than SWEEP
+    measure: str = "heldout_bpb"
+    shows: tuple[str, ...] = ()  # further measures
+    expects: Literal["lower", "higher", "within", "least"] = "lower"
+    margin: float = Field(0.0, ge=0.0)  # of "within"
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, max_length=len(T_975))
+    quick: bool = False
+    notes: str = ""  # what a reader of the result must know
+    not_run: str = "not run yet"  # why, as long as there are no rows
+
+
+class Notebook:
+    """All claims of a folder, with their rows."""
+
+    def __init__(self, folder: Path = HERE):
+        self.folder = folder
+        self.claims = {
+            file.stem: validated(Claim, tomllib.loads(file.read_text(encoding="utf-8")), str(file))
+            for file in sorted((folder / "claims").glob("*.toml"))
+        }
+
+    def recipe(self, name: str, arm: str, seed: int) -> Recipe | None:
+        """None as long as the sweep that tunes this arm is not done."""
+        claim = self.claims[name]
+        overrides = [*claim.overrides]
+        if claim.expects != "least":
+            sweep = claim.tuned_by.get(arm, SWEEP)
+            best = self.best_arm(sweep)
+            if best is None:
+                return None
+            overrides += self.claims[sweep].arms[best]
+        overrides += [*claim.arms[arm], f"train.seed={seed}"]
+        return _recipe(self.folder / claim.recipe, tuple(overrides))
+
+    def best_arm(self, sweep: str) -> str | None:
+        claim = self.claims[sweep]
+        if not self.complete(sweep):
+            return None
+        return min(claim.arms, key=lambda arm: statistics.mean(self.values(sweep, arm, claim.measure)))
+
+    def hash_of(self, name: str, arm: str, seed: int) -> str | None:
+        """Of all that decides over a row's result, a claim's wording aside."""
+        claim, recipe = self.claims[name], self.recipe(name, arm, seed)
+        return None if recipe is None else _digest(recipe, claim.key_value_heads.get(arm), claim.extended)
+
+    def row(self, name: str, arm: str, seed: int) -> Row | None:
+        """The finished row, or None."""
+        file = self.folder / "rows" / f"{self.hash_of(name, arm, seed)}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write(self, row: Row) -> None:
+        file = self.folder / "rows" / f"{row['hash']}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+    def rows(self, name: str) -> list[Row]:
+        claim = self.claims[name]
+        found = (self.row(name, arm, seed) for seed in claim.seeds for arm in claim.arms)
+        return [row for row in found if row is not None]
+
+    def all_rows(self) -> list[Row]:
+        """Of every claim, each once."""
+        return list({row["hash"]: row for name in self.claims for row in self.rows(name)}.values())
+
+    def complete(self, name: str) -> bool:
+        return len(self.rows(name)) == len(self.claims[name].arms) * len(self.claims[name].seeds)
+
+    def values(self, name: str, arm: str, measure: str) -> list[float]:
+        """By seed, of an arm that is complete."""
+        rows = [self.row(name, arm, seed) for seed in self.claims[name].seeds]
+        return [row["measured"][measure] for row in rows if row is not None]
+
+    def gaps(self, name: str, arm: str) -> list[float]:
+        """By seed: how far the arm's measure is from the first arm's, relative to that."""
+        claim = self.claims[name]
+        control = self.values(name, next(iter(claim.arms)), claim.measure)
+        return [b / a - 1 for a, b in zip(control, self.values(name, arm, claim.measure), strict=True)]
+
+    def verdict(self, name: str) -> str:
+        """What the rows say of the claim, or why they say nothing."""
+        claim, arms = self.claims[name], list(self.claims[name].arms)
+        if not self.complete(name):
+            done, wanted = len(self.rows(name)), len(arms) * len(claim.seeds)
+            return f"{done} of {wanted} rows are there" if done else claim.not_run
+        if claim.expects == "least":
+            return f"taken: {self.best_arm(name)}"
+        return judged(claim, *interval(self.gaps(name, arms[1])))
+
+
+@cache
+def _recipe(file: Path, overrides: tuple[str, ...]) -> Recipe:
+    return load_recipe(file, overrides)
+
+
+@cache
+def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool) -> str:
+    decides = [recipe.model_copy(update={"name": ""}).to_toml(), key_value_heads, extended]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % interval by Student's t); of one value nothing is known but itself."""
+    if len(values) == 1:
+        return values[0], math.inf
+    half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), half
+
+
+def judged(claim: Claim, mean: float, half: float) -> str:
+    low, high = mean - half, mean + half
+    if claim.expects == "within":
+        if max(abs(low), abs(high)) <= claim.margin:
+            return "holds"
+        return "does not hold" if low > claim.margin or high < -claim.margin else "can't be seen at this size"
+    if claim.expects == "higher":
+        low, high = -high, -low
+    return "holds" if high < 0 else "does not hold" if low > 0 else "can't be seen at this size"

@@ -1,0 +1,152 @@
+"""The claim on context: a model of short texts is extended in two stages, and asked for what it read long before.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from needles import questions_of, write_needles
+
+from baleen.config import Recipe, read_recipe
+from baleen.data.document import Document
+from baleen.data.prepare import prepare
+from baleen.data.tokenizer import Tokenizer
+from baleen.eval.token_loss import token_nats
+from baleen.interop.load import load
+from baleen.model.transformer import Transformer
+from baleen.train.context import with_context
+from baleen.train.continued import train_on
+from baleen.train.continued_recipe import ContextConfig, ContinuedRecipe
+from baleen.train.loop import run_stage, train
+
+CHARS = {256: 750, 1024: 3000, 4096: 12500}  # of a document that fits so many tokens
+STAGES = ("extend-1k", "extend-4k")
+DOCUMENTS = {256: 128, 1024: 32, 4096: 12}  # that are asked, of those held out
+BINS = (0, 256, 1024, 2048, 4096)  # positions over which losses are averaged
+
+
+def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> dict[str, Any]:
+    """{measure: value} of a base trained on 256 tokens and extended to 1K and 4K with the recipe's rope.
+
+    The base is trained without that rope; arms that differ in it alone share it. Raises KeyboardInterrupt if stopped.
+    """
+    short = _short(recipe, cache)
+    base = cache.parent / f"context-base-{recipe.train.seed}"
+    _finished(train(short, base, resume=(base / "checkpoints").exists()) if _unfinished(base) else {"status": "done"})
+    context = ContextConfig.model_validate(
+        {"max_position_embeddings": recipe.model.max_position_embeddings, "rope_scaling": recipe.model.rope_scaling}
+    )
+    before, tokenizer, _ = load(base)
+    measured = {f"before_{k}": v for k, v in _measured(with_context(before, context), tokenizer, recipe, cache).items()}
+    last, seconds = base, 0.0
+    for number, name in enumerate(STAGES):
+        stage_dir = run_dir if number == len(STAGES) - 1 else run_dir.with_name(f"{run_dir.name}-1k")
+        stage = _stage(name, recipe, last, cache)
+        if _unfinished(stage_dir):
+            summary = train_on(stage, stage_dir, only="all", resume=(stage_dir / "checkpoints").exists())
+            _finished(summary)
+            seconds += summary["train_seconds"]
+        last = stage_dir
+    after, _, _ = load(last)
+    with run_stage(recipe.cost, run_dir, "eval"):
+        return measured | _measured(after, tokenizer, recipe, cache) | {
+            "seconds": seconds, "largest_jump": 0.0, "skipped": 0
+        }  # fmt: skip
+
+
+def _unfinished(run_dir: Path) -> bool:
+    return not (run_dir / "model").exists()
+
+
+def _finished(summary: dict[str, Any]) -> None:
+    if summary["status"] != "done":
+        raise KeyboardInterrupt
+
+
+def _needles(length: int, cache: Path) -> Path:
+    file = cache.parent / "needles" / str(length) / "needles.jsonl"
+    if not file.is_file():
+        write_needles(file, CHARS[length])
+    return file
+
+
+def _short(recipe: Recipe, cache: Path) -> Recipe:
+    """The base's recipe: without the rope, on short documents."""
+    data = recipe.data.model_copy(update={"sources": (str(_needles(256, cache)),), "format": "text"})
+    model = recipe.model.model_copy(update={"rope_scaling": None})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def _stage(name: str, recipe: Recipe, base: Path, cache: Path) -> ContinuedRecipe:
+    """A shipped recipe of extension, with this row's seed and rope, on text with needles."""
+    length = read_recipe(ContinuedRecipe, name).train.seq_len
+    rope = recipe.model.rope_scaling
+    plain = ["context.rope_scaling=0"] if rope is None else []
+    overrides = [f"train.seed={recipe.train.seed}", f"cost.project={recipe.cost.project}", *plain]
+    stage = read_recipe(ContinuedRecipe, name, overrides, [str(_needles(length, cache))])
+    assert stage.context is not None and stage.context.rope_scaling == rope, "the arm's rope is that of the recipe"
+    return stage.model_copy(update={"base": str(base)})
+
+
+def _measured(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, cache: Path) -> dict[str, float]:
+    """recall_T: share of needles that are recalled in documents of T tokens; of the longest also by depth, in quarters.
+
+    bpb_FROM: bits per byte at positions from FROM to the next of BINS, of the longest documents.
+    """
+    measured: dict[str, float] = {}
+    for length, count in DOCUMENTS.items():
+        found: list[tuple[float, bool]] = []
+        nats = torch.zeros(len(BINS) - 1, dtype=torch.float64)
+        tokens = torch.zeros_like(nats)
+        documents = _heldout(length, recipe, cache)[:count]
+        for document in documents:
+            recalled, losses_T = _asked(model, tokenizer, document.text)
+            found += recalled
+            for i, (start, stop) in enumerate(zip(BINS, BINS[1:], strict=False)):
+                nats[i] += losses_T[start:stop].double().sum()
+                tokens[i] += losses_T[start:stop].numel()
+        measured[f"recall_{length}"] = statistics.mean(right for _, right in found)
+        if length == max(DOCUMENTS):
+            for quarter in range(4):
+                inside = [right for depth, right in found if quarter <= depth * 4 < quarter + 1]
+                measured[f"recall_quarter_{quarter + 1}"] = statistics.mean(inside)
+            # bytes a token are the same for both arms, so bits a token say as much
+            bits = nats / tokens / math.log(2)
+            measured |= {f"bits_from_{start}": float(b) for start, b in zip(BINS, bits, strict=False)}
+    return measured
+
+
+def _heldout(length: int, recipe: Recipe, cache: Path) -> Sequence[Document]:
+    data = recipe.data.model_copy(update={"sources": (str(_needles(length, cache)),), "format": "text"})
+    base = cache.parent / f"context-base-{recipe.train.seed}"
+    return prepare(
+        data, vocab_size=recipe.model.vocab_size, seq_len=length, seed=recipe.train.seed, cache_dir=cache,
+        tokenizer=load(base).tokenizer,
+    ).heldout  # fmt: skip
+
+
+@torch.inference_mode()
+def _asked(model: Transformer, tokenizer: Tokenizer, text: str) -> tuple[list[tuple[float, bool]], torch.Tensor]:
+    """(depth, whether the model's likeliest tokens are the answer) of each question, and the losses of all tokens."""
+    pieces: list[list[int]] = [[] if tokenizer.bos_id is None else [tokenizer.bos_id]]
+    spans, at, end = [], 0, 0
+    for start, stop, depth in questions_of(text):
+        pieces += [tokenizer.encode(text[end:start]), tokenizer.encode(text[start:stop])]
+        at = sum(map(len, pieces[:-1]))
+        spans.append((at, at + len(pieces[-1]), depth))
+        end = stop
+    ids = [token for piece in pieces for token in piece][: model.config.max_position_embeddings]
+    hidden_Td = model(torch.tensor(ids, device=model.device)[None]).hidden_BTd[0]
+    found = []
+    for first, last, depth in spans:
+        if last <= len(ids):
+            said = model.logits(hidden_Td[first - 1 : last - 1]).argmax(-1).tolist()
+            found.append((depth, said == ids[first:last]))
+    return found, token_nats(model, [ids])[0]
