@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/pip install -q --retries 0 --timeout 10 \
 	--index-url https://download.pytorch.org/whl/cpu 'torch>=2.11,<2.14' 2>/dev/null || true
 
-.PHONY: demo demo-chat demo-draft reason test test-slow test-dist bench evidence evidence-quick lint screenshots clean
+.PHONY: demo demo-chat demo-draft reason test test-slow test-dist slurm bench evidence evidence-quick lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
@@ -34,12 +34,18 @@ reason: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.slow
+test-slow: $(VENV)/.slow slurm
 	$(BIN)/pytest -m slow
 
-# Everything that takes several processes: layouts, checkpoints between them, kills, hangs.
-test-dist: $(VENV)/.dev
+# Everything that takes several processes: layouts, checkpoints between them, kills, hangs, preemption by Slurm.
+test-dist: $(VENV)/.dev slurm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/parallel
+
+# A scheduler for the slow tests, which start one of their own on loopback: Debian's packages.
+slurm:
+	for program in slurmctld slurmd srun munged; do PATH="$$PATH:/usr/sbin" command -v $$program || exit 1; done >/dev/null || { \
+		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); $$SUDO apt-get update -qq && \
+		$$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests bench evidence
