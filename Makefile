@@ -43,7 +43,9 @@ test-dist: $(VENV)/.dev slurm
 
 # A scheduler for the slow tests, which start one of their own on loopback: Debian's packages.
 slurm:
-	for program in slurmctld slurmd srun munged; do PATH="$$PATH:/usr/sbin" command -v $$program || exit 1; done >/dev/null || { \
+	export PATH="$$PATH:/usr/sbin"; missing=; \
+	for program in slurmctld slurmd srun munged; do command -v $$program >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] || { \
 		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); $$SUDO apt-get update -qq && \
 		$$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 
