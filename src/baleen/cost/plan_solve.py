@@ -105,7 +105,8 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
         if request.tokens is not None:
             allocation = allocation._replace(flops_per_token=compute / request.tokens, tokens=request.tokens)
         wanted = _v3_shaped(v3_shaped_for(allocation.flops_per_token, seq_len), seq_len)
-        model = wanted if can_run(request, facts, wanted, gpus) else _widest(request, facts, gpus, wanted)
+        fitting = can_run(request, facts, wanted, gpus)
+        model = wanted if fitting else _widest(request, facts, gpus, wanted)
         chosen = choose(request, facts, model, gpus)
         before, rate = rate, chosen.tokens_per_second * training_flops(model.arch, seq_len) / gpus
         if abs(rate / before - 1) < 0.02:
@@ -114,7 +115,7 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
     how = f"by the law {law.name}: {law.source}"
     if request.tokens is not None:
         how = f"what the hours leave for {request.tokens:.3g} tokens"
-    if model != wanted:
+    if not fitting:
         how = f"the widest that fits {gpus} devices; {wanted.arch.hidden_size} wide would be {how}"
     size = {"flops_per_token": allocation.flops_per_token, "tokens": allocation.tokens, "source": law.source}
     return chosen, {"model": f"{model.name}, {how}", "law": size}
