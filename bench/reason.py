@@ -32,11 +32,18 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
     return recipe.model_copy(update={"stages": stages})
 
 
+def of_sorting(recipe: AlignRecipe) -> AlignRecipe:
+    """The recipe with another task, whose careful thoughts are longer; hasty ones do not say what is left to sort."""
+    sft, rl = recipe.stages
+    sampling = rl.sampling.model_copy(update={"max_tokens": 96})
+    tasks, stages = (Sorting(numbers=(4, 7)),), (sft, rl.model_copy(update={"sampling": sampling}))
+    return recipe.model_copy(update={"tasks": tasks, "stages": stages})
+
+
 def runs(seeds: int) -> dict[str, AlignRecipe]:
     recipe = load_align_recipe("reason")
     named = {f"chain_sum-{seed}": of_seed(recipe, seed) for seed in range(seeds)}
-    sorting = recipe.model_copy(update={"tasks": (Sorting(numbers=(3, 6)),)})
-    return named | {"sorting-0": sorting}
+    return named | {"sorting-0": of_sorting(recipe)}
 
 
 def main() -> None:

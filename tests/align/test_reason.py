@@ -1,0 +1,69 @@
+"""`baleen reason` on a network so small that it learns nothing: its table, its questions, its control, its going on."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from baleen.align import reason
+from baleen.align.accuracy import HELDOUT_SEED
+from baleen.align.recipe import AlignRecipe
+from baleen.align.tasks import ChainSum, Sorting, distinct_questions
+from baleen.config import UserError
+from baleen.train.rundir import read_metrics
+
+MODEL = {
+    "vocab_size": 276, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 0, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+SFT = {
+    "kind": "sft",
+    "worked": 40,
+    "train": {"tokens": 512, "batch_tokens": 128, "seq_len": 64, "lr": 1e-2, "precision": "fp32"},
+}
+RL = {
+    "kind": "rl", "steps": 2, "questions": 3, "group_size": 4, "lr": 1e-3, "kl_coef": 0.0, "eval_questions": 5,
+    "sampling": {"max_tokens": 8},
+}  # fmt: skip
+
+
+def recipe(*stages) -> AlignRecipe:
+    tasks = [{"name": "chain_sum", "terms": [2, 3]}]
+    return AlignRecipe.model_validate({"name": "tiny", "model": MODEL, "tasks": tasks, "stages": stages})
+
+
+@pytest.mark.parametrize("task", [ChainSum(terms=(2, 3)), Sorting(numbers=(3, 4))], ids=lambda task: task.name)
+def test_the_table_asks_what_nothing_has_looked_at(task, monkeypatch):
+    monkeypatch.setattr(reason, "QUESTIONS", 100)
+    asked = {question.prompt for question in reason.table_questions([task])}
+    looked_at = {question.prompt for question in distinct_questions([task], "test", HELDOUT_SEED, 100)}
+    drawn = {question.prompt for question in distinct_questions([task], "test", reason.TABLE_SEED, 200)}
+    assert len(asked) == 100 and not asked & looked_at
+    assert drawn & looked_at, "a task this small shows whether the overlap is left out"
+
+
+@pytest.mark.slow
+def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeypatch):
+    pytest.importorskip("plotly")
+    monkeypatch.setattr(reason, "QUESTIONS", 8)
+    console = Console(quiet=True)
+    summary = reason.run_reason(recipe(SFT, RL), tmp_path / "reason", console)
+    assert summary == json.loads((tmp_path / "reason/summary.json").read_text())
+    for name in ("before", "after", "sft_control"):
+        for key in (f"accuracy_{name}", f"accuracy_{name}_sampled"):
+            low, high = summary[f"{key}_interval"]
+            assert 0 <= low <= summary[key] <= high <= 1
+    assert summary["rl_steps"] == 2 and summary["rl_seconds"] > 0
+    control = read_metrics(tmp_path / "reason-control")
+    assert {row["stage"] for row in control} == {"sft"}
+    again = reason.run_reason(recipe(SFT, RL), tmp_path / "reason", console)
+    assert len(read_metrics(tmp_path / "reason-control")) == len(control)
+    assert again["accuracy_after"] == summary["accuracy_after"]
+
+
+def test_recipes_of_other_stages_are_refused(tmp_path):
+    with pytest.raises(UserError, match="an sft stage and then an rl stage"):
+        reason.run_reason(recipe(SFT), tmp_path / "reason", Console(quiet=True))
+    assert not (tmp_path / "reason").exists()
