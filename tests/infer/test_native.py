@@ -156,6 +156,7 @@ def test_nothing_depends_on_the_batch_or_the_threads(tiny_model, format):
 
 def test_who_runs(tiny_model, monkeypatch):
     """The native runner where it can, PyTorch's where it can't, an error where it must and can't."""
+    monkeypatch.delenv("BALEEN_NATIVE", raising=False)
     model = tiny_model()
     assert isinstance(fastest_runner(model, pages_for(model)), NativeRunner)
     halved = fastest_runner(model.bfloat16(), LatentPages(model.config, 80, dtype=torch.bfloat16))

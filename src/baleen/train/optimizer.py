@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from baleen.config import TrainConfig, UserError
+from baleen.model.machine import multiplies_bf16
 from baleen.parallel.worker import Worker
 from baleen.train.muon import Muon
-from baleen.train.precision import multiplies_bf16
 
 
 class Optimizer:

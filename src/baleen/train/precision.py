@@ -10,12 +10,9 @@ from typing import Literal
 
 import torch
 
+from baleen.model.machine import multiplies_bf16
+
 Precision = Literal["fp32", "bf16", "fp8"]
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
-    return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "bf16", "fp8"], device: torch.device) -> Precision:

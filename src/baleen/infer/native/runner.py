@@ -17,6 +17,7 @@ from baleen.infer.native.library import Library, Step, native_library
 from baleen.infer.native.weights import PANEL, Format, PackedModel
 from baleen.infer.runner import Result, Runner, TorchRunner
 from baleen.model.cache import Batch, LatentPages
+from baleen.model.machine import multiplies_bf16
 from baleen.model.native.library import native_mode
 from baleen.model.transformer import Transformer
 
@@ -24,8 +25,9 @@ from baleen.model.transformer import Transformer
 def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None = None) -> Runner:
     """The native one where there is one: on a CPU with a compiler, unless BALEEN_NATIVE=off; else PyTorch's.
 
-    format: of the packed weights; None: fp32, or bf16 for a model in 16 bits. Raises UserError if a format is asked
-    for, or BALEEN_NATIVE=require, and there is no native runner.
+    format: of the packed weights; None: fp32, or bf16 for a model in 16 bits. A model in 16 bits that PyTorch must run
+    on a CPU without bf16 products is widened to fp32, in place. Raises UserError if a format is asked for, or
+    BALEEN_NATIVE=require, and there is no native runner.
     """
     dtype = model.model.norm.weight.dtype
     if model.device.type != "cpu" or dtype == torch.float64:
@@ -37,12 +39,19 @@ def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None
     if library is None:
         if format is not None or native_mode() == "require":
             raise UserError(f"weights in {format or 'any format'} need a native runner: {reason}")
+        if dtype in (torch.bfloat16, torch.float16) and not multiplies_bf16(model.device):
+            return TorchRunner(model.float(), _wide(pages, model))
         return TorchRunner(model, pages)
-    if pages.latents.dtype != torch.float32:
-        _, count, page_size, _ = pages.latents.shape
-        has_mtp = len(pages.latents) > model.config.num_hidden_layers
-        pages = LatentPages(model.config, count, page_size=page_size, mtp=has_mtp)  # takes memory only as it is used
-    return NativeRunner(library, model, pages, format or ("fp32" if dtype == torch.float32 else "bf16"))
+    return NativeRunner(library, model, _wide(pages, model), format or ("fp32" if dtype == torch.float32 else "bf16"))
+
+
+def _wide(pages: LatentPages, model: Transformer) -> LatentPages:
+    """As many pages in float32; they take memory only as they are used."""
+    if pages.latents.dtype == torch.float32:
+        return pages
+    _, count, page_size, _ = pages.latents.shape
+    has_mtp = len(pages.latents) > model.config.num_hidden_layers
+    return LatentPages(model.config, count, page_size=page_size, mtp=has_mtp)
 
 
 class NativeRunner:

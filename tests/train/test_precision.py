@@ -1,0 +1,34 @@
+"""The precision that a CPU is given: bf16 only where it multiplies bf16."""
+
+import pytest
+import torch
+
+from baleen.infer.native.runner import fastest_runner
+from baleen.infer.runner import TorchRunner
+from baleen.model.cache import LatentPages
+from baleen.train.precision import resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[(False, False), (True, False), (False, True)], ids=["AVX2", "AMX", "AVX-512 BF16"])
+def has_bf16(request, monkeypatch):
+    amx, avx512 = request.param
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    return amx or avx512
+
+
+def test_training_takes_bf16_where_it_is_fast(has_bf16):
+    assert resolve_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
+    assert resolve_precision("bf16", CPU) == "bf16"  # whoever asks for it gets it
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+
+
+def test_inference_without_kernels_multiplies_in_bf16_where_it_is_fast(has_bf16, tiny_model, monkeypatch):
+    monkeypatch.setattr("baleen.infer.native.runner.native_library", lambda: None)
+    model = tiny_model().bfloat16()
+    runner = fastest_runner(model, LatentPages(model.config, 4, dtype=torch.bfloat16))
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert isinstance(runner, TorchRunner)
+    assert runner.model.model.norm.weight.dtype is runner.pages.latents.dtype is expected
