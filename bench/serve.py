@@ -3,7 +3,8 @@
     python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--llama-server PATH] [--json]
 
 Each server in its own process, one after the other, both cores for whoever is asked. --llama-server: the binary that
-llama.cpp's own sources build; without it `python -m llama_cpp.server` is the peer, which answers one request at a time.
+llama.cpp's own sources build (those in llama-cpp-python's sdist do: vendor/llama.cpp, target llama-server); without it
+`python -m llama_cpp.server` is the peer, which answers one request at a time.
 """
 
 from __future__ import annotations
@@ -150,6 +151,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-models"), help="the files of the models")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.llama_server is not None and not args.llama_server.is_file():
+        parser.error(f"--llama-server {args.llama_server}: there is no such file")
     result = measure(args)
     if args.json:
         print(json.dumps(result))
