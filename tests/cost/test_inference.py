@@ -2,31 +2,28 @@ import pytest
 
 from baleen.config import load_recipe
 from baleen.cost.architecture import from_dims, from_model_config
+from baleen.cost.claims import load_inputs
 from baleen.cost.factors import factor_table, override_factors
 from baleen.cost.hardware import find_hardware
-from baleen.cost.inference import day6, decode_bound, delivered_shares, serving_cost, serving_unit
+from baleen.cost.inference import decode_bound, delivered_shares, serving_cost, serving_unit
 
 V3 = from_model_config(load_recipe("v3-671b").model)
 LLAMA_70B = from_dims({"L": 80, "d": 8192, "V": 128256, "H": 64, "KV": 8, "hd": 128, "ff": 28672})
 
 
-def test_day_6_to_the_dollar():
-    day = day6()
-    assert day["usd_per_day"] == 87072
-    assert 100 * day["margin"] == pytest.approx(545, abs=1)
-    assert day["revenue_usd"] == pytest.approx(562_027, rel=2e-4)
-
-
 def test_the_rates_of_a_node_explain_the_number_of_nodes():
     """Two published figures that need not agree: nodes by tokens over rates, and nodes as counted."""
-    day = day6()
-    assert day["prefill_nodes"] + day["decode_nodes"] == pytest.approx(226.75, rel=2e-3)
+    told, rates = load_inputs(), factor_table("serving")
+    prefill = told["day6_input_tokens"].value / rates["prefill_tokens_per_node_second"].value / 86400
+    decode = told["day6_output_tokens"].value / rates["decode_tokens_per_node_second"].value / 86400
+    assert (prefill, decode) == pytest.approx((95.5, 131.4), abs=0.05)
+    assert prefill + decode == pytest.approx(told["day6_nodes"].value, rel=2e-3)
 
 
 def test_v3_on_h800_repeats_day_6():
     cost = serving_cost(V3, find_hardware("h800"), "fp8", (2.0, 2.0, 2.0), node_limit=4)
-    assert cost["prefill"]["usd_per_million_tokens"]["mid"] == pytest.approx(day6()["prefill_usd_per_million"])
-    assert cost["decode"]["usd_per_million_tokens"]["mid"] == pytest.approx(day6()["decode_usd_per_million"])
+    assert cost["prefill"]["usd_per_million_tokens"]["mid"] == pytest.approx(16 / 3600 / 73700 * 1e6)
+    assert cost["decode"]["usd_per_million_tokens"]["mid"] == pytest.approx(16 / 3600 / 14800 * 1e6)
 
 
 def test_a_service_stays_below_its_bound():
@@ -58,6 +55,6 @@ def test_longer_caches_and_faster_streams_cost_throughput():
     assert decode_bound(V3, h800, "fp8", unit, 4989, 10_000, 0.9) is None
 
 
-def test_prices_are_factors():
-    factors = override_factors(factor_table("serving"), ["usd_per_million_output=0"])
-    assert day6(factors)["revenue_usd"] == pytest.approx(342e9 * 0.14e-6 + 266e9 * 0.55e-6)
+def test_what_day_6_delivered_is_a_factor():
+    factors = override_factors(factor_table("serving"), ["decode_tokens_per_node_second=7400"])
+    assert delivered_shares(factors)[1] == pytest.approx(delivered_shares()[1] / 2)

@@ -18,6 +18,12 @@ from baleen.cost.money import load_factors
 DRAW_SHARE = "draw_share"  # of money.toml: average over rated watts
 NOT_NUMBERS = {"name", "title", "generation", "aliases", "sources", "purchase_usd", "rental_usd_per_hour"}
 
+# Factors that no part of a plan depends on, and the command whose results they move.
+NOT_OF_A_PLAN = {
+    "people_usd_per_year": "project", "grid_kg_co2_per_kwh": "report",
+    "eager": "validate", "untuned": "validate", "untuned_hopper": "validate", "vendor": "validate",
+}  # fmt: skip
+
 
 class Assumptions(NamedTuple):
     """What a plan stands on: the device, slow-downs of the chain, money, failures, serving."""
@@ -44,6 +50,8 @@ def load_assumptions(hardware: Hardware, sets: Iterable[str] = ()) -> Assumption
     chosen: dict[str, list[str]] = {table: [] for table in tables}
     for text in sets:
         name = text.partition("=")[0].strip()
+        if name in NOT_OF_A_PLAN:
+            raise UserError(f"--set {text}: {name} moves `baleen cost {NOT_OF_A_PLAN[name]}`, not a plan")
         homes = [table for table, names in tables.items() if name in names]
         if not homes:
             known = sorted(set().union(*tables.values()))

@@ -21,7 +21,6 @@ from baleen.cost.layout import Layout
 from baleen.cost.traffic import COMBINE_BYTES, DISPATCH_BYTES, expert_all_to_all, tensor_bytes
 
 BYTES_PER_WEIGHT = {"fp8": 1.0, "bf16": 2.0, "fp32": 4.0}
-SECONDS_PER_DAY = 86400
 
 
 class Bound(NamedTuple):
@@ -37,28 +36,6 @@ class Unit(NamedTuple):
 
     layout: Layout
     weight_bytes: float  # per device
-
-
-def day6(factors: Factors | None = None) -> dict[str, float]:
-    """DeepSeek's day: cost, theoretical revenue, margin, and the cost split over prefill and decode by node rates."""
-    f = {name: factor.value for name, factor in (factors or factor_table("serving")).items()}
-    node_hour = f["gpus_per_node"] * f["usd_per_gpu_hour"]
-    cost = f["nodes"] * 24 * node_hour
-    missed = f["input_tokens"] - f["cached_tokens"]
-    revenue = (
-        f["cached_tokens"] * f["usd_per_million_cached"]
-        + missed * f["usd_per_million_input"]
-        + f["output_tokens"] * f["usd_per_million_output"]
-    ) / 1e6
-    return {
-        "usd_per_day": cost,
-        "revenue_usd": revenue,
-        "margin": revenue / cost - 1,
-        "prefill_nodes": f["input_tokens"] / f["prefill_tokens_per_node_second"] / SECONDS_PER_DAY,
-        "decode_nodes": f["output_tokens"] / f["decode_tokens_per_node_second"] / SECONDS_PER_DAY,
-        "prefill_usd_per_million": node_hour / 3600 / f["prefill_tokens_per_node_second"] * 1e6,
-        "decode_usd_per_million": node_hour / 3600 / f["decode_tokens_per_node_second"] * 1e6,
-    }
 
 
 def serving_unit(
@@ -148,17 +125,23 @@ def decode_bound(
 
 
 @cache
-def delivered_shares() -> tuple[float, float]:
-    """(prefill, decode): what day 6 delivered over the bound of its model on its devices."""
-    f = {name: factor.value for name, factor in factor_table("serving").items()}
-    v3 = load_recipe("v3-671b").model
-    bounds = _bounds(from_model_config(v3), find_hardware("h800"), "fp8", factor_table("serving"), v3.topk_group)
+def _day6_bounds() -> tuple[Bound, Bound]:
+    """Of day 6 as it was: its model on its devices."""
+    v3, h800 = load_recipe("v3-671b").model, find_hardware("h800")
+    bounds = _bounds(from_model_config(v3), h800, "fp8", factor_table("serving"), v3.topk_group)
     assert bounds is not None
+    return bounds
+
+
+def delivered_shares(factors: Factors | None = None) -> tuple[float, float]:
+    """(prefill, decode): what day 6 delivered over the bound of its model on its devices."""
+    f = {name: factor.value for name, factor in (factors or factor_table("serving")).items()}
+    prefill, decode = _day6_bounds()
     per_device = f["gpus_per_node"]
     computed = f["prefill_tokens_per_node_second"] * (1 - f["cached_tokens"] / f["input_tokens"])
     return (
-        computed / per_device / bounds[0].tokens_per_second,
-        f["decode_tokens_per_node_second"] / per_device / bounds[1].tokens_per_second,
+        computed / per_device / prefill.tokens_per_second,
+        f["decode_tokens_per_node_second"] / per_device / decode.tokens_per_second,
     )
 
 
@@ -185,7 +168,7 @@ def serving_cost(
         }
     cached = factors["cached_tokens"].value / factors["input_tokens"].value
     out: dict[str, Any] = {"like": "DeepSeek's day 6", "cached_share": cached}
-    for name, bound, share in zip(("prefill", "decode"), bounds, delivered_shares(), strict=True):
+    for name, bound, share in zip(("prefill", "decode"), bounds, delivered_shares(factors), strict=True):
         rate = bound.tokens_per_second * share / (1 - cached if name == "prefill" else 1)
         out[name] = {
             "tokens_per_second_per_gpu": rate,

@@ -6,7 +6,7 @@ Renting and owning are two answers to one question (what did this hour cost?) an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,25 @@ OWNING_LEAVES_OUT = (
 )
 
 
-def load_factors(overrides: Iterable[str] = ()) -> Factors:
-    """The factors of data/money.toml; each override is `name=number`.
+def load_factors(overrides: Iterable[str] = (), acting: Collection[str] | None = None) -> Factors:
+    """The factors of data/money.toml; each override is `name=number`. `acting`: those that move the result (None: all).
 
-    Raises UserError on an unknown factor (naming the nearest) or a value that is no number, or negative.
+    Raises UserError on a factor that is unknown (naming the nearest) or does not act, or a value that is no number or
+    negative.
     """
-    return override_factors(factor_table("money"), overrides)
+    overrides, factors = list(overrides), factor_table("money")
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        if acting is not None and name in factors and name not in acting:
+            raise UserError(f"--set {override}: {name} changes nothing here; what does is {', '.join(acting)}")
+    return override_factors(factors, overrides)
+
+
+OWNING = (
+    "server_overhead", "network_share", "amortisation_years", "depreciation_per_year", "cost_of_capital",
+    "server_power_overhead", "draw_share", "pue", "electricity_usd_per_kwh", "colocation_usd_per_kw_month",
+    "utilisation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ HEADLINE_LEAVES_OUT = ("research, ablations and failed runs", "people", "data", 
 FULL_LEAVES_OUT = ("data", "serving", "offices, management and what the machines do besides")
 
 
+FACTORS = ("research_multiplier", "people_usd_per_year")
+
+
 def project_cost(final_usd: float, people: float, years: float, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """{headline_usd, compute_usd, people_usd, full_usd, ...}: the last three as {low, mid, high}.
 
@@ -26,7 +29,7 @@ def project_cost(final_usd: float, people: float, years: float, overrides: Itera
     for name, value, most in (("--people", people, 1e6), ("--years", years, 100)):
         if not 0 <= value <= most:
             raise UserError(f"{name} {value:g} is absurd: give 0 to {most:,.0f}")
-    factors = load_factors(overrides)
+    factors = load_factors(overrides, FACTORS)
 
     def full(f: Factors) -> float:
         return whole_project_usd(final_usd, f)[1] + people_usd(people, years, f)
@@ -42,10 +45,7 @@ def project_cost(final_usd: float, people: float, years: float, overrides: Itera
         "people_usd": dict(zip(ends, wages, strict=True)),
         "full_usd": {"low": low, "mid": full(factors), "high": high},
         "ratio": full(factors) / final_usd,
-        "factors": {
-            name: {"value": factors[name].value, "source": factors[name].citation}
-            for name in ("research_multiplier", "people_usd_per_year")
-        },
+        "factors": {name: {"value": factors[name].value, "source": factors[name].citation} for name in FACTORS},
         "headline_leaves_out": list(HEADLINE_LEAVES_OUT),
         "full_leaves_out": list(FULL_LEAVES_OUT),
         "set": list(overrides),

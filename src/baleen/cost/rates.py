@@ -10,7 +10,7 @@ from baleen.config import UserError
 from baleen.cost.factors import Factors, spread
 from baleen.cost.figures import usd
 from baleen.cost.hardware import find_hardware
-from baleen.cost.money import OWNING_LEAVES_OUT, load_factors, ownership, rate_card
+from baleen.cost.money import OWNING, OWNING_LEAVES_OUT, load_factors, ownership, rate_card
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -21,8 +21,9 @@ def device_rates(device: str, overrides: Iterable[str] = (), price: float | None
 
     `price` replaces the purchase price of the table. Raises UserError on unknown devices, factors or absurd prices.
     """
-    factors = load_factors(overrides)
-    if device.lower() == "cpu":
+    cpu = device.lower() == "cpu"
+    factors = load_factors(overrides, ("cpu_usd_per_hour", "cpu_watts") if cpu else OWNING)
+    if cpu:
         low, high = factors["cpu_usd_per_hour"].interval
         return {
             "device": "vCPU",

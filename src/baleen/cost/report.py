@@ -37,7 +37,7 @@ def lab_report(lab: Path | str, overrides: Iterable[str] = (), now: float | None
     failure.
     Raises UserError if the folder holds no ledger.
     """
-    factors = load_factors(overrides)
+    factors = load_factors(overrides, ("facility_overhead", "grid_kg_co2_per_kwh"))
     account = read_ledger(lab, now)
     projects = [project_report(account, name, factors) for name in account.projects]
     compute = sum(s.usd for s in account.stages)
