@@ -1,6 +1,7 @@
 """Serving many clients at once, beside llama.cpp's server: tokens a second, on the same weights and prompts.
 
     python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--llama-server PATH] [--json]
+    python bench/serve.py --run RUN [--clients 1,16] [--json]      any model, without a peer
 
 Each server in its own process, one after the other, both cores for whoever is asked. --llama-server: the binary that
 llama.cpp's own sources build (those in llama-cpp-python's sdist do: vendor/llama.cpp, target llama-server); without it
@@ -111,11 +112,7 @@ def measure_server(command: list[str], port: int, args: argparse.Namespace) -> d
         return rows
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
-    gguf = gguf_file(network(args.config), args.config, "f32", args.cache)
-    directory = args.cache / args.config
-    port = free_port()
-    ours = measure_server([sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(port)], port, args)
+def measure_peer(gguf: Path, args: argparse.Namespace) -> dict[str, dict[str, object]]:
     port, most = free_port(), max(args.clients)
     length = args.prompt + args.tokens + 32
     if args.llama_server:
@@ -126,7 +123,15 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         name = "llama_cpp.server (one request at a time)"
         command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", "2048"]
         command += ["--n_threads", str(machine()["threads"]), "--port", str(port)]
-    peers = {name: measure_server(command, port, args)} if args.peer else {}
+    return {name: measure_server(command, port, args)}
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    gguf = None if args.run else gguf_file(network(args.config), args.config, "f32", args.cache)
+    directory = args.run or args.cache / args.config
+    port = free_port()
+    ours = measure_server([sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(port)], port, args)
+    peers = measure_peer(gguf, args) if args.peer and gguf else {}
 
     def speed(rows: dict, clients: int) -> float:
         return rows[str(clients)]["tokens_per_second"]
@@ -135,12 +140,19 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     ratios = {f"baleen {c} clients / {first}": speed(ours, c) / speed(ours, first) for c in args.clients[1:]}
     for peer, rows in peers.items():
         ratios |= {f"baleen / {peer}, {c} clients": speed(ours, c) / speed(rows, c) for c in args.clients}
-    return {"config": args.config, "baleen": ours, "peers": peers, "ratios": ratios, "machine": machine()}
+    return {
+        "config": str(args.run or args.config),
+        "baleen": ours,
+        "peers": peers,
+        "ratios": ratios,
+        "machine": machine(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=("S", "M", "L"), default="M")
+    parser.add_argument("--run", type=Path, help="what to serve instead of a configuration, as `baleen serve` takes it")
     parser.add_argument("--clients", type=lambda s: [int(n) for n in s.split(",")], default=[1, 8, 16, 32])
     parser.add_argument("--requests", type=int, default=1, help="of each client, a round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
