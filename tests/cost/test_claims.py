@@ -140,9 +140,10 @@ def test_the_picture_is_well_formed_and_current(claims):
     assert (DOCS / "scopes.svg").read_text(encoding="utf-8") == svg, "run: baleen cost claims --svg docs/scopes.svg"
 
 
-def test_the_table_in_the_docs_is_current(claims):
-    snippet = (DOCS / "claims.md").read_text(encoding="utf-8")
-    assert claims_markdown(claims) in snippet, "run: baleen cost claims --markdown"
+def test_the_table_and_the_picture_stand_in_the_readme(claims):
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert claims_markdown(claims) in readme, "run: baleen cost claims --markdown"
+    assert "](docs/scopes.svg)" in readme
 
 
 def test_the_view_names_every_claim(claims):

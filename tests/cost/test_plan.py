@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from baleen.config import UserError
+from baleen.cost.calibration import shipped_fit
 from baleen.cost.flops import training_flops
 from baleen.cost.plan import make_plan
 from baleen.cost.plan_request import parse_request
@@ -29,6 +31,18 @@ def test_v3_takes_what_it_took(v3):
     assert v3["step_seconds"] == pytest.approx(19.926, rel=0.10)
     assert v3["memory_gib_per_rank"] * 2**30 < 80e9
     assert v3["layout"].startswith("PP16 EP64 DP128 ZeRO1 dualpipe")
+
+
+def test_the_readme_quotes_the_plan(v3):
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"puts V3's step at {v3['step_seconds']:.1f} s" in readme
+    assert f"its run at {v3['gpu_hours'] / 1e6:.2f}M GPU-hours" in readme
+    errors = shipped_fit().errors
+    model, baseline = (
+        [f"{errors[kind][key]:.0%}"[:-1] for kind in ("step", "run")] for key in ("mape", "baseline_mape")
+    )
+    assert "errs by {} % a step and {} % a run".format(*model) in readme
+    assert "(constant MFU per GPU family: {} and {} %)".format(*baseline) in readme
 
 
 def test_keys_that_are_held_stable(v3):
