@@ -100,19 +100,33 @@ def evaluate(
     text: Annotated[
         list[Path], typer.Option("--text", help="Files or folders; default: the run's held-out text.")
     ] = [],  # noqa: B006
+    tasks: Annotated[
+        str, typer.Option(help="By commas: last-word, next-line, FILE.jsonl, lm-eval:NAME, lm-eval:FILE.yaml.")
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Programs for each question that wants one: pass@k.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a model on text."""
-    from baleen.eval.run import evaluate_run
+    """Bits per byte of a model on text, and its score in tasks; a run keeps them as eval.json."""
+    from baleen.eval.run import evaluate_run, write_evaluation
 
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not (run / "recipe.toml").is_file():  # a model, not a run: no ledger is its own
-        _report(evaluate_run(run, text), as_json)
-        return
-    from baleen.config import load_recipe
-    from baleen.train.loop import run_stage
+        result = evaluate_run(run, text, tasks=names, samples=samples)
+    else:
+        from baleen.config import load_recipe
+        from baleen.train.loop import run_stage
 
-    cost = load_recipe(run / "recipe.toml").cost
-    _report(evaluate_run(run, text, lambda: run_stage(cost, run, "eval")), as_json)
+        cost = load_recipe(run / "recipe.toml").cost
+        result = evaluate_run(run, text, lambda: run_stage(cost, run, "eval"), tasks=names, samples=samples)
+        write_evaluation(run, result)
+    if as_json:
+        _print_json(result)
+        return
+    scores = result.pop("tasks", {})
+    _report(result, as_json)
+    for name, measured in scores.items():
+        print(f"\n{name}")
+        _report({f"  {metric}": value for metric, value in measured.items()}, as_json)
 
 
 @app.command("chat")

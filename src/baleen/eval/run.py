@@ -1,7 +1,8 @@
-"""`baleen eval RUN`: what a saved model makes of text."""
+"""`baleen eval RUN`: what a saved model makes of text and tasks."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,16 +13,29 @@ from baleen.data.corpus import read_documents
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.eval.bits_per_byte import bits_per_byte
+from baleen.eval.score import score_task
+from baleen.eval.tasks import Question, made_task, read_task
+from baleen.infer.engine import Engine
 from baleen.interop.load import load
+
+HARNESS = "lm-eval:"
 
 
 def evaluate_run(
-    run: Path, texts: Sequence[Path] = (), account: Callable[[], AbstractContextManager[Any]] = nullcontext
+    run: Path,
+    texts: Sequence[Path] = (),
+    account: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    tasks: Sequence[str] = (),
+    samples: int = 1,
 ) -> dict[str, Any]:
-    """{bits_per_byte, bytes, tokens} of `texts`, or of the text that the run held out.
+    """{bits_per_byte, bytes, tokens} of `texts`, or of the text that the run held out, and {tasks: {name: scores}}.
+
+    tasks: files of eval/tasks.py's form, names of tasks made of that text, or lm-eval:NAME and lm-eval:FILE.yaml.
+    samples: programs written for each question that wants one. A model without text is scored by its tasks alone.
 
     `account` opens the ledger's stage, once the input is known to be good: what is refused costs nothing.
-    Raises UserError if the run has no recipe to find its held-out text by and no texts are given.
+    Raises UserError if the run has no recipe to find its held-out text by and neither texts nor tasks are given.
     """
     loaded = load(run)
     window = loaded.model.config.max_position_embeddings
@@ -38,8 +52,39 @@ def evaluate_run(
             seed=recipe.train.seed,
             cache_dir=run / "data",
         ).heldout
+    elif tasks:
+        documents = []
     else:
         raise UserError(f"{run} is a model without a recipe, so it has no held-out text: name a file with --text")
+    questions = {name: _questions(name, documents) for name in tasks if not name.startswith(HARNESS)}
+    harness = _harness() if len(questions) < len(tasks) else None
+    result: dict[str, Any] = {"run": str(run)}
     with account():
-        measured = bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
-    return {"run": str(run), **measured}
+        if documents:
+            result |= bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
+        if tasks:
+            engine = Engine(loaded.model, loaded.tokenizer)
+            result["tasks"] = {
+                name: score_task(engine, questions[name], samples=samples)
+                if name in questions
+                else harness(engine, name.removeprefix(HARNESS))
+                for name in tasks
+            }
+    return result
+
+
+def write_evaluation(run: Path, result: dict[str, Any]) -> None:
+    """RUN/eval.json: the last evaluation."""
+    (run / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _questions(name: str, documents: Sequence[Document]) -> list[Question]:
+    return read_task(Path(name)) if name.endswith(".jsonl") else made_task(name, documents)
+
+
+def _harness() -> Callable[[Engine, str], dict[str, float]]:
+    try:
+        from baleen.eval.harness import score_by_harness
+    except ImportError as error:
+        raise UserError(f"tasks of lm-eval need it ({error}): pip install 'baleen-lm[eval]'") from None
+    return score_by_harness

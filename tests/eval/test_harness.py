@@ -1,0 +1,55 @@
+"""lm-eval on our engine, without a network: a task of local files, and numbers equal to our own."""
+
+import json
+
+import pytest
+
+lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.slow  # lm-eval and datasets take seconds to import
+
+CHOICE = """
+task: whale
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+WRITE = """
+task: song
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "nothing of the kind"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_local_tasks(tmp_path, monkeypatch):
+    from test_tasks import engine
+
+    from baleen.config import UserError
+    from baleen.eval.harness import score_by_harness
+    from baleen.eval.score import score_task
+    from baleen.eval.tasks import Choice
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    made = engine.__wrapped__() if hasattr(engine, "__wrapped__") else engine
+    rows = [{"prompt": "the whale", "choices": [" sings", " is"], "answer": a} for a in (0, 1, 1)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("whale", CHOICE), ("song", WRITE)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
+    ours = score_task(made, [Choice.model_validate(row) for row in rows])
+    assert score_by_harness(made, str(tmp_path / "whale.yaml"))["acc"] == ours["accuracy"]
+    assert score_by_harness(made, str(tmp_path / "song.yaml"))["exact_match"] == 0.0
+    with pytest.raises(UserError, match="is missing"):
+        score_by_harness(made, str(tmp_path / "none.yaml"))

@@ -1,0 +1,167 @@
+"""Tasks: what is a question, what is the right answer to it, and what a program may do."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from baleen.config import UserError, load_recipe
+from baleen.data.document import Document
+from baleen.data.tokenizer import train_tokenizer
+from baleen.eval.likelihood import likelihoods
+from baleen.eval.programs import pass_at_k, runs_without_fault
+from baleen.eval.score import beginning, score_task
+from baleen.eval.tasks import Choice, Cloze, Program, Write, made_task, read_task
+from baleen.eval.token_loss import token_nats
+from baleen.infer.engine import Engine
+from baleen.model.transformer import Transformer
+
+TEXT = "the whale sings a song to the sea and the sea sings back to the whale\n"
+CONNECT = """import socket
+server = socket.socket()
+server.bind(('127.0.0.1', 0))
+server.listen()
+socket.create_connection(server.getsockname(), 1)"""
+LEAVE_ONE_BEHIND = """import os, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(60)"""
+
+
+@pytest.fixture(scope="module")
+def engine():
+    tokenizer = train_tokenizer([TEXT * 4], 300)
+    sizes = [
+        "hidden_size=32",
+        "num_hidden_layers=2",
+        "vocab_size=320",
+        "num_attention_heads=2",
+        "max_position_embeddings=64",
+    ]
+    model = Transformer(load_recipe("cpu-s", [f"model.{size}" for size in sizes] + ["train.seq_len=64"]).model).eval()
+    model.init_weights(0)
+    return Engine(model, tokenizer)
+
+
+def test_likelihoods_are_those_of_a_plain_forward(engine):
+    ids = beginning(engine.tokenizer, TEXT)
+    whole, tail = likelihoods(engine, [(ids[:1], ids[1:]), (ids[:-3], ids[-3:])])
+    nats_T = token_nats(engine.model, [ids])[0]
+    assert whole.log_likelihood == pytest.approx(-float(nats_T.sum()), rel=1e-4) and whole.tokens == len(ids) - 1
+    assert tail.log_likelihood == pytest.approx(-float(nats_T[-3:].sum()), rel=1e-4) and not tail.greedy
+    long = likelihoods(engine, [(ids * 9, ids[:5])])[0]
+    assert long.tokens == 5
+
+
+def test_what_a_model_would_say_is_greedy(engine):
+    from baleen.infer.engine import Request
+    from baleen.infer.sampler import SamplingParams
+
+    ids = beginning(engine.tokenizer, "the whale")
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    said = list(engine.complete([Request(ids, params)])[0].token_ids)
+    assert likelihoods(engine, [(ids, said)])[0].greedy
+
+
+def test_the_likeliest_choice_counts(engine):
+    choices = (" sings", " xylophones of the sea and the whale")
+    by_length = Choice(prompt="the whale", choices=choices, answer=0)
+    scores = score_task(engine, [by_length, by_length.model_copy(update={"answer": 1})])
+    assert (
+        scores["accuracy"] == 0.5 and scores["questions"] == 2 and scores["stderr"] == pytest.approx(0.25**0.5 / 2**0.5)
+    )
+    one = score_task(engine, [by_length])  # a model that knows nothing gives the shorter text more
+    assert one["accuracy"] == 1.0
+
+
+def test_gaps_and_answers(engine):
+    scores = score_task(engine, [Cloze(text="the whale sings", gap=" a song")])
+    assert scores["accuracy"] in (0.0, 1.0) and math.log(scores["perplexity"]) == pytest.approx(math.log(300), rel=0.2)
+    said = score_task(engine, [Write(prompt="the whale", answers=("no such words",), max_tokens=4)])
+    assert said == {"exact_match": 0.0, "stderr": 0.0, "questions": 1}
+
+
+def test_programs_are_run_with_what_the_model_wrote(engine, monkeypatch):
+    from baleen.eval import score
+
+    seen = []
+    monkeypatch.setattr(score, "runs_without_fault", lambda program: bool(seen.append(program)) or len(seen) % 2 == 0)
+    question = Program(prompt="def one():\n", test="assert one() == 1", max_tokens=4)
+    assert score_task(engine, [question], samples=2) == {"pass@1": 0.5, "pass@2": 1.0, "questions": 1}
+    assert all(p.startswith("def one():\n") and p.endswith("\nassert one() == 1\n") for p in seen) and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        (["{"], "t.jsonl:1 is not valid JSON"),
+        (['{"prompt": "a"}'], "t.jsonl:1 has none of the keys"),
+        (['{"prompt": "a", "choices": ["b"], "answer": 0}'], "choices"),
+        (['{"prompt": "a", "choices": ["b", "c"], "answer": 2}'], "answer 2 is none of the 2"),
+        (['{"text": "a", "gap": "b"}', '{"prompt": "a", "answers": ["b"]}'], "of Cloze and Write"),
+        ([""], "of no kind"),
+        (['{"text": "a", "gap": "b", "gup": 1}'], "gup"),
+    ],
+)
+def test_a_file_that_is_no_task(tmp_path, lines, fault):
+    file = tmp_path / "t.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=fault):
+        read_task(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_task(tmp_path / "missing.jsonl")
+
+
+def test_a_task_file(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"text": "the sea sings", "gap": " back"}) + "\n\n")
+    assert read_task(file) == [Cloze(text="the sea sings", gap=" back")]
+
+
+def test_tasks_of_heldout_text():
+    lines = [f"line {n} of the whale's long song number {n * n} ends with waves\n" for n in range(9)]
+    documents = [Document("".join(lines), "a"), Document("".join(line.upper() for line in lines), "b")]
+    gaps = made_task("last-word", documents)
+    assert gaps and all(q.gap.lower() == " waves" and q.gap in q.text for q in gaps)
+    assert all(any(d.text.startswith(q.text + q.gap) for d in documents) for q in gaps)
+    turns = made_task("next-line", documents)
+    for turn in turns:
+        own = next(d for d in documents if d.text.startswith(turn.prompt))
+        assert own.text.startswith(turn.prompt + turn.choices[turn.answer])
+        assert len(turn.choices) == 4 and sum(choice in own.text for choice in turn.choices) == 1
+    assert len({turn.answer for turn in turns}) > 1
+    assert made_task("next-line", documents) == turns
+    with pytest.raises(UserError, match="no task 'first-word'"):
+        made_task("first-word", documents)
+    with pytest.raises(UserError, match="too short"):
+        made_task("last-word", [Document("short", "a")])
+
+
+def test_pass_at_k_is_unbiased():
+    assert pass_at_k(5, 0, 3) == 0.0 and pass_at_k(5, 5, 1) == 1.0 and pass_at_k(5, 3, 3) == 1.0
+    assert pass_at_k(4, 1, 2) == pytest.approx(0.5)
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("program", "passes"),
+    [
+        ("import json, random\nassert json.loads('1') == 1", True),
+        ("assert False", False),
+        ("import sys\nsys.exit(77)", False),
+        (CONNECT, False),
+        ("bytearray(10**9)", False),
+        ("open('f', 'w').write('x' * 10**7)", False),
+        ("import os\nassert not os.environ.get('PATH')", True),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))", False),
+    ],
+)  # fmt: skip
+def test_what_a_program_may_do(program, passes):
+    assert runs_without_fault(program) == passes
+
+
+def test_nothing_outlives_a_program():
+    runs_without_fault(LEAVE_ONE_BEHIND)
+    lines = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not [line for line in lines if b"DEATH_SIGNAL" in line]
