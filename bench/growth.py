@@ -1,6 +1,6 @@
 """How time per token and memory grow with context, experts, batch and vocabulary, beside what theory counts.
 
-    python bench/growth.py [--out docs/growth.json] [--only experts] [--shrink 8] [--json]
+    python bench/growth.py [--out docs/growth.json] [--only experts] [--precision bf16] [--shrink 8] [--json]
 
 Config S with one thing changed at a time, each point in a process of its own; rows are kept in --out as they come, and
 those that are there are not measured again. Then `python bench/growth_plot.py` draws them. Twelve minutes on two cores.
@@ -13,10 +13,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from contenders import machine
+
+from baleen.train.precision import resolve_precision
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -26,11 +30,16 @@ STEP_TOKENS = 16384  # of a training step, where experts grow; twice that where 
 LENGTH = 256
 
 
-def points(shrink: int) -> Iterator[dict[str, Any]]:
-    """What growth_point.py is asked: {axis, value, work, batch, length, steps, model}. shrink: so much less of all."""
+def points(precision: str, shrink: int) -> Iterator[dict[str, Any]]:
+    """What growth_point.py is asked: {axis, value, work, precision, batch, length, steps, model}.
+
+    precision: of training; decoding reads fp32. shrink: so much less of all.
+    """
 
     def point(axis: str, value: int, work: str, batch: int, length: int, steps: int, **model: int) -> dict[str, Any]:
-        return dict(axis=axis, value=value, work=work, batch=batch, length=length, steps=steps, model=model)
+        used = "fp32" if work == "decode" else precision
+        room = dict(batch=batch, length=length, steps=steps)
+        return dict(axis=axis, value=value, work=work, precision=used, **room, model=model)
 
     tokens = STEP_TOKENS // shrink
     contexts = [context for context in CONTEXTS if context <= 2 * tokens]
@@ -56,11 +65,11 @@ def measured(point: dict[str, Any]) -> dict[str, Any]:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of each kind of work: seconds per token and bytes at the last value over those at the first, and theory's."""
-    found = {}
-    for work, axis in dict.fromkeys((row["work"], row["axis"]) for row in rows):
-        mine = [row for row in rows if (row["work"], row["axis"]) == (work, axis)]
+    found, kind = {}, itemgetter("work", "precision", "axis")
+    for work, precision, axis in dict.fromkeys(map(kind, rows)):
+        mine = [row for row in rows if kind(row) == (work, precision, axis)]
         first, last = mine[0], mine[-1]
-        name = f"{work}, {axis} {first['value']} to {last['value']}"
+        name = f"{work} {precision}, {axis} {first['value']} to {last['value']}"
         for key in ("seconds", "bytes"):
             found[f"{name}: {key}"] = last[key] / first[key]
             found[f"{name}: {key} in theory"] = last["theory"][key] / first["theory"][key]
@@ -73,11 +82,13 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=["experts", "context", "batch", "vocabulary"]
     )
+    own = resolve_precision("auto", torch.device("cpu"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=own, help="of training; here: %(default)s")
     parser.add_argument("--shrink", type=int, default=1, help="a power of two: try it out with so much less work")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    for point in points(args.shrink):
+    for point in points(args.precision, args.shrink):
         if point["axis"] not in args.only or any(point.items() <= row.items() for row in rows):
             continue
         rows.append(measured(point))

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ def of_memory(rows: list[dict[str, Any]]) -> list[Line]:
 
 
 def drawing(rows: list[dict[str, Any]], unit: str, lines: Callable[[list[dict[str, Any]]], list[Line]]) -> str:
-    kinds = dict.fromkeys((row["work"], row["axis"]) for row in rows)
+    kind = itemgetter("work", "precision", "axis")
+    kinds = dict.fromkeys(map(kind, rows))
     height = -(-len(kinds) // COLUMNS) * HEIGHT
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {COLUMNS * WIDTH} {height}">', STYLE]
-    for i, (work, axis) in enumerate(kinds):
-        mine = sorted((row for row in rows if (row["work"], row["axis"]) == (work, axis)), key=lambda row: row["value"])
+    for i, (work, precision, axis) in enumerate(kinds):
+        mine = sorted((row for row in rows if kind(row) == (work, precision, axis)), key=itemgetter("value"))
         out.append(f'<g transform="translate({i % COLUMNS * WIDTH} {i // COLUMNS * HEIGHT})">')
-        out += panel(f"{work}, {axis}: {unit}", [row["value"] for row in mine], lines(mine))
+        out += panel(f"{work} {precision}, {axis}: {unit}", [row["value"] for row in mine], lines(mine))
         out.append("</g>")
     return "\n".join([*out, "</svg>\n"])
 

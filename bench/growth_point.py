@@ -25,14 +25,13 @@ from baleen.cost.memory import rank_memory
 from baleen.infer.native.runner import fastest_runner
 from baleen.model.cache import Batch, LatentPages
 from baleen.train.loss import training_loss
-from baleen.train.precision import keep_freed_memory, resolve_precision
+from baleen.train.precision import Precision, keep_freed_memory
 from baleen.train.probe import process_bytes
 
 
-def train(batch: int, length: int, steps: int, model: dict[str, int]) -> dict[str, Any]:
+def train(precision: Precision, batch: int, length: int, steps: int, model: dict[str, int]) -> dict[str, Any]:
     before = known_bytes("VmRSS")
     net = network("S", **model, max_position_embeddings=length).train()
-    precision = resolve_precision("auto", net.device)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         return training_loss(net, ids, mtp_loss_weight=0.0, balance_loss_weight=0.0).total
@@ -98,5 +97,5 @@ def bytes_read(cfg: ModelConfig, batch: int, context: int) -> float:
 if __name__ == "__main__":
     keep_freed_memory()
     point = json.load(sys.stdin)
-    work = {"train": train, "decode": decode}[point["work"]]
-    print(json.dumps(work(point["batch"], point["length"], point["steps"], point["model"])))
+    asked = {key: point[key] for key in ("batch", "length", "steps", "model")}
+    print(json.dumps(decode(**asked) if point["work"] == "decode" else train(point["precision"], **asked)))

@@ -168,7 +168,7 @@ def test_kernels_for_other_cpus_equal_their_twins(arch, tmp_path):
         pytest.skip(f"this CPU has no {needs}")
     env = {**os.environ, "BALEEN_NATIVE_ARCH": arch, "BALEEN_NATIVE": "require", "XDG_CACHE_HOME": str(tmp_path)}
     tests = ["tests/infer/test_native.py", "tests/model/test_fused.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout and "skipped" not in done.stdout
