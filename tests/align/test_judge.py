@@ -52,7 +52,7 @@ def file(tmp_path):
 def test_whatever_goes_wrong_is_nothing_and_counted(file):
     names = ["fine", "raises", "hangs", "dies", "nan", "infinite", "nothing", "calls_home"]
     spec = {name: f"{file}:{name}" for name in names}
-    with Judge(list(spec.values()), 0.5) as judge:
+    with Judge(list(spec.values()), 60.0) as judge:
 
         def score(name, completion="abc"):
             return judge.score(spec[name], "2+2=", completion, "4")
@@ -66,7 +66,9 @@ def test_whatever_goes_wrong_is_nothing_and_counted(file):
         assert score("calls_home") == (0.0, "raised")
         assert "network" in judge.last_error
         assert score("hangs", "fine") == (1.0, None)
+        judge.seconds = 0.2
         assert score("hangs", "hang") == (0.0, "timed_out")
+        judge.seconds = 60.0
         assert score("dies") == (0.0, "timed_out")
         assert score("fine") == (3.5, None)  # a new process took over
         assert judge.failures == {"raised": 3, "timed_out": 2, "not_finite": 2}
