@@ -1,5 +1,8 @@
 """Training on from weights that exist: MTP layers behind a frozen trunk, constants kept, copies parted, resumable."""
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk
 from baleen.train.own_text import assistant_opening, beginnings
+from baleen.train.rundir import Metrics
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants
 
 
@@ -94,11 +98,14 @@ def test_distillation_equals_its_twin():
 
 
 @pytest.mark.parametrize("only", ["mtp", "all"])
-def test_resumed_equals_straight(tmp_path, base, recipe, only):
+def test_stopped_by_sigterm_and_resumed_equals_straight(tmp_path, base, recipe, only, monkeypatch):
     base()
     whole = recipe(own=6, checkpoint_every=3, router_jitter=0.2)
     train_on(whole, tmp_path / "straight", only=only)
-    train_on(whole, tmp_path / "resumed", only=only, max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", lambda self, row: row["step"] == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        stopped = train_on(whole, tmp_path / "resumed", only=only)
+    assert (stopped["status"], stopped["step"]) == ("stopped", 4)
     train_on(whole, tmp_path / "resumed", only=only, resume=True)
     one, other = (load_model(tmp_path / name / "model").state_dict() for name in ("straight", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -18,7 +18,7 @@ from baleen.train import checkpoint, loop
 from baleen.train.checkpoint import load_newest
 from baleen.train.display import Display
 from baleen.train.loop import train
-from baleen.train.rundir import Metrics, read_metrics
+from baleen.train.rundir import Metrics, open_run, read_metrics
 from baleen.train.trainer import Trainer, max_violation
 
 NOT_REPEATED = ("seconds", "tokens_per_second", "usd")
@@ -162,6 +162,11 @@ def test_a_kill_between_checkpoint_and_the_next_step_loses_no_row(tiny_recipe, t
     assert curves(tmp_path / "killed") == curves(tmp_path / "straight")
 
 
+def test_a_model_that_ends_elsewhere_than_its_tokenizer_is_refused(tiny_recipe, tmp_path):
+    with pytest.raises(UserError, match="set model.eos_token_id=1"):
+        run(tiny_recipe(model={"eos_token_id": 5}), tmp_path / "run", max_steps=1)
+
+
 # --- run directories that are refused
 
 
@@ -171,6 +176,17 @@ def test_an_existing_run_wants_resume(tiny_recipe, tmp_path):
     with pytest.raises(UserError, match="already holds this run: add --resume"):
         run(tiny_recipe(), tmp_path / "run")
     assert tree(tmp_path) == before
+
+
+def test_two_processes_do_not_resume_the_same_run(tiny_recipe, tmp_path):
+    recipe = tiny_recipe()
+    run(recipe, tmp_path / "run", max_steps=1)
+    before = tree(tmp_path)
+    with open_run(tmp_path / "run", recipe, resume=True):
+        with pytest.raises(UserError, match="another process is at work"):
+            run(recipe, tmp_path / "run", resume=True, max_steps=2)
+        assert tree(tmp_path) == before
+    assert run(recipe, tmp_path / "run", resume=True, max_steps=2)[0]["step"] == 2
 
 
 @pytest.mark.parametrize("resume", [False, True])

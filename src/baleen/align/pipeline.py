@@ -56,9 +56,12 @@ class Pipeline:
         self.recipe, self.run_dir, self.display, self.max_steps = recipe, run_dir, display, max_steps
 
     def run(self, resume: bool) -> dict[str, Any]:
-        recipe = self.recipe
         require_one_process("post-training")
-        open_run(self.run_dir, recipe, resume=resume)
+        with open_run(self.run_dir, self.recipe, resume=resume):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        recipe = self.recipe
         for number, stage in enumerate(recipe.stages):
             if self.is_done(number):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,7 @@ from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
 from baleen.train.display import Display
 from baleen.train.draft import draft_loss, freeze_trunk
-from baleen.train.loop import device, run_stage
+from baleen.train.loop import Interruption, device, run_stage
 from baleen.train.loss import training_loss
 from baleen.train.own_text import own_text
 from baleen.train.precision import Precision, computing_in, keep_freed_memory, resolve_precision
@@ -51,8 +52,8 @@ def train_on(
     """Train the model of `recipe.base` on, into `run_dir`: all of it, or only its MTP layers behind a frozen trunk.
 
     Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb,
-    closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will. Ctrl-C saves
-    and returns. Raises UserError for bad input, having overwritten nothing.
+    closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will. Ctrl-C and
+    SIGTERM save and return. Raises UserError for bad input, having overwritten nothing.
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
@@ -67,7 +68,13 @@ def train_on(
     if only == "mtp" and not loaded.model.mtp_layers:
         raise UserError(f"{recipe.base} has no MTP layer to train: make it with `baleen upcycle ... --mtp 1`")
     check_data(recipe.data)  # what is refused leaves neither directory nor cost
-    open_run(run_dir, recipe, resume=resume)
+    with open_run(run_dir, recipe, resume=resume):
+        return _train_on(recipe, run_dir, loaded, only, math.inf if max_steps is None else max_steps, display)
+
+
+def _train_on(
+    recipe: ContinuedRecipe, run_dir: Path, loaded: Loaded, only: Only, max_steps: float, display: Display
+) -> dict[str, Any]:
     with run_stage(recipe.cost, run_dir, "data"):
         prepared = prepare(
             recipe.data,
@@ -89,7 +96,7 @@ def train_on(
             )  # fmt: skip
     with run_stage(recipe.cost, run_dir, "pretrain" if recipe.context is None else "extend") as stage, display:
         run = _Run(recipe, run_dir, loaded, texts, only, stage, display)
-        status = run.train(math.inf if max_steps is None else max_steps)
+        status = run.train(max_steps)
     if status == "stopped":
         display.say(f"stopped at step {run.counters.step} and saved; go on with --resume")
         return run.summary(status, None)
@@ -153,25 +160,22 @@ class _Run:
         return max(self.counters.tokens, by_clock)
 
     def train(self, last_step: float) -> str:
-        """Steps until the tokens or the steps are used up, or Ctrl-C; returns "done" or "stopped"."""
+        """Steps until the tokens or the steps are used up, or Ctrl-C or SIGTERM; returns "done" or "stopped"."""
         metrics, train, before = Metrics(self.run_dir, self.counters.step), self.recipe.train, self.counters.seconds
-        tokens_before, status = self.counters.tokens, "done"
+        tokens_before = self.counters.tokens
         self.model.train()
-        try:
-            while self.position < train.tokens and self.counters.step < last_step:
+        with closing(metrics), Interruption() as interruption:
+            while self.position < train.tokens and self.counters.step < last_step and not interruption.wanted:
                 metrics.write(self._step())
                 tokens = self.counters.tokens - tokens_before
                 self.stage.progress(tokens=tokens, productive_seconds=self.counters.seconds - before)
                 if train.checkpoint_every and self.counters.step % train.checkpoint_every == 0:
                     self._save()
-        except KeyboardInterrupt:
-            status = "stopped"
+        if interruption.wanted:
             self.stage.interrupted()
-        finally:
-            metrics.close()
         self._save()
         self.model.eval()
-        return status
+        return "stopped" if interruption.wanted else "done"
 
     def _step(self) -> dict[str, Any]:
         started, train, counters = time.monotonic(), self.recipe.train, self.counters

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,23 @@ def train(
     Under torchrun every process calls this, and all get the same summary. Then nothing is sampled or held out on the
     way (heldout_bpb is None: see `baleen eval`), and weights_sha256 is over all ranks' parts.
     """
-    with joined(recipe.parallel.timeout_seconds) as ranks:
-        return _train(recipe, run_dir, ranks, resume, max_steps, track, display or Display(quiet=ranks.rank > 0))
+    with joined(recipe.parallel.timeout_seconds) as ranks, ExitStack() as claim:
+        grid = check_layout(recipe, ranks)
+        ranks.lead(lambda: check_data(recipe.data))  # what is refused leaves neither directory nor cost
+        ranks.lead(lambda: claim.enter_context(open_run(run_dir, recipe, resume=resume)))
+        return _train(recipe, run_dir, ranks, grid, max_steps, track, display or Display(quiet=ranks.rank > 0))
 
 
 def _train(
     recipe: Recipe,
     run_dir: Path,
     ranks: Ranks,
-    resume: bool,
+    grid: Grid,
     max_steps: int | None,
     track: TrackerKind,
     display: Display,
 ) -> dict[str, Any]:
     """`train` on one of several ranks: rank 0 keeps the run directory and the ledger."""
-    grid = check_layout(recipe, ranks)
-    ranks.lead(lambda: check_data(recipe.data))  # what is refused leaves neither directory nor cost
-    ranks.lead(lambda: open_run(run_dir, recipe, resume=resume))
     tracker = open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump())
     keep_freed_memory()
     with run_stage(recipe.cost, run_dir, "data", ranks):
@@ -339,7 +340,7 @@ def device() -> torch.device:
 
 
 def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
-    return prepare(
+    prepared = prepare(
         recipe.data,
         vocab_size=recipe.model.vocab_size,
         seq_len=recipe.train.seq_len,
@@ -347,6 +348,13 @@ def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
         cache_dir=run_dir / "data",
         progress=display.say,
     )
+    ends = {"bos_token_id": prepared.tokenizer.bos_id, "eos_token_id": prepared.tokenizer.eos_id}
+    for key, id in ends.items():  # what other engines begin and stop at
+        if id is not None and id != getattr(recipe.model, key):
+            raise UserError(
+                f"model.{key}={getattr(recipe.model, key)}, but the tokenizer's is {id}: set model.{key}={id}"
+            )
+    return prepared
 
 
 def run_stage(cost: CostConfig, run_dir: Path, name: StageName, ranks: Ranks = ALONE) -> Stage:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,13 +17,34 @@ METRICS = "metrics.jsonl"
 BEFORE_TRAINING = {RECIPE, "run_id", "data", "tensorboard", "wandb"}  # what a run makes until its first step
 
 
-def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
-    """Claim `run_dir` for this recipe, or find it claimed by the same one and resumed.
+@contextmanager
+def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> Iterator[None]:
+    """Claim `run_dir` for this recipe, or find it claimed by the same one and resumed; nobody else writes meanwhile.
 
     A claim under which no step was trained, as bad input leaves it, is taken over.
 
-    Raises UserError, having changed nothing, if the directory holds another run, other files, or is not writable.
+    Raises UserError, having changed nothing, if the directory holds another run or other files, is not writable, or
+    another process is at work in it.
     """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        directory = os.open(run_dir, os.O_RDONLY)
+    except FileExistsError:
+        raise UserError(f"{run_dir} is a file, it is not a run: choose another --run directory") from None
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {run_dir}: wait until it ends, or stop it") from None
+        _claim(run_dir, recipe, resume)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
     file = run_dir / RECIPE
     if file.is_file():
         other = _apart_from_layout(read_recipe(type(recipe), file)) != _apart_from_layout(recipe)
@@ -34,10 +58,9 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> None:
             raise UserError(f"{run_dir} already holds this run: add --resume to continue it, or choose another --run")
         write_aside(file, recipe.to_toml())
         return
-    if run_dir.exists() and (not run_dir.is_dir() or any(p.name != "run_id" for p in run_dir.iterdir())):
+    if any(path.name != "run_id" for path in run_dir.iterdir()):
         raise UserError(f"{run_dir} holds something that is not a run: choose another --run directory")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_aside(file, recipe.to_toml())
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
