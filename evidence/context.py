@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import largest_jump
 from needles import questions_of, write_needles
 
 from baleen.config import Recipe, read_recipe
@@ -25,6 +26,7 @@ from baleen.train.context import with_context
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContextConfig, ContinuedRecipe
 from baleen.train.loop import run_stage, train
+from baleen.train.rundir import read_metrics
 
 CHARS = {256: 750, 1024: 3000, 4096: 12500}  # of a document that fits so many tokens
 STAGES = ("extend-1k", "extend-4k")
@@ -32,33 +34,36 @@ DOCUMENTS = {256: 128, 1024: 32, 4096: 12}  # that are asked, of those held out
 BINS = (0, 256, 1024, 2048, 4096)  # positions over which losses are averaged
 
 
-def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> dict[str, Any]:
-    """{measure: value} of a base trained on 256 tokens and extended to 1K and 4K with the recipe's rope.
+def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> tuple[dict[str, Any], list[Path]]:
+    """{measure: value} of a base trained on 256 tokens and extended to 1K and 4K with the recipe's rope, and the runs
+    that it took.
 
-    The base is trained without that rope; arms that differ in it alone share it. Raises KeyboardInterrupt if stopped.
+    The base is trained without that rope; arms that differ in it alone share it, and the first one pays for it. Raises
+    KeyboardInterrupt if stopped.
     """
     short = _short(recipe, cache)
     base = cache.parent / f"context-base-{recipe.train.seed}"
-    _finished(train(short, base, resume=(base / "checkpoints").exists()) if _unfinished(base) else {"status": "done"})
+    paid = base / "paid-by"  # the row whose account it is in
+    if _unfinished(base):
+        _finished(train(short, base, resume=(base / "checkpoints").exists()))
+        paid.write_text(run_dir.name, encoding="utf-8")
     context = ContextConfig.model_validate(
         {"max_position_embeddings": recipe.model.max_position_embeddings, "rope_scaling": recipe.model.rope_scaling}
     )
     before, tokenizer, _ = load(base)
     measured = {f"before_{k}": v for k, v in _measured(with_context(before, context), tokenizer, recipe, cache).items()}
-    last, seconds = base, 0.0
-    for number, name in enumerate(STAGES):
-        stage_dir = run_dir if number == len(STAGES) - 1 else run_dir.with_name(f"{run_dir.name}-1k")
-        stage = _stage(name, recipe, last, cache)
-        if _unfinished(stage_dir):
-            summary = train_on(stage, stage_dir, only="all", resume=(stage_dir / "checkpoints").exists())
-            _finished(summary)
-            seconds += summary["train_seconds"]
-        last = stage_dir
-    after, _, _ = load(last)
+    last, run_dirs = base, []
+    for name in STAGES:
+        run_dirs.append(run_dir if name == STAGES[-1] else run_dir.with_name(f"{run_dir.name}-{name}"))
+        if _unfinished(run_dirs[-1]):
+            resume = (run_dirs[-1] / "checkpoints").exists()
+            _finished(train_on(_stage(name, recipe, last, cache), run_dirs[-1], only="all", resume=resume))
+        last = run_dirs[-1]
     with run_stage(recipe.cost, run_dir, "eval"):
-        return measured | _measured(after, tokenizer, recipe, cache) | {
-            "seconds": seconds, "largest_jump": 0.0, "skipped": 0
-        }  # fmt: skip
+        measured |= _measured(load(last).model, tokenizer, recipe, cache)
+    losses = [row["loss"] for done in run_dirs for row in read_metrics(done)]
+    measured |= {"largest_jump": largest_jump(losses), "skipped": losses.count(None)}
+    return measured, run_dirs + [base] * (paid.read_text(encoding="utf-8") == run_dir.name)
 
 
 def _unfinished(run_dir: Path) -> bool:
@@ -98,15 +103,13 @@ def _stage(name: str, recipe: Recipe, base: Path, cache: Path) -> ContinuedRecip
 def _measured(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, cache: Path) -> dict[str, float]:
     """recall_T: share of needles that are recalled in documents of T tokens; of the longest also by depth, in quarters.
 
-    bpb_FROM: bits per byte at positions from FROM to the next of BINS, of the longest documents.
+    bits_from_P: bits a token at positions from P to the next of BINS, of the longest documents.
     """
     measured: dict[str, float] = {}
     for length, count in DOCUMENTS.items():
         found: list[tuple[float, bool]] = []
-        nats = torch.zeros(len(BINS) - 1, dtype=torch.float64)
-        tokens = torch.zeros_like(nats)
-        documents = _heldout(length, recipe, cache)[:count]
-        for document in documents:
+        nats, tokens = torch.zeros(2, len(BINS) - 1, dtype=torch.float64)
+        for document in _heldout(length, recipe, cache)[:count]:
             recalled, losses_T = _asked(model, tokenizer, document.text)
             found += recalled
             for i, (start, stop) in enumerate(zip(BINS, BINS[1:], strict=False)):
@@ -117,7 +120,6 @@ def _measured(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, cache: P
             for quarter in range(4):
                 inside = [right for depth, right in found if quarter <= depth * 4 < quarter + 1]
                 measured[f"recall_quarter_{quarter + 1}"] = statistics.mean(inside)
-            # bytes a token are the same for both arms, so bits a token say as much
             bits = nats / tokens / math.log(2)
             measured |= {f"bits_from_{start}": float(b) for start, b in zip(BINS, bits, strict=False)}
     return measured

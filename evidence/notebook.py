@@ -16,6 +16,7 @@ from pathlib import Path
 
 from claim import HERE, SWEEP, Notebook, Row, interval
 from page import write_pages
+from studies import STUDIES, run_study
 
 from baleen.config import UserError
 
@@ -43,13 +44,13 @@ def run_row(notebook: Notebook, name: str, arm: str, seed: int, runs: Path) -> R
     if recipe is None or digest is None:
         raise UserError(f"{name} is tuned by a sweep: run {claim.tuned_by.get(arm, SWEEP)} first")
     say(f"{name}: {arm}, seed {seed}")
-    run_dir = runs / digest
+    run_dirs = [runs / digest]
     if claim.extended:
-        measured = extend_row(recipe, run_dir, cache=runs / "data")
+        measured, run_dirs = extend_row(recipe, runs / digest, cache=runs / "data")
     else:
-        measured = train_row(recipe, run_dir, claim.key_value_heads.get(arm), cache=runs / "data")
-    row = {"hash": digest, "claim": name, "arm": arm, "seed": seed, "measured": measured, **account_of(run_dir)}
-    thrown_away(run_dir)
+        measured = train_row(recipe, runs / digest, claim.key_value_heads.get(arm), cache=runs / "data")
+    row = {"hash": digest, "claim": name, "arm": arm, "seed": seed, "measured": measured, **account_of(run_dirs)}
+    thrown_away([run_dir for run_dir in run_dirs if run_dir.name.startswith(digest)])  # a base is for several arms
     return row
 
 
@@ -92,6 +93,9 @@ def main() -> None:
     try:
         if not asked.page:
             run_missing(notebook, asked.claims or list(notebook.claims), RUNS)
+            for name in STUDIES if not asked.claims else ():
+                if not (HERE / "rows" / f"study-{name}.json").is_file():
+                    run_study(name)
     finally:
         write_pages(notebook, ROOT)
 

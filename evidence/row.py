@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,11 @@ def _active(recipe: Recipe, model: Transformer) -> int:
     return total - layers * idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
 
 
-def account_of(run_dir: Path) -> dict[str, Any]:
-    """What the ledger has of a row, evaluation and interrupted parts included."""
-    lab = run_dir.parent
-    stages = read_ledger(lab).of_run(find_run(lab, run_dir))
+def account_of(run_dirs: Sequence[Path]) -> dict[str, Any]:
+    """What the ledger has of a row's runs, evaluation and interrupted parts included."""
+    lab = run_dirs[0].parent
+    ledger = read_ledger(lab)
+    stages = [stage for run_dir in run_dirs for stage in ledger.of_run(find_run(lab, run_dir))]
     return {
         "device_hours": sum(stage.device_hours for stage in stages),
         "usd": sum(stage.usd for stage in stages),
@@ -144,6 +146,7 @@ def _processor() -> str:
     return names[0].partition(": ")[2] if names else platform.machine()
 
 
-def thrown_away(run_dir: Path) -> None:
+def thrown_away(run_dirs: Sequence[Path]) -> None:
     """The weights go; the ledger stands beside them and stays."""
-    shutil.rmtree(run_dir)
+    for run_dir in run_dirs:
+        shutil.rmtree(run_dir)

@@ -242,14 +242,13 @@ def _cell(key: str, value: Any) -> str:
     return "not finite" if value is None else str(value)
 
 
-def main() -> None:
-    for name in sys.argv[1:] or STUDIES:
-        table = STUDIES[name].run()
-        file = HERE / "rows" / f"study-{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        print("\n".join(read_study(name, STUDIES[name], HERE)))
+def run_study(name: str) -> None:
+    file = HERE / "rows" / f"study-{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(STUDIES[name].run(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    for study in sys.argv[1:] or STUDIES:
+        run_study(study)
+        print("\n".join(read_study(study, STUDIES[study], HERE)))
