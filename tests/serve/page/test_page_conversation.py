@@ -113,6 +113,16 @@ def test_a_damaged_export_changes_nothing(visit, tmp_path):
         assert chat.titles() == ["hello"], name
 
 
+KEPT_RUNNING = """async () => {
+    const done = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+    const store = await done(indexedDB.open('baleen', 1));
+    const kept = await done(store.transaction('conversations').objectStore('conversations').getAll());
+    store.close();
+    const nodes = kept.flatMap((conversation) => Object.values(conversation.nodes));
+    return nodes.some((node) => node.state === 'running' && node.content.length > 20);
+}"""
+
+
 def test_stop_and_reload_in_the_midst_of_an_answer(visit):
     chat = visit({"long": "word " * 100})
     page = chat.page
@@ -133,7 +143,7 @@ def test_stop_and_reload_in_the_midst_of_an_answer(visit):
     chat.engine.steps_left = 5
     chat.button("Regenerate answer").click()  # and leave while it is on its way
     chat.until("document.querySelector('.running > .markdown')?.textContent.length > 20")
-    page.wait_for_timeout(1300)  # it is saved once a second
+    chat.until(KEPT_RUNNING)  # it is saved once a second
     page.reload()
     chat.last().get_by_text("Stopped.").wait_for()
     page.get_by_label("Version 2 of 2").wait_for()
