@@ -21,7 +21,7 @@ MACHINE = {
     "product_tb_s_fp32": 0.03, "product_call_us_fp32": 10.0, "attention_forward_tflops": 0.05,
     "attention_backward_tflops": 0.05,
 }  # fmt: skip
-TRUTH = {"streaming_tb_s": 0.05, "layer_overhead_us": 900.0, "update_tb_s": 0.015}
+TRUTH = {"streaming_tb_s": 0.05, "layer_overhead_us": 900.0, "copy_overhead_ns": 500.0, "update_tb_s": 0.015}
 
 
 def steps(machine, peak=0.0):

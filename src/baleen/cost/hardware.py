@@ -72,6 +72,7 @@ class Hardware(Strict):
     attention_backward_tflops: PositiveFloat | None = None
     streaming_tb_s: PositiveFloat | None = None  # of elementwise operators on activations, part of them in caches
     layer_overhead_us: NotNegative = 0.0  # per layer and micro-batch, whatever its size
+    copy_overhead_ns: NotNegative = 0.0  # per copy of a token that goes to an expert and back, whatever its width
     update_tb_s: PositiveFloat | None = None  # of gradient clipping and the optimizer
     process_gb: NotNegative = 0.0  # of libraries and their kernels, beside all tensors
     purchase_usd: tuple[PositiveFloat, PositiveFloat] | None = None

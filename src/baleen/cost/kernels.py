@@ -158,7 +158,8 @@ def layer_kernels(
             total += product(hardware, precision, _split(matmul, layout.tensor), tokens)
     core = attention_seconds(arch, hardware, tokens, seq_len, precision, attention)
     elementwise = elementwise_bytes(arch, layout, precision, moe) * tokens / _bandwidth(hardware)
-    elementwise += hardware.layer_overhead_us / 3e6
+    copies = tokens * arch.num_experts_per_tok if moe else 0
+    elementwise += hardware.layer_overhead_us / 3e6 + copies * hardware.copy_overhead_ns / 3e9
     return total._replace(attention=core.times(1 / layout.tensor), elementwise=Seconds(elementwise, 2 * elementwise))
 
 

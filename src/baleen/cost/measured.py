@@ -1,7 +1,8 @@
 """What measurements of a machine mean: the few rates that explain its products and its training steps.
 
 A product takes FLOPs over a rate, its operands over another, and a call. A training step takes its products and its
-attention (times what they are slower inside training), streams its activations, pays for each layer, and updates.
+attention (times what they are slower inside training), streams its activations, pays for each layer and for each copy
+that goes to an expert, and updates.
 Sums of non-negative terms, fitted by least squares on relative errors.
 """
 
@@ -23,6 +24,8 @@ from baleen.cost.step import step_time
 from baleen.cost.workload import Workload
 
 INSIDE_TRAINING = (1.0, 0.2)  # products and attention inside training against alone: what is believed, and how firmly
+
+OVERHEADS = ("layer_overhead_us", "copy_overhead_ns")  # cells of time that is spent whatever the widths
 
 
 class Products(NamedTuple):
@@ -50,24 +53,26 @@ def fit_products(products: Sequence[Sequence[float]], width: int) -> Products:
 
 
 def fit_training(name: str, cells: dict[str, float], steps: Sequence[Step]) -> dict[str, float]:
-    """The cells of a device with those that only training shows: streaming_tb_s, layer_overhead_us, update_tb_s,
-    process_gb; and with products and attention as slow as they are inside training."""
+    """The cells of a device with those that only training shows: streaming_tb_s, layer_overhead_us, copy_overhead_ns,
+    update_tb_s, process_gb; and with products and attention as slow as they are inside training."""
 
     def device(**changes: float) -> Hardware:
         return Hardware.model_validate({"name": name, "title": name, "generation": "cpu", **cells, **changes})
 
-    unit = {"streaming_tb_s": 1.0, "update_tb_s": 1.0, "layer_overhead_us": 0.0}
-    bare, per_layer = device(**unit), device(**{**unit, "layer_overhead_us": 1.0})
+    unit = {"streaming_tb_s": 1.0, "update_tb_s": 1.0}
+    bare = device(**unit)
+    overheads = [device(**unit, **{cell: 1.0}) for cell in OVERHEADS]
     terms = []
     for step in steps:
-        phases, longer = (step_time(workload(step, on), Calibration()).phases for on in (bare, per_layer))
+        phases, *longer = (step_time(workload(step, on), Calibration()).phases for on in (bare, *overheads))
         products = phases["matmul"] + phases["grouped_matmul"] + phases["attention"]
-        layers = longer["elementwise"] - phases["elementwise"]
-        terms.append([products, phases["elementwise"], layers, phases["optimizer"]])
+        added = [with_one["elementwise"] - phases["elementwise"] for with_one in longer]
+        terms.append([products, phases["elementwise"], phases["optimizer"], *added])
     seconds = np.array([step.seconds for step in steps])
     believed, deviation = INSIDE_TRAINING
-    rows = np.vstack([np.array(terms) / seconds[:, None], [[0.1 / deviation, 0, 0, 0]]])
-    slower, stream, layer, update = non_negative(rows, np.append(np.ones(len(steps)), 0.1 / deviation * believed))
+    rows = np.vstack([np.array(terms) / seconds[:, None], [[0.1 / deviation, *[0] * (2 + len(OVERHEADS))]]])
+    found = non_negative(rows, np.append(np.ones(len(steps)), 0.1 / deviation * believed))
+    slower, stream, update, *overhead = map(float, found)
     out = dict(cells)
     for cell in cells:
         if cell.startswith(("achieved_", "product_tb_s_", "attention_")):
@@ -78,7 +83,7 @@ def fit_training(name: str, cells: dict[str, float], steps: Sequence[Step]) -> d
         out["streaming_tb_s"] = 1 / stream
     if update:
         out["update_tb_s"] = 1 / update
-    out["layer_overhead_us"] = layer
+    out |= dict(zip(OVERHEADS, overhead, strict=True))
     beside = [step.peak_bytes - memory.total for step in steps
               if step.peak_bytes and (memory := memory_of(workload(step, bare)))]  # fmt: skip
     if beside:
