@@ -36,8 +36,10 @@ class RankCount(NamedTuple):
 
     rank: int
     parameters: int
-    weights: int
+    weights: int  # between steps, as are the gradients
     gradients: int
+    step_weights: int  # within one: gathered, or with ZeRO-3 as before
+    step_gradients: int
     optimizer: int  # AdamW's two moments
     kept: int  # for the backward of one micro-batch
     traffic: dict[str, int]  # bytes handed to each kind of collective, for one micro-batch with its reduction
@@ -82,13 +84,15 @@ def _count_fakes(
             _pass(team, objective, MicroBatch(tokens, None, None, 1.0))
         own = {p.untyped_storage()._cdata for p in team.parameters.values()}
         weights = sum(p.numel() * p.element_size() for p in team.parameters.values())
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in team.parameters.values() if p.grad is not None)
+        whole = sum(p.numel() * p.element_size() for part in team.parts for _, p in part.named_parameters())
         return RankCount(
             rank=rank,
             parameters=sum(p.numel() for p in team.parameters.values()),
             weights=weights,
-            gradients=sum(
-                p.grad.numel() * p.grad.element_size() for p in team.parameters.values() if p.grad is not None
-            ),
+            gradients=gradients,
+            step_weights=weights if parallel.zero == 3 else whole,
+            step_gradients=whole if parallel.zero <= 1 else gradients,
             optimizer=2 * weights,
             kept=sum(size for storage, size in kept.items() if storage not in own),
             traffic=dict(traffic.bytes),

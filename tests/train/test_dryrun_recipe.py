@@ -1,0 +1,29 @@
+"""The dry run of a recipe, beside the cost engine's formulas."""
+
+import pytest
+
+from baleen.config import Recipe, UserError
+from baleen.train.dryrun import dry_run_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def recipe(config, **parallel):
+    train = {"tokens": 1e6, "batch_tokens": 16 * 2 * 16, "seq_len": 16, "micro_batch_size": 1, "lr": 1e-3}
+    return Recipe.model_validate({"model": config.model_dump(), "train": train, "parallel": parallel})
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"pipeline": 2, "expert": 2}, {"zero": 0}])
+def test_bytes_of_a_rank_are_the_cost_engines(tiny_config, parallel):
+    told = dry_run_recipe(recipe(tiny_config(num_hidden_layers=6), **parallel), 4)
+    for word, bytes_ in told["cost_memory"].items():
+        assert bytes_["counted"] == pytest.approx(bytes_["formula"], rel=0.01), word
+    (fullest,) = [max(told["ranks"], key=lambda rank: rank["step_weights"])]
+    static = fullest["step_weights"] + fullest["step_gradients"] + fullest["optimizer"]
+    under_way = 5 / 2 if "pipeline" in parallel else 1  # DualPipeV: one more than the stages, of two a rank
+    assert told["fullest_rank_bytes"] == static + under_way * fullest["kept"]
+
+
+def test_a_batch_that_does_not_fill_the_pipeline_is_impossible(tiny_config):
+    with pytest.raises(UserError, match="do not fill 4 ranks of dualpipev"):
+        dry_run_recipe(recipe(tiny_config(num_hidden_layers=8), pipeline=4, expert=1).model_copy(), 64)
