@@ -88,18 +88,20 @@ class Race:
         """Runs from the middle of the grid towards ever better neighbours; the first is the best one, with all its
         neighbours among the others."""
         tried: dict[tuple[int, int], Row] = {}
-        at = (0, 0)
+        best = (0, 0)
         while True:
-            step, size = at
-            near = [at, (step - 1, size), (step + 1, size)]
-            near += [(step, size - 1), (step, size + 1)] if who.has_sizes else []
-            for place in near:
-                if place not in tried:
-                    tried[place] = self.run(who, lr=who.lr * LR_RATIO ** place[0], size=place[1], minutes=minutes)
-            best = min(near, key=lambda place: tried[place]["bits_per_byte"])
-            if best == at:
+            step, size = at = best
+            rates = [(step - 1, size), (step + 1, size)]
+            sizes = [(step, size - 1), (step, size + 1)] if who.has_sizes else []
+            for near in (rates, sizes):  # sizes are compared at a rate that is best for one of them
+                for place in (at, *near):
+                    if place not in tried:
+                        tried[place] = self.run(who, lr=who.lr * LR_RATIO ** place[0], size=place[1], minutes=minutes)
+                best = min((at, *near), key=lambda place: tried[place]["bits_per_byte"])
+                if best != at:
+                    break
+            else:
                 return sorted(tried.values(), key=lambda row: row["bits_per_byte"])
-            at = best
 
     def _train(self, trainer: Trainer | DenseTrainer, scores: int) -> Row:
         recipe, counters, curve, paused = trainer.recipe, trainer.counters, [], 0.0
