@@ -32,9 +32,7 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def test_local_tasks(tmp_path, monkeypatch):
-    from test_tasks import engine
-
+def test_local_tasks(engine, tmp_path, monkeypatch):
     from baleen.config import UserError
     from baleen.eval.harness import score_by_harness
     from baleen.eval.score import score_task
@@ -42,14 +40,13 @@ def test_local_tasks(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    made = engine.__wrapped__() if hasattr(engine, "__wrapped__") else engine
     rows = [{"prompt": "the whale", "choices": [" sings", " is"], "answer": a} for a in (0, 1, 1)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("whale", CHOICE), ("song", WRITE)):
         (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
-    ours = score_task(made, [Choice.model_validate(row) for row in rows])
-    assert score_by_harness(made, str(tmp_path / "whale.yaml"))["acc"] == ours["accuracy"]
-    assert score_by_harness(made, str(tmp_path / "song.yaml"))["exact_match"] == 0.0
+    ours = score_task(engine, [Choice.model_validate(row) for row in rows])
+    assert score_by_harness(engine, str(tmp_path / "whale.yaml"))["acc"] == ours["accuracy"]
+    assert score_by_harness(engine, str(tmp_path / "song.yaml"))["exact_match"] == 0.0
     with pytest.raises(UserError, match="is missing"):
-        score_by_harness(made, str(tmp_path / "none.yaml"))
+        score_by_harness(engine, str(tmp_path / "none.yaml"))

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from baleen.config import UserError, load_recipe
+from baleen.config import UserError
 from baleen.data.document import Document
-from baleen.data.tokenizer import train_tokenizer
 from baleen.eval.likelihood import likelihoods
 from baleen.eval.programs import pass_at_k, runs_without_fault
 from baleen.eval.score import beginning, score_task
 from baleen.eval.tasks import Choice, Cloze, Program, Write, made_task, read_task
 from baleen.eval.token_loss import token_nats
-from baleen.infer.engine import Engine
-from baleen.model.transformer import Transformer
 
 TEXT = "the whale sings a song to the sea and the sea sings back to the whale\n"
 CONNECT = """import socket
@@ -27,21 +24,6 @@ LEAVE_ONE_BEHIND = """import os, time
 if os.fork() == 0:
     os.setsid()
     time.sleep(60)"""
-
-
-@pytest.fixture(scope="module")
-def engine():
-    tokenizer = train_tokenizer([TEXT * 4], 300)
-    sizes = [
-        "hidden_size=32",
-        "num_hidden_layers=2",
-        "vocab_size=320",
-        "num_attention_heads=2",
-        "max_position_embeddings=64",
-    ]
-    model = Transformer(load_recipe("cpu-s", [f"model.{size}" for size in sizes] + ["train.seq_len=64"]).model).eval()
-    model.init_weights(0)
-    return Engine(model, tokenizer)
 
 
 def test_likelihoods_are_those_of_a_plain_forward(engine):
