@@ -1,12 +1,16 @@
 """What fake ranks hold and send, against counts by hand and the cost engine's formula."""
 
 import pytest
+import torch
 
 from baleen.config import ParallelConfig, UserError
 from baleen.cost.architecture import from_model_config
 from baleen.cost.layout import Layout
 from baleen.cost.traffic import expert_all_to_all
-from baleen.parallel.dryrun import dry_run
+from baleen.parallel.dryrun import _fake_group, _Traffic, dry_run
+from baleen.parallel.mesh import Mesh, make_grid
+from baleen.parallel.team import take_part
+from baleen.parallel.worker import MicroBatch
 from baleen.train.loss import Objective
 
 pytestmark = pytest.mark.slow
@@ -42,6 +46,23 @@ def test_zero_1_holds_a_share_of_the_weights_and_reduces_once(tiny_config):
     assert shard["optimizer"] == 2 * shard["weights"] and shard["gradients"] == shard["weights"]
     assert shard["traffic"]["reduce_scatter_base"] == pytest.approx(whole["weights"], rel=0.01)
     assert shard["traffic"]["allgather_base"] == shard["weights"]  # gathered once: not again for the backward
+
+
+@pytest.mark.parametrize(("zero", "reduced", "gathered"), [(0, 1, 0), (1, 1, 1), (2, 3, 1)])
+def test_what_a_step_of_three_micro_batches_sends(tiny_model, zero, reduced, gathered):
+    """In multiples of the weights: ZeRO-1 reduces once a step, and gathers once, for all forwards and backwards."""
+    model, parallel = tiny_model(), ParallelConfig(zero=zero)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    micro_batch = MicroBatch(torch.randint(97, (B, T + 1)), None, None, 1 / 3)
+    with _fake_group(0, 4), _Traffic() as traffic:
+        team = take_part(model, parallel, Mesh(make_grid(parallel, model.config, 4), "cpu"))
+        team.accumulate(3 * [micro_batch], OBJECTIVE)
+        held = 4 * sum(p.numel() for p in team.parameters.values())
+    sent = traffic.bytes
+    assert held == pytest.approx(weights / (4 if zero else 1), rel=0.01)
+    kind = "reduce_scatter_base" if zero else "allreduce"
+    assert sent[kind] == pytest.approx(reduced * weights, rel=0.01)
+    assert sent["allgather_base"] == gathered * held
 
 
 def test_what_is_recomputed_is_not_kept(tiny_config):
