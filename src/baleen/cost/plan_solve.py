@@ -9,6 +9,7 @@ from typing import Any
 from baleen.config import UserError
 from baleen.cost.architecture import Architecture
 from baleen.cost.assumptions import Assumptions
+from baleen.cost.cases import NODE_LIMITS
 from baleen.cost.flops import training_flops
 from baleen.cost.plan_layout import Chosen, can_run, choose, conditions
 from baleen.cost.plan_money import Prices
@@ -122,7 +123,8 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
 
 
 def _v3_shaped(arch: Architecture, seq_len: int) -> PlannedModel:
-    return PlannedModel(f"V3-shaped, {arch.hidden_size} wide", arch, seq_len, usual_batch(seq_len), None, None)
+    name, node_limit = f"V3-shaped, {arch.hidden_size} wide", NODE_LIMITS["dsv3"]
+    return PlannedModel(name, arch, seq_len, usual_batch(seq_len), None, node_limit)
 
 
 def _widest(request: Request, facts: Assumptions, gpus: int, too_wide: PlannedModel) -> PlannedModel:
