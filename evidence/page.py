@@ -72,7 +72,7 @@ def drawn(notebook: Notebook) -> dict[str, str]:
         if notebook.complete(name):
             arms = list(notebook.claims[name].arms)[1:]
             plots[name] = intervals([Effect(arm, *interval(notebook.gaps(name, arm))) for arm in arms])
-    if all(notebook.complete(name) for name in SIZES):
+    if _all_sizes(notebook):
         plots["sizes"] = losses_by_size(_by_size(notebook), "active parameters", "held-out bits per byte")
     return plots
 
@@ -136,10 +136,14 @@ def _by_size(notebook: Notebook) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+def _all_sizes(notebook: Notebook) -> bool:
+    return all(name in notebook.claims and notebook.complete(name) for name in SIZES)
+
+
 def _sizes(notebook: Notebook) -> list[str]:
     """A power law of each arm's losses, fitted seed by seed, and what it says of time."""
     lines = ["## Sparse and dense over four sizes", ""]
-    if not all(notebook.complete(name) for name in SIZES):
+    if not _all_sizes(notebook):
         return [*lines, f"Not all rows of {', '.join(SIZES)} are there yet.", ""]
     arms = list(notebook.claims[SIZES[0]].arms)
     lines += [
