@@ -87,12 +87,13 @@ def score_by_harness(engine: Engine, task: str) -> dict[str, float]:
     if name not in manager.all_tasks:
         raise UserError(f"lm-eval knows no task {name!r}: `lm-eval ls tasks` lists them")
     try:
-        found = simple_evaluate(
+        # its decorator hides its signature from type checkers
+        evaluate: Any = simple_evaluate
+        found = evaluate(
             model=EngineLM(engine), tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=False
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(f"lm-eval can't get the data of {name} ({error}): give it a network, or local data") from None
-    assert found is not None
     scores = found["results"][name]
     return {
         key.removesuffix(",none"): float(value)

@@ -57,7 +57,8 @@ def evaluate_run(
     else:
         raise UserError(f"{run} is a model without a recipe, so it has no held-out text: name a file with --text")
     questions = {name: _questions(name, documents) for name in tasks if not name.startswith(HARNESS)}
-    harness = _harness() if len(questions) < len(tasks) else None
+    if len(questions) < len(tasks):
+        _harness()  # its absence is told before anything is measured
     result: dict[str, Any] = {"run": str(run)}
     with account():
         if documents:
@@ -67,7 +68,7 @@ def evaluate_run(
             result["tasks"] = {
                 name: score_task(engine, questions[name], samples=samples)
                 if name in questions
-                else harness(engine, name.removeprefix(HARNESS))
+                else _harness()(engine, name.removeprefix(HARNESS))
                 for name in tasks
             }
     return result
