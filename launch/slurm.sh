@@ -12,6 +12,7 @@
 set -u
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that a rank has to save in, within Slurm's own grace time
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a restart meets the addresses of the ranks before it
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Slurm sends SIGTERM to the processes of the step and not to this script. Each rank then ends its training step, saves
 # with the others and returns; the shell around torchrun remembers, and asks for the job's place in the queue again.

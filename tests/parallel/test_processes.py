@@ -115,9 +115,8 @@ def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "10", "-m", "baleen", "--", "train", str(recipe), "--run", str(run)]
     command += ["--resume", "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for _ in range(10):
         saved = checkpoint.saved_steps(run / "checkpoints")
         while process.poll() is None and checkpoint.saved_steps(run / "checkpoints") <= saved:
