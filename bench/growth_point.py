@@ -30,6 +30,7 @@ from baleen.train.probe import process_bytes
 
 
 def train(precision: Precision, batch: int, length: int, steps: int, model: dict[str, int]) -> dict[str, Any]:
+    keep_freed_memory()  # not in decoding, whose cache would lie in what packing has freed
     before = known_bytes("VmRSS")
     net = network("S", **model, max_position_embeddings=length).train()
 
@@ -95,7 +96,6 @@ def bytes_read(cfg: ModelConfig, batch: int, context: int) -> float:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     point = json.load(sys.stdin)
     asked = {key: point[key] for key in ("batch", "length", "steps", "model")}
     print(json.dumps(decode(**asked) if point["work"] == "decode" else train(point["precision"], **asked)))
