@@ -1,4 +1,4 @@
-"""Does RL teach what more fine-tuning does not? Three seeds of chain sums and one of sorting, each with its control.
+"""Does RL teach what more fine-tuning does not? Three seeds of chain sums and one of countdown, each with its control.
 
     python bench/reason.py [--run runs/bench-reason] [--seeds 3] [--json]
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from baleen.align.reason import run_reason
 from baleen.align.recipe import AlignRecipe, load_align_recipe
-from baleen.align.tasks import Sorting
+from baleen.align.tasks import Countdown
 
 KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
 
@@ -32,18 +32,18 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def of_sorting(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe with another task, whose careful thoughts are longer; hasty ones do not say what is left to sort."""
+def of_countdown(recipe: AlignRecipe) -> AlignRecipe:
+    """The recipe with another task, which has fewer questions; the hasty way leaves out what a step came to."""
     sft, rl = recipe.stages
-    sampling = rl.sampling.model_copy(update={"max_tokens": 96})
-    tasks, stages = (Sorting(numbers=(4, 7)),), (sft, rl.model_copy(update={"sampling": sampling}))
-    return recipe.model_copy(update={"tasks": tasks, "stages": stages})
+    return recipe.model_copy(
+        update={"tasks": (Countdown(),), "stages": (sft.model_copy(update={"worked": 10_000}), rl)}
+    )
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:
     recipe = load_align_recipe("reason")
     named = {f"chain_sum-{seed}": of_seed(recipe, seed) for seed in range(seeds)}
-    return named | {"sorting-0": of_sorting(recipe)}
+    return named | {"countdown-0": of_countdown(recipe)}
 
 
 def main() -> None:
