@@ -52,8 +52,9 @@ def train_on(
     """Train the model of `recipe.base` on, into `run_dir`: all of it, or only its MTP layers behind a frozen trunk.
 
     Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb,
-    closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will. Ctrl-C and
-    SIGTERM save and return. Raises UserError for bad input, having overwritten nothing.
+    closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will; heldout_bpb
+    is None where the trunk is frozen, for it stays what it was. Ctrl-C and SIGTERM save and return. Raises UserError for
+    bad input, having overwritten nothing.
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
@@ -100,8 +101,10 @@ def _train_on(
     if status == "stopped":
         display.say(f"stopped at step {run.counters.step} and saved; go on with --resume")
         return run.summary(status, None)
-    with run_stage(recipe.cost, run_dir, "eval"):
-        heldout = run.heldout_bpb(prepared)
+    heldout = None
+    if only == "all":
+        with run_stage(recipe.cost, run_dir, "eval"):
+            heldout = run.heldout_bpb(prepared)
     with run_stage(recipe.cost, run_dir, "export"):
         run.export(heldout)
     return run.summary(status, heldout)
