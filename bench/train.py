@@ -61,7 +61,7 @@ class Contender:
 
 
 def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str, Contender]:
-    from dense import Dense, active_parameters  # and with it transformers, only where there are peers
+    from dense import Dense, active_parameters  # here, so that Contender can be had without transformers
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     model = network(config).train()

@@ -1,6 +1,6 @@
 """The curves of docs/reasoning.md, drawn from what a run of `baleen reason` left behind, and nothing else.
 
-python docs/reasoning_curves.py runs/reason docs/reasoning.svg
+    pip install matplotlib && python docs/reasoning_curves.py runs/reason docs/reasoning.svg
 """
 
 import json

@@ -138,7 +138,7 @@ def _heldout(length: int, recipe: Recipe, cache: Path) -> Sequence[Document]:
 def _asked(model: Transformer, tokenizer: Tokenizer, text: str) -> tuple[list[tuple[float, bool]], torch.Tensor]:
     """(depth, whether the model's likeliest tokens are the answer) of each question, and the losses of all tokens."""
     pieces: list[list[int]] = [[] if tokenizer.bos_id is None else [tokenizer.bos_id]]
-    spans, at, end = [], 0, 0
+    spans, end = [], 0
     for start, stop, depth in questions_of(text):
         pieces += [tokenizer.encode(text[end:start]), tokenizer.encode(text[start:stop])]
         at = sum(map(len, pieces[:-1]))

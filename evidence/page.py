@@ -18,10 +18,11 @@ Which of V3's claims hold at a size that a laptop can run. Made by `python evide
 `evidence/rows`, not edited by hand; `make evidence` runs what is missing, `make evidence-quick` two rows again.
 
 Every row is one arm with one seed, from the same start (`evidence/base.toml`: 8M parameters, hidden 256, 4 layers,
-786,432 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed, in weights and
-in the order of data, and have equal tokens. Differences are relative to the first arm; ± is the 95 % interval by
-Student's t, wide over so few seeds, and not corrected for many claims. Learning rates are tuned once a family, by one
-seed. *Holds* and *does not hold* mean: beyond that interval, at this size, on this text.
+786,432 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of
+data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
+are relative to the first arm; ± is the 95 % interval by Student's t, wide over so few seeds, and not corrected for many
+claims. Learning rates are tuned once a family, by one seed. *Holds* and *does not hold* mean: beyond that interval, at
+this size, on this text.
 """
 OLMO = 0.822  # of Olmo 3's 8.34M GPU-hours: development (arXiv 2605.01158)
 
@@ -40,6 +41,7 @@ def write_pages(notebook: Notebook, root: Path) -> None:
 
 
 def with_summary(readme: str, notebook: Notebook) -> str:
+    assert BEGIN in readme and END in readme.partition(BEGIN)[2], "the README has lost the place of the table"
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{summary(notebook)}{END}{after}"
