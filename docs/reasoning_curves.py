@@ -1,6 +1,6 @@
 """The curves of docs/reasoning.md, drawn from what a run of `baleen reason` left behind, and nothing else.
 
-    pip install matplotlib && python docs/reasoning_curves.py runs/reason docs/reasoning.svg
+pip install matplotlib && python docs/reasoning_curves.py runs/reason docs/reasoning.svg
 """
 
 import json
@@ -30,7 +30,7 @@ def main(run: Path, picture: Path) -> None:
         control = json.loads((run / "summary.json").read_text())["accuracy_sft_control"]
         right.axhline(control, ls=":", color="grey", label="control: as long of SFT")
     right.axvline(0, lw=0.5, color="grey")
-    right.set(title="Right answers", xlabel="step of RL (before 0: cold start)", ylim=(0, 1))
+    right.set(title="Right answers", xlabel="step of RL (before 0: cold start)", xlim=(-200, None), ylim=(0, 1))
     right.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
     right.legend(frameon=False, fontsize=8)
     length.plot(steps, [row["answer_tokens"] for row in rl])
