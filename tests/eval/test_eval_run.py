@@ -27,3 +27,17 @@ def test_the_stage_opens_only_once_the_input_is_good(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("some text\n")
     result = eval_run.evaluate_run(tmp_path, (tmp_path / "text.txt",), account)
     assert opened == ["eval"] and result["window"] == 16
+
+
+def test_samples_are_of_programs(tmp_path, monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
+    monkeypatch.setattr(eval_run, "load", lambda run: SimpleNamespace(model=model, tokenizer=None))
+    monkeypatch.setattr(eval_run, "Engine", lambda *_: None)
+    monkeypatch.setattr(eval_run, "score_task", lambda engine, questions, samples: {"asked": len(questions) * samples})
+    gaps, programs = tmp_path / "gaps.jsonl", tmp_path / "programs.jsonl"
+    gaps.write_text('{"text": "a", "gap": "b"}\n')
+    programs.write_text('{"prompt": "a", "test": "b"}\n')
+    with pytest.raises(UserError, match="--samples 3 is of programs"):
+        eval_run.evaluate_run(tmp_path, tasks=[str(gaps)], samples=3)
+    twice = eval_run.evaluate_run(tmp_path, tasks=[str(programs), str(gaps), str(gaps)], samples=3)
+    assert twice["tasks"] == {str(programs): {"asked": 3}, str(gaps): {"asked": 3}}

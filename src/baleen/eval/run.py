@@ -14,7 +14,7 @@ from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.eval.score import score_task
-from baleen.eval.tasks import Question, made_task, read_task
+from baleen.eval.tasks import Program, Question, made_task, read_task
 from baleen.infer.engine import Engine
 from baleen.interop.load import load
 
@@ -57,7 +57,9 @@ def evaluate_run(
     else:
         raise UserError(f"{run} is a model without a recipe, so it has no held-out text: name a file with --text")
     questions = {name: _questions(name, documents) for name in tasks if not name.startswith(HARNESS)}
-    if len(questions) < len(tasks):
+    if samples > 1 and not any(isinstance(of_one[0], Program) for of_one in questions.values()):
+        raise UserError(f"--samples {samples} is of programs, and no task here wants one: leave it out")
+    if any(name.startswith(HARNESS) for name in tasks):
         _harness()  # its absence is told before anything is measured
     result: dict[str, Any] = {"run": str(run)}
     with account():

@@ -26,6 +26,7 @@ from baleen.data.document import Document
 LIMIT = 200  # questions made of held-out text
 CANDIDATES = 4
 MIN_CONTEXT = 80  # characters before a gap
+MIN_LINE = 20  # characters that a line which is chosen among others is longer than
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -114,13 +115,17 @@ def _last_words(documents: Sequence[Document], rng: random.Random) -> Iterator[Q
 
 def _next_lines(documents: Sequence[Document], rng: random.Random) -> Iterator[Question]:
     """The line that follows, among lines of other documents."""
-    lines = [[line for line in document.text.splitlines() if len(line) > 20] for document in documents]
+    lines = [[line for line in document.text.splitlines() if len(line) > MIN_LINE] for document in documents]
     others = [(i, line) for i, of_one in enumerate(lines) for line in of_one]
     for i, document in enumerate(documents):
-        for line in lines[i]:
-            before = document.text[: document.text.index(line)]
-            elsewhere = [other for j, other in rng.sample(others, min(len(others), 4 * CANDIDATES)) if j != i]
-            if len(before) >= MIN_CONTEXT and len(set(elsewhere) - {line}) >= CANDIDATES - 1:
-                choices = [line, *sorted(set(elsewhere) - {line})[: CANDIDATES - 1]]
-                rng.shuffle(choices)
-                yield Choice(prompt=before, choices=tuple(choices), answer=choices.index(line))
+        before = ""
+        for whole in document.text.splitlines(keepends=True):
+            line = whole.splitlines()[0]
+            if len(before) >= MIN_CONTEXT and len(line) > MIN_LINE:
+                drawn = rng.sample(others, min(len(others), 4 * CANDIDATES))
+                elsewhere = list(dict.fromkeys(other for j, other in drawn if j != i and other != line))
+                if len(elsewhere) >= CANDIDATES - 1:
+                    choices = [line, *elsewhere[: CANDIDATES - 1]]
+                    rng.shuffle(choices)
+                    yield Choice(prompt=before, choices=tuple(choices), answer=choices.index(line))
+            before += whole
