@@ -43,5 +43,7 @@ def test_what_cannot_be_placed(run_of, tmp_path):
         place_on_trace(tmp_path / "nowhere", gpus=2)
     with pytest.raises(UserError, match="recorded the experts' load 1 times"):
         place_on_trace(run_of((1, [FIRST])), gpus=2)
+    with pytest.raises(UserError, match="2 nodes do not divide 1 groups"):
+        place_on_trace(run_of((1, [FIRST]), (2, [FIRST])), gpus=4, nodes=2)
     with pytest.raises(UserError, match="the nearest number that does is 2"):
         place_on_trace(run_of((1, [FIRST]), (2, [FIRST])), gpus=3)

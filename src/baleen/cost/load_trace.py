@@ -40,6 +40,8 @@ def place_on_trace(run: Path, *, gpus: int, nodes: int = 1, groups: int = 1, red
     if gpus < 1 or experts % gpus:
         near = min((n for n in range(1, experts + 1) if experts % n == 0), key=lambda n: abs(n - gpus))
         raise UserError(f"{experts} experts do not divide over {gpus} GPUs: the nearest number that does is {near}")
+    if nodes > 1 and groups % nodes:  # a placement would then go by GPUs alone
+        raise UserError(f"{nodes} nodes do not divide {groups} groups: give the groups of the router, or one node")
     in_order, placed = [], []
     for known, load in zip(loads, loads[1:], strict=False):
         in_order.append(load.reshape(layers, gpus, -1).sum(2))
