@@ -40,7 +40,8 @@ def say(text: str) -> None:
 def train_row(recipe: Recipe, run_dir: Path, key_value_heads: int | None, *, cache: Path) -> dict[str, Any]:
     """{measure: value} of a model trained by `recipe`; key_value_heads: plain attention instead of MLA.
 
-    cache: where prepared text is kept for all rows. Raises KeyboardInterrupt if it was stopped, having saved.
+    cache: where prepared text is kept for all rows. Raises KeyboardInterrupt if it was stopped, having saved unless
+    fewer than LAST steps were left: those are then made again from the checkpoint before, and measured together.
     """
     keep_freed_memory()
     with open_run(run_dir, recipe, resume=True):
@@ -79,14 +80,19 @@ def _train(trainer: Trainer, run_dir: Path) -> deque[StepResult]:
             if counters.step % 50 == 0:
                 speed = counters.tokens / counters.seconds
                 say(f"  step {counters.step}: loss {result.loss:.3f}, {speed:,.0f} tokens/s")
-            # not at the end: what is measured of the last steps is in no checkpoint
-            if not trainer.done and (interruption.wanted or counters.step % recipe.train.checkpoint_every == 0):
+            if _may_stop(trainer) and (interruption.wanted or counters.step % recipe.train.checkpoint_every == 0):
                 saver.save(trainer.checkpoint())
         metrics.close()
         if not trainer.done:
             stage.interrupted()
             raise KeyboardInterrupt
     return recent
+
+
+def _may_stop(trainer: Trainer) -> bool:
+    """Whether all of the LAST steps are to come: what is measured of them is in no checkpoint."""
+    train = trainer.recipe.train
+    return (train.tokens - trainer.position) / train.batch_tokens >= LAST
 
 
 def _measured(

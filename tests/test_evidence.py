@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -239,6 +241,40 @@ def test_shared_heads_are_plain_attention(modules):
     changed = ids.clone()
     changed[0, 20] += 1
     assert torch.equal(models[0](changed).hidden_BTd[:, :20], a[:, :20])  # causal
+
+
+def test_a_row_that_was_stopped_measures_what_an_undisturbed_one_does(modules, tmp_path, monkeypatch):
+    import row
+
+    from baleen.config import load_recipe
+    from baleen.train.rundir import Metrics
+
+    rng, corpus = random.Random(0), tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(30):
+        words = rng.choices(["whale", "krill", "ocean", "sieve", "song", "deep"], k=90)
+        (corpus / f"{number}.txt").write_text(" ".join(words))
+    keys = [
+        "model.vocab_size=300", "model.hidden_size=32", "model.num_hidden_layers=2", "train.tokens=768",
+        "train.batch_tokens=128", "train.seq_len=32", "train.checkpoint_every=2", "data.heldout_fraction=0.2",
+    ]  # fmt: skip
+    recipe, write = load_recipe(EVIDENCE / "base.toml", keys, [str(corpus)]), Metrics.write
+    monkeypatch.setattr(row, "LAST", 2)
+
+    def train(name, stop=0):
+        def write_and_stop(self, told):
+            write(self, told)
+            if told["step"] == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Metrics, "write", write_and_stop)
+        measured = row.train_row(recipe, tmp_path / name, None, cache=tmp_path / "data")
+        return {key: value for key, value in measured.items() if key != "seconds"}
+
+    for step in (1, 5):  # of six: the last two are made again
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped", stop=step)
+    assert train("stopped") == train("straight")
 
 
 def test_rows_are_written_as_json(make):
