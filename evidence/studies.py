@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from baleen.config import load_recipe
+from baleen.config import Recipe, load_recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import prepare
@@ -130,16 +130,11 @@ def _gradients() -> list[tuple[str, Tensor, Tensor]]:
     wide = ["model.hidden_size=512", "model.intermediate_size=1280", "train.tokens=81920", "train.batch_tokens=1024"]
     recipe = load_recipe(HERE / "base.toml", [*wide, "train.precision=fp32"])
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(
-            recipe.data, vocab_size=recipe.model.vocab_size, seq_len=recipe.train.seq_len, seed=0,
-            cache_dir=Path(folder),
-        )  # fmt: skip
-        model = Transformer(recipe.model)
-        model.init_weights(0)
-        trainer = Trainer(recipe, model, Loader(prepared.train, seed=0))
+        trainer, _ = _trainer_of(recipe, Path(folder))
         for _ in range(WARM_STEPS):
             trainer.step()
-        first, last = model.trunk_layers[0], model.trunk_layers[-1]
+        layers = trainer.model.trunk_layers
+        first, last = layers[0], layers[-1]
         watched = {
             "first layer's down_proj": first.mlp.down_proj, "first layer's o_proj": first.self_attn.o_proj,
             "last layer's o_proj": last.self_attn.o_proj, "last layer's kv_b_proj": last.self_attn.kv_b_proj,
@@ -153,24 +148,28 @@ def _gradients() -> list[tuple[str, Tensor, Tensor]]:
     return [(name, seen[name], module.weight.detach()) for name, module in watched.items()]
 
 
+def _trainer_of(recipe: Recipe, folder: Path) -> tuple[Trainer, PackedTokens]:
+    """A trainer that has not begun, and the text that it reads, which lies in `folder`."""
+    prepared = prepare(
+        recipe.data, vocab_size=recipe.model.vocab_size, seq_len=recipe.train.seq_len, seed=0, cache_dir=folder
+    )
+    model = Transformer(recipe.model)
+    model.init_weights(0)
+    return Trainer(recipe, model, Loader(prepared.train, seed=0)), prepared.train
+
+
 def poison() -> Table:
     """What a step does whose batch is noise, and one whose gradient is not finite, beside the steps around them."""
     recipe = load_recipe(HERE / "base.toml", ["train.tokens=61440", "train.batch_tokens=1024", "train.precision=fp32"])
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(
-            recipe.data, vocab_size=recipe.model.vocab_size, seq_len=recipe.train.seq_len, seed=0,
-            cache_dir=Path(folder),
-        )  # fmt: skip
-        model = Transformer(recipe.model)
-        model.init_weights(0)
-        trainer = Trainer(recipe, model, Loader(prepared.train, seed=0))
-        rows: Table = []
+        trainer, packed = _trainer_of(recipe, Path(folder))
+        model, rows = trainer.model, []
         for step in range(1, 61):
             what = {30: "a batch of random tokens", 45: "a gradient that is not a number"}.get(step, "text")
             text, weights = trainer.loader, _norm(model)
             hook = None
             if step == 30:
-                trainer.loader = Loader(_noise(prepared.train), seed=0)
+                trainer.loader = Loader(_noise(packed), seed=0)
             elif step == 45:
                 hook = model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
             result = trainer.step()
