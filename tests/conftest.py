@@ -1,10 +1,15 @@
-"""Shared by all tests: small random networks."""
+"""Shared by all tests: small random networks, and the examples of property tests."""
 
 import pytest
 import torch
+from hypothesis import settings
 
 from baleen.config import ModelConfig
 from baleen.model.transformer import Transformer
+
+# The same examples every time, and no verdict on a machine that is busy.
+settings.register_profile("baleen", deadline=None, derandomize=True)
+settings.load_profile("baleen")
 
 TINY = {
     "vocab_size": 97,

@@ -1,12 +1,7 @@
 import pytest
-from hypothesis import settings
 
 from baleen.data.corpus import read_documents
 from baleen.data.tokenizer import Tokenizer, train_tokenizer
-
-# The same examples every time, and no verdict on a machine that is busy.
-settings.register_profile("baleen", deadline=None, derandomize=True)
-settings.load_profile("baleen")
 
 
 @pytest.fixture(scope="session")
