@@ -79,8 +79,8 @@ def main(folder: Path, layouts: list[str], dtype: torch.dtype) -> None:
             differ = ranks.largest([float(not equal)])[0]
             out[layout] = {"rows": rows, "bias_equal": not differ, "continued": {}}
         for layout in layouts if dtype == torch.float64 else []:
+            it = trainer(json.loads(layout), ranks.world, dtype)
             for source in sorted(path.name for path in folder.iterdir()):
-                it = trainer(json.loads(layout), ranks.world, dtype)
                 it.restore(checkpoint.load_newest(folder / source, print))
                 out[layout]["continued"][source] = [step(it) for _ in range(CONTINUED)]
         if ranks.rank == 0:

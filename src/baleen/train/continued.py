@@ -53,8 +53,8 @@ def train_on(
 
     Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb,
     closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will; heldout_bpb
-    is None where the trunk is frozen, for it stays what it was. Ctrl-C and SIGTERM save and return. Raises UserError for
-    bad input, having overwritten nothing.
+    is None where the trunk is frozen, for it stays what it was. Ctrl-C and SIGTERM save and return. Raises UserError
+    for bad input, having overwritten nothing.
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
