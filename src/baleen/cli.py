@@ -107,16 +107,17 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte of a model on text, and its score in tasks; a run keeps them as eval.json."""
-    from baleen.eval.run import evaluate_run, write_evaluation
+    from baleen.eval.run import evaluate_run, recipe_sections, write_evaluation
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not (run / "recipe.toml").is_file():  # a model, not a run: no ledger is its own
+    sections = recipe_sections(run)
+    if not sections:  # a model, not a run: no ledger is its own
         result = evaluate_run(run, text, tasks=names, samples=samples)
     else:
-        from baleen.config import load_recipe
+        from baleen.config import CostConfig, validated
         from baleen.train.loop import run_stage
 
-        cost = load_recipe(run / "recipe.toml").cost
+        cost = validated(CostConfig, sections.get("cost", {}), f"{run}: [cost]")
         result = evaluate_run(run, text, lambda: run_stage(cost, run, "eval"), tasks=names, samples=samples)
         write_evaluation(run, result)
     if as_json:

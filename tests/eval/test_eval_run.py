@@ -41,3 +41,25 @@ def test_samples_are_of_programs(tmp_path, monkeypatch):
         eval_run.evaluate_run(tmp_path, tasks=[str(gaps)], samples=3)
     twice = eval_run.evaluate_run(tmp_path, tasks=[str(programs), str(gaps), str(gaps)], samples=3)
     assert twice["tasks"] == {str(programs): {"asked": 3}, str(gaps): {"asked": 3}}
+
+
+@pytest.mark.parametrize("section", ["", "[model]\nhidden_size = 8\n"])
+def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
+    """A model that was trained on keeps the tokenizer it came with; one made anew had its own trained."""
+    config = SimpleNamespace(max_position_embeddings=16, vocab_size=300)
+    monkeypatch.setattr(
+        eval_run, "load", lambda run: SimpleNamespace(model=SimpleNamespace(config=config), tokenizer="its own")
+    )
+    asked = {}
+    monkeypatch.setattr(
+        eval_run, "prepare", lambda data, **options: asked.update(options) or SimpleNamespace(heldout=["text"])
+    )
+    monkeypatch.setattr(eval_run, "bits_per_byte", lambda *_, window: {"window": window})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[[stages]]\nkind = 'rl'\n")
+    with pytest.raises(UserError, match="no text of its own"):
+        eval_run.evaluate_run(tmp_path)
+    recipe.write_text(f"{section}[data]\nsources = ['a.txt']\n[train]\nseq_len = 64\nseed = 3\nminutes = 5\n")
+    assert eval_run.evaluate_run(tmp_path)["window"] == 64
+    assert (asked["seed"], asked["vocab_size"]) == (3, 300)
+    assert asked["tokenizer"] == (None if section else "its own")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false
+# (lm-eval is an extra that lint and the fast tests go without)
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from baleen.config import UserError, load_recipe
+from baleen.config import DataConfig, UserError, validated
 from baleen.data.corpus import read_documents
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
@@ -35,27 +36,27 @@ def evaluate_run(
     samples: programs written for each question that wants one. A model without text is scored by its tasks alone.
 
     `account` opens the ledger's stage, once the input is known to be good: what is refused costs nothing.
-    Raises UserError if the run has no recipe to find its held-out text by and neither texts nor tasks are given.
+    Raises UserError if the run held out no text and neither texts nor tasks are given.
     """
     loaded = load(run)
     window = loaded.model.config.max_position_embeddings
     documents: list[Document]
     if texts:
         documents = list(read_documents([str(text) for text in texts], "text"))
-    elif (run / "recipe.toml").is_file():
-        recipe = load_recipe(run / "recipe.toml")
-        window = recipe.train.seq_len
+    elif "data" in (sections := recipe_sections(run)):
+        window = sections["train"]["seq_len"]
         documents = prepare(
-            recipe.data,
-            vocab_size=recipe.model.vocab_size,
+            validated(DataConfig, sections["data"], f"{run}: [data]"),
+            vocab_size=loaded.model.config.vocab_size,
             seq_len=window,
-            seed=recipe.train.seed,
+            seed=sections["train"]["seed"],
             cache_dir=run / "data",
+            tokenizer=None if "model" in sections else loaded.tokenizer,  # trained on from a model that brought its own
         ).heldout
     elif tasks:
         documents = []
     else:
-        raise UserError(f"{run} is a model without a recipe, so it has no held-out text: name a file with --text")
+        raise UserError(f"{run} has no text of its own that was held out: name a file with --text")
     questions = {name: _questions(name, documents) for name in tasks if not name.startswith(HARNESS)}
     if samples > 1 and not any(isinstance(of_one[0], Program) for of_one in questions.values()):
         raise UserError(f"--samples {samples} is of programs, and no task here wants one: leave it out")
@@ -74,6 +75,12 @@ def evaluate_run(
                 for name in tasks
             }
     return result
+
+
+def recipe_sections(run: Path) -> dict[str, Any]:
+    """The sections of a run's recipe, of whatever kind it is; none, if `run` is only a model."""
+    file = run / "recipe.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_evaluation(run: Path, result: dict[str, Any]) -> None:
