@@ -1,9 +1,9 @@
 """Tasks of EleutherAI's lm-eval on our engine: local YAML files without a network, the others where there is a hub."""
 
-from __future__ import annotations
-
+# lm-eval is an extra that lint goes without
 # pyright: reportMissingImports=false
-# (lm-eval is an extra that lint and the fast tests go without)
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
