@@ -20,7 +20,7 @@ from baleen.config import Recipe, UserError
 from baleen.cost.hardware import parse_hardware
 from baleen.cost.measured import Step, fit_products, fit_training
 
-USUAL_SECONDS = 45.0
+USUAL_SECONDS = 38.0
 PROBE_SECONDS = 0.5  # a step of a probe, about: how many steps there is time for
 # Freed memory is kept as training keeps it (glibc reads these), or page faults would be measured with every product.
 KEEP_FREED_MEMORY = {
