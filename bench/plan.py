@@ -3,7 +3,7 @@
     python bench/plan.py --rounds 2 [--json]
 
 Each round calibrates (`baleen cost calibrate`), then trains recipe S, recipe M and a dense network of S's shape, each
-in a process of its own. Printed are the medians over the rounds of what was planned and what was measured.
+in a process of its own. Printed are medians over the rounds; an error is that of a round's plan beside its own step.
 """
 
 from __future__ import annotations
@@ -62,15 +62,17 @@ def main() -> None:
                 print(name, planned[name][-1]["step_seconds"], measured[name][-1], file=sys.stderr)
     rows = {}
     for name in NETWORKS:
-        seconds, step = ([run[key] for run in runs] for runs, key in
-                         ((planned[name], "step_seconds"), (measured[name], "seconds")))  # fmt: skip
-        gib = statistics.median(run["memory_gib_per_rank"] for run in planned[name])
+        steps = [run["seconds"] for run in measured[name]]
         peak = statistics.median(run["peak_bytes"] for run in measured[name]) / GIB
+        gib = statistics.median(run["memory_gib_per_rank"] for run in planned[name])
+        # a round's plan beside that round's step: a host that is shared drifts from round to round
+        errors = [run["step_seconds"] / step - 1 for run, step in zip(planned[name], steps, strict=True)]
         rows[name] = {
-            "planned_seconds": statistics.median(seconds),
-            "measured_seconds": statistics.median(step),
-            "relative_error": statistics.median(seconds) / statistics.median(step) - 1,
-            "spread": max(step) / min(step) - 1,
+            "planned_seconds": statistics.median(run["step_seconds"] for run in planned[name]),
+            "measured_seconds": statistics.median(steps),
+            "relative_errors": errors,
+            "relative_error": statistics.median(errors),
+            "spread": max(steps) / min(steps) - 1,
             "planned_gib": gib,
             "measured_gib": peak,
             "memory_relative_error": gib / peak - 1,

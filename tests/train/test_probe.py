@@ -18,6 +18,6 @@ TINY = Recipe.model_validate(
 
 def test_every_recipe_gets_its_steps_and_only_the_first_its_memory():
     first, second = time_steps([TINY, TINY], steps=2)
-    assert first["seconds"] > 0 and second["seconds"] > 0
+    assert first["seconds"] > 0 and second["seconds"] > 0 and first["update_seconds"] > 0
     assert first["precision"] == "fp32" and second["peak_bytes"] is None
     assert first["parameters"] == second["parameters"] > 64 * 32 * 2

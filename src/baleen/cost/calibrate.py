@@ -90,8 +90,10 @@ def hardware_entry(name: str, measured: dict[str, Any], memory: float) -> dict[s
             cells[f"product_tb_s_{precision}"] = rate.operand_bytes / 1e12
     for direction, flops in zip(("forward", "backward"), measured["attention_flops"], strict=True):
         cells[f"attention_{direction}_tflops"] = flops / 1e12
-    steps = [Step(Recipe.model_validate(s["recipe"]), s["seconds"], s["precision"], s["peak_bytes"])
-             for s in measured["steps"]]  # fmt: skip
+    steps = [
+        Step(Recipe.model_validate(step["recipe"]), *(step[field] for field in Step._fields[1:]))
+        for step in measured["steps"]
+    ]
     cells = fit_training(name, cells, steps)
     entry: dict[str, Any] = {
         "title": f"{platform.processor() or platform.machine()}, {measured['threads']} threads",

@@ -2,7 +2,7 @@
 
 A product takes FLOPs over a rate, its operands over another, and a call. A training step takes its products and its
 attention (times what they are slower inside training), streams its activations, pays for each layer and for each copy
-that goes to an expert, and updates.
+that goes to an expert, and updates; the update is timed by itself.
 Sums of non-negative terms, fitted by least squares on relative errors.
 """
 
@@ -39,6 +39,7 @@ class Step(NamedTuple):
 
     recipe: Recipe
     seconds: float
+    update_seconds: float  # of those: clipping and the optimizer
     precision: str
     peak_bytes: float | None
 
@@ -62,17 +63,18 @@ def fit_training(name: str, cells: dict[str, float], steps: Sequence[Step]) -> d
     unit = {"streaming_tb_s": 1.0, "update_tb_s": 1.0}
     bare = device(**unit)
     overheads = [device(**unit, **{cell: 1.0}) for cell in OVERHEADS]
-    terms = []
+    terms, updates = [], []
     for step in steps:
         phases, *longer = (step_time(workload(step, on), Calibration()).phases for on in (bare, *overheads))
         products = phases["matmul"] + phases["grouped_matmul"] + phases["attention"]
         added = [with_one["elementwise"] - phases["elementwise"] for with_one in longer]
-        terms.append([products, phases["elementwise"], phases["optimizer"], *added])
-    seconds = np.array([step.seconds for step in steps])
+        terms.append([products, phases["elementwise"], *added])
+        updates.append(phases["optimizer"])
+    seconds = np.array([step.seconds - step.update_seconds for step in steps])
     believed, deviation = INSIDE_TRAINING
-    rows = np.vstack([np.array(terms) / seconds[:, None], [[0.1 / deviation, *[0] * (2 + len(OVERHEADS))]]])
+    rows = np.vstack([np.array(terms) / seconds[:, None], [[0.1 / deviation, *[0] * (1 + len(OVERHEADS))]]])
     found = non_negative(rows, np.append(np.ones(len(steps)), 0.1 / deviation * believed))
-    slower, stream, update, *overhead = map(float, found)
+    slower, stream, *overhead = map(float, found)
     out = dict(cells)
     for cell in cells:
         if cell.startswith(("achieved_", "product_tb_s_", "attention_")):
@@ -81,8 +83,8 @@ def fit_training(name: str, cells: dict[str, float], steps: Sequence[Step]) -> d
             out[cell] *= slower
     if stream:
         out["streaming_tb_s"] = 1 / stream
-    if update:
-        out["update_tb_s"] = 1 / update
+    # of sums: a large network's update, which no cache holds, says most
+    out["update_tb_s"] = sum(updates) / sum(step.update_seconds for step in steps)
     out |= dict(zip(OVERHEADS, overhead, strict=True))
     beside = [step.peak_bytes - memory.total for step in steps
               if step.peak_bytes and (memory := memory_of(workload(step, bare)))]  # fmt: skip

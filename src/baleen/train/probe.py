@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ WARM_UP = 4  # steps: the optimizer's state is made, kernels are compiled and ca
 
 
 def time_steps(recipes: list[Recipe], steps: int) -> list[dict[str, Any]]:
-    """For each recipe {seconds (median of `steps`), precision, parameters, peak_bytes} of training a fresh network.
+    """For each recipe {seconds, update_seconds, precision, parameters, peak_bytes} of training a fresh network.
 
+    seconds: the median of `steps`. update_seconds: likewise, of clipping and the optimizer.
     peak_bytes: what the process grew by; known of the first recipe only, and where the system tells.
 
     The steps of all take turns, so that a machine whose speed drifts drifts for all alike.
@@ -42,16 +44,25 @@ def time_steps(recipes: list[Recipe], steps: int) -> list[dict[str, Any]]:
         peak = process_bytes("VmHWM")
         # what the first one freed is kept for the next, whose growth would tell too little
         peaks.append(peak - before if before and peak and not peaks else None)
-    seconds = [[trainer.step().seconds for trainer in trainers] for _ in range(steps)]
+    seconds = [[(trainer.step().seconds, _update_seconds(trainer)) for trainer in trainers] for _ in range(steps)]
     return [
         {
-            "seconds": statistics.median(of_one),
+            "seconds": statistics.median(step for step, _ in of_one),
+            "update_seconds": statistics.median(update for _, update in of_one),
             "precision": trainer.precision,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "peak_bytes": peak,
         }
         for of_one, trainer, peak in zip(zip(*seconds, strict=True), trainers, peaks, strict=True)
     ]
+
+
+def _update_seconds(trainer: Trainer) -> float:
+    """Of clipping and applying, once more, the gradients that the last step left."""
+    started = time.monotonic()
+    trainer.worker.clip_gradients(trainer.recipe.train.clip_norm)
+    trainer.optimizer.step(trainer.schedules.lr(trainer.position))
+    return time.monotonic() - started
 
 
 def _random_tokens(recipe: Recipe) -> PackedTokens:
