@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.model.transformer import Output, Transformer
+from baleen.recipe import Recipe
 from baleen.train.optimizer import Optimizer
 from baleen.train.precision import computing_in, resolve_precision
 from baleen.train.schedule import Schedules

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from contenders import machine, network
 
-from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.parallel.mesh import make_grid
 from baleen.parallel.ranks import Ranks, joined
 from baleen.parallel.team import join
+from baleen.recipe import Recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from baleen.config import Recipe, load_recipe
 from baleen.cost.calibrate import calibrate
 from baleen.cost.plan import make_plan
 from baleen.cost.plan_request import Request
+from baleen.recipe import Recipe, load_recipe
 
 NETWORKS = {"S": ("cpu-s", ()), "M": ("cpu-m", ()), "dense": ("cpu-s", ("model.first_k_dense_replace=6",))}
 GIB = 1024**3

@@ -22,11 +22,11 @@ import torch
 from contenders import machine
 from dense import Dense, DenseTrainer, active_parameters
 
-from baleen.config import Recipe, load_recipe
 from baleen.data.loader import Loader
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe, load_recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 

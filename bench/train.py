@@ -19,8 +19,9 @@ import torch
 from contenders import machine, network
 from torch import Tensor, nn
 
-from baleen.config import Recipe, model_config_to_hf
+from baleen.config import model_config_to_hf
 from baleen.model.native.training import kernels
+from baleen.recipe import Recipe
 from baleen.train.loss import training_loss
 from baleen.train.precision import Precision, computing_in, keep_freed_memory
 

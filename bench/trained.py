@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from baleen.config import Recipe, read_recipe
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer import Tokenizer
 from baleen.interop.load import load
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe, read_recipe
 from baleen.train.continued_recipe import ContinuedRecipe
 
 GRAM = 4

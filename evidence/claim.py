@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from baleen.config import Recipe, Strict, load_recipe, validated
+from baleen.config import Strict, validated
+from baleen.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
 # Student's t at 97.5 %, by degrees of freedom.

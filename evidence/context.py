@@ -15,13 +15,13 @@ import torch
 from measures import largest_jump
 from needles import questions_of, write_needles
 
-from baleen.config import Recipe, read_recipe
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer import Tokenizer
 from baleen.eval.token_loss import token_nats
 from baleen.interop.load import load
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe, read_recipe
 from baleen.train.context import with_context
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContextConfig, ContinuedRecipe

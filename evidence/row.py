@@ -18,12 +18,12 @@ import torch
 from attention import cached_numbers, use_shared_heads
 from measures import groups_reached, infill_bits_per_byte, largest_jump, second_token_and_on
 
-from baleen.config import Recipe
 from baleen.cost.account import find_run, read_ledger
 from baleen.data.loader import Loader
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe
 from baleen.train.loop import Interruption, device, run_stage
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run, read_metrics

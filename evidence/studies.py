@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from baleen.config import Recipe, load_recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import prepare
 from baleen.model.fp8 import dequantize_blocks, quantize_blocks
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe, load_recipe
 from baleen.train.trainer import Trainer
 
 HERE = Path(__file__).parent

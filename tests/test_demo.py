@@ -10,8 +10,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baleen import demo
-from baleen.config import load_recipe
 from baleen.interop.load import load
+from baleen.recipe import load_recipe
 
 KEYS = {
     "tokens_trained", "train_seconds", "heldout_bpb", "xz_bpb", "ngram_bpb", "next_turn_accuracy", "mtp_acceptance",

@@ -217,8 +217,8 @@ def test_shared_heads_are_plain_attention(modules):
     import torch
     from attention import use_shared_heads
 
-    from baleen.config import load_recipe
     from baleen.model.transformer import Transformer
+    from baleen.recipe import load_recipe
 
     config = load_recipe(EVIDENCE / "base.toml", ["model.qk_rope_head_dim=32", "model.num_hidden_layers=1"]).model
     models = []
@@ -246,7 +246,7 @@ def test_shared_heads_are_plain_attention(modules):
 def test_a_row_that_was_stopped_measures_what_an_undisturbed_one_does(modules, tmp_path, monkeypatch):
     import row
 
-    from baleen.config import load_recipe
+    from baleen.recipe import load_recipe
     from baleen.train.rundir import Metrics
 
     rng, corpus = random.Random(0), tmp_path / "corpus"

@@ -68,7 +68,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a recipe, or continue with --resume."""
-    from baleen.config import UserError, load_recipe, read_recipe
+    from baleen.config import UserError
+    from baleen.recipe import load_recipe, read_recipe
 
     if dry_run:
         from baleen.train.dryrun import dry_run_recipe
@@ -114,7 +115,8 @@ def evaluate(
     if not sections:  # a model, not a run: no ledger is its own
         result = evaluate_run(run, text, tasks=names, samples=samples)
     else:
-        from baleen.config import CostConfig, validated
+        from baleen.config import validated
+        from baleen.recipe import CostConfig
         from baleen.train.loop import run_stage
 
         cost = validated(CostConfig, sections.get("cost", {}), f"{run}: [cost]")
@@ -279,7 +281,7 @@ def upcycle(
 @app.command()
 def recipes() -> None:
     """Names of the recipes that ship with Baleen."""
-    from baleen.config import recipe_names
+    from baleen.recipe import recipe_names
 
     print("\n".join(recipe_names()))
 

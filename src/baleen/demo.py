@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from baleen.config import Recipe, load_recipe, read_json
+from baleen.config import read_json
 from baleen.cost.card import card_notes, card_table, cost_card
 from baleen.data.clean import clean, split
 from baleen.data.corpus import read_documents
@@ -26,6 +26,7 @@ from baleen.eval.report import write_report
 from baleen.infer.chat import CHAT_PARAMS, recent, respond
 from baleen.infer.engine import Engine
 from baleen.interop.load import load
+from baleen.recipe import Recipe, load_recipe
 from baleen.train.loop import run_stage, train
 from baleen.train.rundir import read_metrics, write_aside
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from baleen.config import Recipe, UserError
+from baleen.config import UserError
 from baleen.cost import calibrate
 from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import find_hardware
@@ -12,6 +12,7 @@ from baleen.cost.measured import Step, fit_products, fit_training, non_negative,
 from baleen.cost.plan import make_plan
 from baleen.cost.plan_request import Request
 from baleen.cost.step import step_time
+from baleen.recipe import Recipe
 
 RATE, OPERANDS, CALL = 2e11, 3e10, 1e-5  # of the invented machine's products
 SHAPES = [(m, n, k) for m in (64, 256, 1024) for n, k in ((128, 512), (512, 128), (1024, 1024))]

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baleen.config import UserError, load_recipe
+from baleen.config import UserError
 from baleen.cost.claims import claims_dict, compute_claims, load_inputs
 from baleen.cost.claims_table import claims_markdown, claims_view
 from baleen.cost.formula import evaluate, names_in
 from baleen.cost.money import load_factors
 from baleen.cost.scopes import scopes_svg
+from baleen.recipe import load_recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -1,11 +1,11 @@
 import pytest
 
-from baleen.config import load_recipe
 from baleen.cost.architecture import from_dims, from_model_config
 from baleen.cost.claims import load_inputs
 from baleen.cost.factors import factor_table, override_factors
 from baleen.cost.hardware import find_hardware
 from baleen.cost.inference import decode_bound, delivered_shares, serving_cost, serving_unit
+from baleen.recipe import load_recipe
 
 V3 = from_model_config(load_recipe("v3-671b").model)
 LLAMA_70B = from_dims({"L": 80, "d": 8192, "V": 128256, "H": 64, "KV": 8, "hd": 128, "ff": 28672})

@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from baleen.config import DataConfig, UserError
+from baleen.config import UserError
 from baleen.data.clean import text_hash
 from baleen.data.loader import Loader
 from baleen.data.prepare import prepare
+from baleen.recipe import DataConfig
 
 TURNS = ["hello there", "how are you?", "fine, thanks", "what did you do today?", "I read a long book about whales"]
 

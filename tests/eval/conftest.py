@@ -2,10 +2,10 @@
 
 import pytest
 
-from baleen.config import load_recipe
 from baleen.data.tokenizer import train_tokenizer
 from baleen.infer.engine import Engine
 from baleen.model.transformer import Transformer
+from baleen.recipe import load_recipe
 
 TEXT = "the whale sings a song to the sea and the sea sings back to the whale\n"
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baleen.config import UserError, load_recipe
+from baleen.config import UserError
 from baleen.cost.ledger import Ledger
 from baleen.cost.money import RateCard
 from baleen.eval import report
 from baleen.eval.report import read_metrics, shown, write_report
+from baleen.recipe import load_recipe
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & 'quoted'"
 

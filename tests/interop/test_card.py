@@ -1,7 +1,7 @@
 """The model card says what it was told, with the published counts, and nothing about what it was not told."""
 
-from baleen.config import load_recipe
 from baleen.interop.card import model_card
+from baleen.recipe import load_recipe
 
 
 def test_card_of_v3():

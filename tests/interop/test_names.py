@@ -2,8 +2,8 @@
 
 import math
 
-from baleen.config import load_recipe
 from baleen.interop.names import CORRECTION_BIAS, Layout
+from baleen.recipe import load_recipe
 
 
 def released_index(config) -> dict[str, tuple[int, ...]]:

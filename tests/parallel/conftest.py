@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from baleen.config import Recipe
+from baleen.recipe import Recipe
 
 WORDS = ["whale", "krill", "baleen", "ocean", "sieve", "drift", "song", "deep", "blue", "cold", "feeds", "sings"]
 MODEL = {

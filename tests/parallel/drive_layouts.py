@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.model.transformer import Transformer
@@ -23,6 +22,7 @@ from baleen.parallel import team
 from baleen.parallel.mesh import make_grid
 from baleen.parallel.ranks import joined
 from baleen.parallel.team import join
+from baleen.recipe import Recipe
 from baleen.train import checkpoint
 from baleen.train.saver import TeamSaver
 from baleen.train.trainer import Trainer

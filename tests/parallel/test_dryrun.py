@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from baleen.config import ParallelConfig, UserError
+from baleen.config import UserError
 from baleen.cost.architecture import from_model_config
 from baleen.cost.layout import Layout
 from baleen.cost.traffic import expert_all_to_all
@@ -11,6 +11,7 @@ from baleen.parallel.dryrun import _fake_group, _Traffic, dry_run
 from baleen.parallel.mesh import Mesh, make_grid
 from baleen.parallel.team import take_part
 from baleen.parallel.worker import MicroBatch
+from baleen.recipe import ParallelConfig
 from baleen.train.loss import Objective
 
 pytestmark = pytest.mark.slow

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from baleen.config import ModelConfig, ParallelConfig, UserError
+from baleen.config import ModelConfig, UserError
 from baleen.model.moe import Gate
 from baleen.parallel.expert import nodes_reached
 from baleen.parallel.mesh import Grid, make_grid
 from baleen.parallel.stage import attach_loss, split_layers
+from baleen.recipe import ParallelConfig
 
 V3 = ModelConfig()
 

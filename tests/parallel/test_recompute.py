@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.model.attention import RMSNorm
 from baleen.model.moe import SwiGLU
 from baleen.parallel.recompute import recompute
+from baleen.recipe import Recipe
 from baleen.train.fp8 import use_fp8
 from baleen.train.loss import Objective
 from baleen.train.trainer import Trainer

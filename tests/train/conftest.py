@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from baleen.config import Recipe
+from baleen.recipe import Recipe
 
 MODEL = {
     "vocab_size": 300,

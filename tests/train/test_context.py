@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from baleen.config import RopeScaling, UserError, load_recipe, read_recipe
+from baleen.config import RopeScaling, UserError
 from baleen.model.transformer import Transformer
+from baleen.recipe import load_recipe, read_recipe
 from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContextConfig, ContinuedRecipe
 

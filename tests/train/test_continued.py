@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baleen.config import DataConfig, UserError
+from baleen.config import UserError
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer import train_tokenizer
@@ -15,6 +15,7 @@ from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load
 from baleen.interop.upcycle import upcycle
+from baleen.recipe import DataConfig
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk

@@ -2,7 +2,8 @@
 
 import pytest
 
-from baleen.config import Recipe, UserError
+from baleen.config import UserError
+from baleen.recipe import Recipe
 from baleen.train.dryrun import dry_run_recipe
 
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from baleen.config import Recipe, TrainConfig
 from baleen.data.loader import Batch
+from baleen.recipe import Recipe, TrainConfig
 from baleen.train.loss import Objective, training_loss
 from baleen.train.trainer import Trainer
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from baleen.config import TrainConfig, UserError
+from baleen.config import UserError
+from baleen.recipe import TrainConfig
 from baleen.train.muon import Muon
 from baleen.train.optimizer import Optimizer
 

@@ -1,6 +1,6 @@
 """Probing: real steps on random tokens, as the cost engine asks for them."""
 
-from baleen.config import Recipe
+from baleen.recipe import Recipe
 from baleen.train.probe import time_steps
 
 TINY = Recipe.model_validate(

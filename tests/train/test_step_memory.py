@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from baleen.config import Recipe, load_recipe
 from baleen.cost.architecture import from_model_config
 from baleen.cost.layout import Layout
 from baleen.cost.memory import rank_memory
+from baleen.recipe import Recipe, load_recipe
 
 SMALL = ("model.num_hidden_layers=2", "model.vocab_size=512", "train.batch_tokens=256")
 

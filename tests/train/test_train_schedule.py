@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from baleen.config import Recipe, UserError, load_recipe
+from baleen.config import UserError
+from baleen.recipe import Recipe, load_recipe
 from baleen.train.schedule import Curve, Schedules
 from baleen.train.trainer import Counters, Trainer
 

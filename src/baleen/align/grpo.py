@@ -25,9 +25,9 @@ from baleen.align.recipe import RLStage
 from baleen.align.rollout import ACCURACY, Answer, Group, describe, sample, score
 from baleen.align.stage import Row, Work
 from baleen.align.tasks import distinct_questions, questions
-from baleen.config import TrainConfig
 from baleen.model.transformer import Transformer
 from baleen.parallel.worker import Alone
+from baleen.recipe import TrainConfig
 from baleen.train.checkpoint import Checkpoint, Stored
 from baleen.train.optimizer import Optimizer
 from baleen.train.precision import Precision, computing_in, resolve_precision

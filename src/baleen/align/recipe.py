@@ -10,22 +10,18 @@ from pydantic import Field, model_validator
 
 from baleen.align.tasks import Task
 from baleen.config import (
-    CostConfig,
     Count,
     Fraction,
     ModelConfig,
     Momentum,
     NotNegative,
     Positive,
-    Recipe,
-    ScheduleConfig,
     Strict,
-    TrainConfig,
     UserError,
-    read_recipe,
     validated,
     without_null,
 )
+from baleen.recipe import CostConfig, Recipe, ScheduleConfig, TrainConfig, read_recipe
 
 Start = Literal["previous", "base"]
 Heat = Annotated[float, Field(gt=0.0, le=100.0)]

@@ -16,9 +16,10 @@ from typing import Any
 
 import tomli_w
 
-from baleen.config import Recipe, UserError
+from baleen.config import UserError
 from baleen.cost.hardware import parse_hardware
 from baleen.cost.measured import Step, fit_products, fit_training
+from baleen.recipe import Recipe
 
 USUAL_SECONDS = 38.0
 PROBE_SECONDS = 0.5  # a step of a probe, about: how many steps there is time for

@@ -13,10 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from baleen.config import Positive, Strict, UserError
+from baleen.config import NotNegative, Positive, Strict, UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 # Share of a dense peak that large matrix products reach where nobody has published a figure (0.78-0.87 elsewhere).
 USUAL_ACHIEVED_SHARE = 0.8

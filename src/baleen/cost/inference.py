@@ -12,13 +12,13 @@ from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
-from baleen.config import load_recipe
 from baleen.cost.architecture import Architecture, from_model_config
 from baleen.cost.factors import Factors, factor_table
 from baleen.cost.flops import cache_bytes_per_token, forward_flops, matmul_parameters, parameters
 from baleen.cost.hardware import Hardware, find_hardware
 from baleen.cost.layout import Layout
 from baleen.cost.traffic import COMBINE_BYTES, DISPATCH_BYTES, expert_all_to_all, tensor_bytes
+from baleen.recipe import load_recipe
 
 BYTES_PER_WEIGHT = {"fp8": 1.0, "bf16": 2.0, "fp32": 4.0}
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from baleen.config import Recipe
 from baleen.cost.architecture import from_model_config
 from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import Hardware
@@ -22,6 +21,7 @@ from baleen.cost.layout import Layout
 from baleen.cost.ranking import memory_of
 from baleen.cost.step import step_time
 from baleen.cost.workload import Workload
+from baleen.recipe import Recipe
 
 INSIDE_TRAINING = (1.0, 0.2)  # products and attention inside training against alone: what is believed, and how firmly
 

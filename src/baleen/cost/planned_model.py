@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from baleen.config import ModelConfig, UserError, load_recipe, model_config_from_hf, read_json, recipe_names
+from baleen.config import ModelConfig, UserError, model_config_from_hf, read_json
 from baleen.cost.architecture import Architecture, from_dims, from_model_config
 from baleen.cost.cases import NODE_LIMITS, USUAL_BATCH_TOKENS, shipped_cases
+from baleen.recipe import load_recipe, recipe_names
 
 USUAL_SEQ_LEN = 4096
 

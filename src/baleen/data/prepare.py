@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from baleen.config import DataConfig, UserError, read_json
+from baleen.config import UserError, read_json
 from baleen.data.clean import clean, heldout_threshold, text_hash
 from baleen.data.corpus import read_documents, source_files
 from baleen.data.document import Document, Message
 from baleen.data.fim import cut_for_fim, fim_tokens
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
 from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.recipe import DataConfig
 
 FORMAT_VERSION = 2  # raise it when the same settings would give other tokens
 BATCH_DOCUMENTS = 512  # tokenised at once, on all cores

@@ -19,11 +19,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from baleen.config import ModelConfig, Recipe, UserError, load_recipe, read_json
+from baleen.config import ModelConfig, UserError, read_json
 from baleen.cost import flops
 from baleen.cost.architecture import from_model_config
 from baleen.cost.card import card_notes, card_rows, cost_card
 from baleen.cost.figures import duration, quantity, usd
+from baleen.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
 AXES = {"tokens": ("tokens", 1), "steps": ("step", 1), "minutes": ("seconds", 1 / 60)}  # shown: key, times

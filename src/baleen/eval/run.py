@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from baleen.config import DataConfig, UserError, validated
+from baleen.config import UserError, validated
 from baleen.data.corpus import read_documents
 from baleen.data.document import Document
 from baleen.data.prepare import prepare
@@ -18,6 +18,7 @@ from baleen.eval.score import score_task
 from baleen.eval.tasks import Program, Question, made_task, read_task
 from baleen.infer.engine import Engine
 from baleen.interop.load import load
+from baleen.recipe import DataConfig
 
 HARNESS = "lm-eval:"
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baleen.config import ModelConfig, ParallelConfig
+from baleen.config import ModelConfig
 from baleen.model.grouped import combine_rows, spread_rows
 from baleen.model.moe import DeepseekMoE, Experts, Gate, Routing
 from baleen.model.transformer import Transformer
@@ -29,6 +29,7 @@ from baleen.parallel.recompute import recompute
 from baleen.parallel.stage import Objective, Stage
 from baleen.parallel.team import Team, take_part
 from baleen.parallel.worker import MicroBatch
+from baleen.recipe import ParallelConfig
 
 
 class RankCount(NamedTuple):

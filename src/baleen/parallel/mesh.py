@@ -16,7 +16,8 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from baleen.config import ModelConfig, ParallelConfig, UserError
+from baleen.config import ModelConfig, UserError
+from baleen.recipe import ParallelConfig
 
 HYBRID = ("replicate", "shard")
 STAGES_PER_RANK = {"1f1b": 1, "zbv": 2, "dualpipev": 2}

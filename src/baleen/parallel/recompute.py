@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from baleen.config import Recomputed
 from baleen.model.attention import LatentAttention, RMSNorm
 from baleen.model.layer import DecoderLayer
 from baleen.model.moe import SwiGLU
+from baleen.recipe import Recomputed
 
 
 def recompute(model: nn.Module, kinds: Iterable[Recomputed], note: Callable[[Tensor], object] | None = None) -> None:

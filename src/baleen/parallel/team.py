@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from baleen.config import ModelConfig, ParallelConfig, UserError
+from baleen.config import ModelConfig, UserError
 from baleen.model.moe import Gate
 from baleen.model.transformer import Transformer
 from baleen.parallel.expert import shard_experts
@@ -20,6 +20,7 @@ from baleen.parallel.mesh import STAGES_PER_RANK, Grid, Mesh
 from baleen.parallel.shard import shard, synchronise
 from baleen.parallel.stage import Objective, Stage, Told, split_layers
 from baleen.parallel.worker import MicroBatch, Totals
+from baleen.recipe import ParallelConfig
 
 BIAS = "mlp.gate.e_score_correction_bias"
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,12 +15,13 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from baleen.config import UserError, load_recipe
+from baleen.config import UserError
 from baleen.cost.energy import open_meter
 from baleen.cost.ledger import Ledger, Stage
 from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
 from baleen.infer.native.runner import fastest_runner
+from baleen.recipe import load_recipe
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, load_models

@@ -6,19 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from baleen.config import (
-    CostConfig,
-    Count,
-    DataConfig,
-    Fraction,
-    Knot,
-    LongRope,
-    Momentum,
-    NotNegative,
-    Positive,
-    RopeScaling,
-    Strict,
-)
+from baleen.config import Count, Fraction, LongRope, Momentum, NotNegative, Positive, RopeScaling, Strict
+from baleen.recipe import CostConfig, DataConfig, Knot
 
 
 class OwnTextConfig(Strict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from baleen.config import ParallelConfig, Recipe
 from baleen.cost.architecture import from_model_config
 from baleen.cost.flops import parameters
 from baleen.cost.layout import Layout
@@ -13,6 +12,7 @@ from baleen.cost.schedule import schedule
 from baleen.cost.simulator import Durations, execute
 from baleen.parallel.dryrun import dry_run
 from baleen.parallel.mesh import Grid, make_grid
+from baleen.recipe import ParallelConfig, Recipe
 from baleen.train.loss import Objective
 
 STATIC = {"weights": "step_weights", "gradients": "step_gradients", "optimizer": "optimizer"}  # cost's words and ours

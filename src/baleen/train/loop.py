@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.config import CostConfig, Recipe, UserError
+from baleen.config import UserError
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Ledger, Stage, StageName
@@ -32,6 +32,7 @@ from baleen.parallel.ranks import ALONE, Ranks, fingerprint_of_code, joined
 from baleen.parallel.state import SHARDS
 from baleen.parallel.team import join
 from baleen.parallel.worker import Alone
+from baleen.recipe import CostConfig, Recipe
 from baleen.train.display import Display
 from baleen.train.export import export_shards
 from baleen.train.precision import keep_freed_memory

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from baleen.config import TrainConfig, UserError
+from baleen.config import UserError
 from baleen.model.machine import multiplies_bf16
 from baleen.parallel.worker import Worker
+from baleen.recipe import TrainConfig
 from baleen.train.muon import Muon
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from baleen.config import Recipe
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.model.transformer import Transformer
+from baleen.recipe import Recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 

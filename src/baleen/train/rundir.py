@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from baleen.config import ParallelConfig, Recipe, Strict, UserError, read_recipe
+from baleen.config import Strict, UserError
+from baleen.recipe import ParallelConfig, Recipe, read_recipe
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"

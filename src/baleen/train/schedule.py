@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from baleen.config import Knot, Recipe, knot_position
+from baleen.recipe import Knot, Recipe, knot_position
 
 
 class Curve:

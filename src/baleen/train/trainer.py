@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baleen.config import Recipe, UserError
+from baleen.config import UserError
 from baleen.data.loader import Batch, Loader
 from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
 from baleen.parallel.recompute import recompute
 from baleen.parallel.worker import Alone, MicroBatch, Worker
+from baleen.recipe import Recipe
 from baleen.train.checkpoint import Checkpoint, Stored
 from baleen.train.fp8 import use_fp8
 from baleen.train.loss import Objective
