@@ -22,7 +22,7 @@ UNSEEN = 5 * BEAT + 1  # seconds between two rows, or the last row and the kill:
 SCRIPT = f"""
 import json, sys
 from pathlib import Path
-from baleen.config import load_recipe
+from baleen.recipe import load_recipe
 from baleen.cost import ledger
 ledger.Ledger.stage.__kwdefaults__["beat_seconds"] = {BEAT}
 from baleen.train.display import Display

@@ -421,7 +421,7 @@ def test_the_exported_model_is_the_one_that_was_trained(tiny_recipe, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from baleen.config import load_recipe
+from baleen.recipe import load_recipe
 from baleen.train.loop import train
 print(train(load_recipe(sys.argv[1]), Path(sys.argv[2]), resume=True))
 """
