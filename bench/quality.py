@@ -141,15 +141,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ours = Contestant("baleen", train.lr, train.optimizer, False)
     adamw, muon = (Contestant(f"dense {name}", args.dense_lr, name, True) for name in ("adamw", "muon"))
     grids, finals = {}, {}
-    for who in (ours, adamw, muon):
-        print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
+
+    def settle(who: Contestant) -> Row:
+        """Tunes and trains; returns what is best for it."""
+        print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each, then {args.minutes:g}", file=sys.stderr)
         grids[who.name] = race.tuned(who, args.grid_minutes)
-    best = {name: {"lr": rows[0]["lr"], "size": rows[0]["size"]} for name, rows in grids.items()}
-    print(f"{args.minutes:g} minutes each", file=sys.stderr)
-    for who in (ours, adamw, muon):
-        finals[who.name] = race.run(who, **best[who.name], minutes=args.minutes, scores=SCORES)
-    half = race.run(ours, **best["baleen"], minutes=args.minutes / 2, scores=SCORES)
-    same = race.run(adamw, **best["dense adamw"], minutes=0, tokens=finals["baleen"]["tokens"])
+        best = {key: grids[who.name][0][key] for key in ("lr", "size")}
+        finals[who.name] = race.run(who, **best, minutes=args.minutes, scores=SCORES)
+        return best
+
+    half = race.run(ours, **settle(ours), minutes=args.minutes / 2, scores=SCORES)
+    same = race.run(adamw, **settle(adamw), minutes=0, tokens=finals["baleen"]["tokens"], scores=SCORES)
+    settle(muon)
     bits = {name: row["bits_per_byte"] for name, row in finals.items()}
     peers = {name: row for name, row in finals.items() if name != "baleen"}
     return {
