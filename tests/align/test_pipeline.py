@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_stages import MODEL, SFT, tiny_recipe
 
 from baleen.align import grpo as grpo_module
 from baleen.align.pipeline import align
-from baleen.align.recipe import AlignRecipe, for_command
+from baleen.align.recipe import for_command
 from baleen.align.sft import conversations
 from baleen.config import UserError
 from baleen.eval.report import hacked_reward, write_report
@@ -17,32 +18,12 @@ from baleen.train.display import Display
 from baleen.train.loop import weights_sha256
 from baleen.train.rundir import read_metrics
 
-MODEL = {
-    "vocab_size": 276, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 0, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
-    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 64, "initializer_range": 0.1,
-}  # fmt: skip
-SFT = {
-    "kind": "sft",
-    "worked": 40,
-    "train": {"tokens": 512, "batch_tokens": 128, "seq_len": 64, "lr": 1e-2, "precision": "fp32"},
-}
 RL = {
     "kind": "rl", "steps": 4, "questions": 3, "group_size": 4, "minibatches": 2, "lr": 1e-3, "kl_coef": 0.01,
     "reference_every": 2, "eval_every": 2, "eval_questions": 5, "checkpoint_every": 1, "sampling": {"max_tokens": 8},
     "rewards": [{"name": "length"}, {"name": "accuracy"}],
 }  # fmt: skip
 LIMITS = {"questions": 6, "samples": 4, "sampling": {"max_tokens": 8}}
-
-
-@pytest.fixture
-def recipe():
-    def make(*stages, **keys) -> AlignRecipe:
-        base = {"name": "tiny", "model": MODEL, "tasks": [{"name": "chain_sum", "terms": [2, 3]}]}
-        return AlignRecipe.model_validate({**base, "stages": stages, **keys})
-
-    return make
 
 
 def run(recipe, path, **keys):
@@ -53,8 +34,8 @@ def sha(path):
     return weights_sha256(load(path).model.state_dict())
 
 
-def test_sft_then_rl_leaves_a_model_metrics_and_a_ledger(recipe, tmp_path):
-    summary = run(recipe(SFT, RL), tmp_path / "run")
+def test_sft_then_rl_leaves_a_model_metrics_and_a_ledger(tmp_path):
+    summary = run(tiny_recipe(SFT, RL), tmp_path / "run")
     assert summary["status"] == "done" and summary["stages_done"] == 2
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -81,8 +62,8 @@ def test_sft_then_rl_leaves_a_model_metrics_and_a_ledger(recipe, tmp_path):
         pytest.param({"dynamic_sampling": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_equals_straight_bit_for_bit(recipe, tmp_path, changes):
-    pipeline = recipe(SFT, RL | changes)
+def test_resumed_equals_straight_bit_for_bit(tmp_path, changes):
+    pipeline = tiny_recipe(SFT, RL | changes)
     run(pipeline, tmp_path / "straight")
     stopped = run(pipeline, tmp_path / "resumed", max_steps=6)
     assert stopped["status"] == "stopped"
@@ -94,8 +75,8 @@ def test_resumed_equals_straight_bit_for_bit(recipe, tmp_path, changes):
     assert straight == resumed
 
 
-def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(recipe, tmp_path, monkeypatch):
-    pipeline = recipe(SFT, RL)
+def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(tmp_path, monkeypatch):
+    pipeline = tiny_recipe(SFT, RL)
     run(pipeline, tmp_path / "straight")
     true_sample, calls = grpo_module.sample, []
 
@@ -113,14 +94,14 @@ def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(recipe, tm
     assert sha(tmp_path / "straight") == sha(tmp_path / "killed")
 
 
-def test_the_stages_of_r1_in_one_recipe(recipe, tmp_path):
+def test_the_stages_of_r1_in_one_recipe(tmp_path):
     """Cold start, RL, rejection sampling, SFT from the base on what was kept and more, RL again."""
     everything_is_right = tmp_path / "kind.py"
     everything_is_right.write_text("def one(prompt, completion, answer):\n    return 1.0\n")
     sample = {"kind": "sample", **LIMITS}
     second = {**SFT, "start": "base", "worked": 10, "sampled": False}
     rl = RL | {"steps": 1, "rewards": [{"name": f"{everything_is_right}:one"}, {"name": "length", "weight": 0.5}]}
-    pipeline = recipe(SFT, rl, sample, second, rl)
+    pipeline = tiny_recipe(SFT, rl, sample, second, rl)
     assert run(pipeline, tmp_path / "run")["stages_done"] == 5
     assert (tmp_path / "run/stages/3-sample/sampled.jsonl").is_file()
     assert run(pipeline, tmp_path / "run", resume=True)["status"] == "done"  # nothing is left to do
@@ -129,8 +110,8 @@ def test_the_stages_of_r1_in_one_recipe(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_a_share_of_the_worked_solutions_is_hasty(recipe, share):
-    pipeline = recipe(SFT | {"worked": 400, "hasty": share}, tasks=[{"name": "chain_sum", "terms": [4, 4]}])
+def test_a_share_of_the_worked_solutions_is_hasty(share):
+    pipeline = tiny_recipe(SFT | {"worked": 400, "hasty": share}, tasks=[{"name": "chain_sum", "terms": [4, 4]}])
     work = SimpleNamespace(recipe=pipeline, tasks=lambda own: own or pipeline.tasks)
     first, again = (conversations(work, pipeline.stages[0], []) for _ in range(2))
     assert first == again
@@ -139,7 +120,7 @@ def test_a_share_of_the_worked_solutions_is_hasty(recipe, share):
     assert abs(results.count(1) / 400 - share) < 0.08 * (0 < share < 1) + 1e-9
 
 
-def test_rejection_sampling_keeps_only_right_answers(recipe, tmp_path, monkeypatch):
+def test_rejection_sampling_keeps_only_right_answers(tmp_path, monkeypatch):
     from baleen.align import pipeline as module
 
     true_sample = module.sample
@@ -155,22 +136,22 @@ def test_rejection_sampling_keeps_only_right_answers(recipe, tmp_path, monkeypat
         return groups
 
     monkeypatch.setattr(module, "sample", sometimes_right)
-    run(recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True}), tmp_path / "run")
+    run(tiny_recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True}), tmp_path / "run")
     kept = (tmp_path / "run/stages/2-sample/sampled.jsonl").read_text().splitlines()
     assert len(kept) == 3
     assert all("<think>so</think>" in json.loads(line)["messages"][-1]["content"] for line in kept)
 
 
-def test_nothing_right_is_told_and_loses_nothing(recipe, tmp_path):
-    pipeline = recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True})
+def test_nothing_right_is_told_and_loses_nothing(tmp_path):
+    pipeline = tiny_recipe(SFT, {"kind": "sample", **LIMITS}, {**SFT, "worked": 0, "sampled": True})
     with pytest.raises(UserError, match="no sampled answer was right"):
         run(pipeline, tmp_path / "run")
     assert load(tmp_path / "run/stages/1-sft").model
 
 
-def test_distillation_learns_from_the_teacher_alone(recipe, tmp_path, monkeypatch):
-    run(recipe(SFT), tmp_path / "teacher")
-    student = recipe(SFT, {"kind": "sample", **LIMITS}, model=MODEL | {"hidden_size": 8})
+def test_distillation_learns_from_the_teacher_alone(tmp_path, monkeypatch):
+    run(tiny_recipe(SFT), tmp_path / "teacher")
+    student = tiny_recipe(SFT, {"kind": "sample", **LIMITS}, model=MODEL | {"hidden_size": 8})
     with pytest.raises(UserError, match="needs a teacher"):
         for_command("distill", student)
     student = for_command("distill", student, teacher=str(tmp_path / "teacher"))
@@ -180,19 +161,19 @@ def test_distillation_learns_from_the_teacher_alone(recipe, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("body", ["raise ValueError('x')", "return float('nan')", "return float('inf')"])
-def test_a_reward_that_fails_is_nothing_and_counted_and_the_run_goes_on(recipe, tmp_path, body):
+def test_a_reward_that_fails_is_nothing_and_counted_and_the_run_goes_on(tmp_path, body):
     (tmp_path / "mine.py").write_text(f"def f(prompt, completion, answer):\n    {body}\n")
     rl = RL | {"steps": 1, "kl_coef": 0.0, "rewards": [{"name": f"{tmp_path}/mine.py:f"}]}
-    run(recipe(SFT, rl), tmp_path / "run")
+    run(tiny_recipe(SFT, rl), tmp_path / "run")
     row = read_metrics(tmp_path / "run")[-1]
     assert row["reward"] == 0 and row["reward_failures"] == 12 and row["degenerate_groups"] == 1
     # groups without variance teach nothing, and momentum is not let to move what it never learnt
     assert sha(tmp_path / "run") == sha(tmp_path / "run/stages/1-sft")
 
 
-def test_truncated_answers_can_be_left_out_of_learning(recipe, tmp_path):
+def test_truncated_answers_can_be_left_out_of_learning(tmp_path):
     rl = RL | {"steps": 1, "kl_coef": 0.0, "mask_truncated": True, "sampling": {"max_tokens": 1}}
-    run(recipe(SFT, rl), tmp_path / "run")
+    run(tiny_recipe(SFT, rl), tmp_path / "run")
     row = read_metrics(tmp_path / "run")[-1]
     assert row["truncated"] > 0.5
     if row["truncated"] == 1:
@@ -200,8 +181,8 @@ def test_truncated_answers_can_be_left_out_of_learning(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.01])
-def test_the_routers_bias_is_frozen_or_moves_by_choice(recipe, tmp_path, speed):
-    run(recipe(SFT, RL | {"steps": 1, "bias_update_speed": speed}), tmp_path / "run")
+def test_the_routers_bias_is_frozen_or_moves_by_choice(tmp_path, speed):
+    run(tiny_recipe(SFT, RL | {"steps": 1, "bias_update_speed": speed}), tmp_path / "run")
     before, after = (load(tmp_path / f"run/stages/{n}").model.gates for n in ("1-sft", "2-rl"))
     moved = [not torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
              for a, b in zip(before, after, strict=True)]  # fmt: skip
@@ -219,31 +200,31 @@ def test_the_routers_bias_is_frozen_or_moves_by_choice(recipe, tmp_path, speed):
         ({"stages": [RL | {"group_size": 1}]}, "greater than or equal to 2"),
     ],
 )
-def test_recipes_that_cannot_be(recipe, changes, message):
+def test_recipes_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
-        recipe(SFT, RL, **changes) if "stages" not in changes else recipe(*changes["stages"])
+        tiny_recipe(SFT, RL, **changes) if "stages" not in changes else tiny_recipe(*changes["stages"])
 
 
-def test_a_conversation_longer_than_a_row_is_named(recipe, tmp_path):
+def test_a_conversation_longer_than_a_row_is_named(tmp_path):
     short = SFT | {"train": SFT["train"] | {"seq_len": 8}}
     with pytest.raises(UserError, match="raise train.seq_len"):
-        run(recipe(short), tmp_path / "run")
+        run(tiny_recipe(short), tmp_path / "run")
 
 
-def test_commands_refuse_recipes_of_other_stages(recipe):
+def test_commands_refuse_recipes_of_other_stages():
     with pytest.raises(UserError, match="has no rl stage, only sft"):
-        for_command("rl", recipe(SFT))
+        for_command("rl", tiny_recipe(SFT))
 
 
 @pytest.mark.slow
-def test_a_reward_for_length_alone_is_hacked_and_the_report_shows_it(recipe, tmp_path):
+def test_a_reward_for_length_alone_is_hacked_and_the_report_shows_it(tmp_path):
     """Paid by the character, the network learns to ramble; the page says that accuracy did not follow."""
     pytest.importorskip("plotly")
     rl = RL | {
         "steps": 24, "questions": 4, "group_size": 8, "minibatches": 1, "lr": 1e-2, "kl_coef": 0.0,
         "eval_every": 8, "sampling": {"max_tokens": 24}, "rewards": [{"name": "length"}],
     }  # fmt: skip
-    run(recipe(SFT, rl), tmp_path / "run")
+    run(tiny_recipe(SFT, rl), tmp_path / "run")
     rows = [row for row in read_metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert rows[-1]["reward"] > 1.3 * rows[0]["reward"]
     assert rows[-1]["heldout_accuracy"] == 0
@@ -263,8 +244,8 @@ def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
     assert hacked_reward(rows[:1]) == []
 
 
-def test_several_processes_are_refused(recipe, tmp_path, monkeypatch):
+def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
-        run(recipe(SFT), tmp_path / "run")
+        run(tiny_recipe(SFT), tmp_path / "run")
     assert not (tmp_path / "run").exists()

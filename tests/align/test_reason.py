@@ -4,34 +4,18 @@ import json
 
 import pytest
 from rich.console import Console
+from tiny_stages import SFT, tiny_recipe
 
 from baleen.align import reason
 from baleen.align.accuracy import HELDOUT_SEED
-from baleen.align.recipe import AlignRecipe
 from baleen.align.tasks import ChainSum, Sorting, distinct_questions
 from baleen.config import UserError
 from baleen.train.rundir import read_metrics
 
-MODEL = {
-    "vocab_size": 276, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 0, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
-    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 64, "initializer_range": 0.1,
-}  # fmt: skip
-SFT = {
-    "kind": "sft",
-    "worked": 40,
-    "train": {"tokens": 512, "batch_tokens": 128, "seq_len": 64, "lr": 1e-2, "precision": "fp32"},
-}
 RL = {
     "kind": "rl", "steps": 2, "questions": 3, "group_size": 4, "lr": 1e-3, "kl_coef": 0.0, "eval_questions": 5,
     "sampling": {"max_tokens": 8},
 }  # fmt: skip
-
-
-def recipe(*stages) -> AlignRecipe:
-    tasks = [{"name": "chain_sum", "terms": [2, 3]}]
-    return AlignRecipe.model_validate({"name": "tiny", "model": MODEL, "tasks": tasks, "stages": stages})
 
 
 @pytest.mark.parametrize("task", [ChainSum(terms=(2, 3)), Sorting(numbers=(3, 4))], ids=lambda task: task.name)
@@ -49,7 +33,7 @@ def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeyp
     pytest.importorskip("plotly")
     monkeypatch.setattr(reason, "QUESTIONS", 8)
     console = Console(quiet=True)
-    summary = reason.run_reason(recipe(SFT, RL), tmp_path / "reason", console)
+    summary = reason.run_reason(tiny_recipe(SFT, RL), tmp_path / "reason", console)
     assert summary == json.loads((tmp_path / "reason/summary.json").read_text())
     for name in ("before", "after", "sft_control"):
         for key in (f"accuracy_{name}", f"accuracy_{name}_sampled"):
@@ -58,12 +42,12 @@ def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeyp
     assert summary["rl_steps"] == 2 and summary["rl_seconds"] > 0
     control = read_metrics(tmp_path / "reason-control")
     assert {row["stage"] for row in control} == {"sft"}
-    again = reason.run_reason(recipe(SFT, RL), tmp_path / "reason", console)
+    again = reason.run_reason(tiny_recipe(SFT, RL), tmp_path / "reason", console)
     assert len(read_metrics(tmp_path / "reason-control")) == len(control)
     assert again["accuracy_after"] == summary["accuracy_after"]
 
 
 def test_recipes_of_other_stages_are_refused(tmp_path):
     with pytest.raises(UserError, match="an sft stage and then an rl stage"):
-        reason.run_reason(recipe(SFT), tmp_path / "reason", Console(quiet=True))
+        reason.run_reason(tiny_recipe(SFT), tmp_path / "reason", Console(quiet=True))
     assert not (tmp_path / "reason").exists()

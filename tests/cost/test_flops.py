@@ -87,17 +87,9 @@ def test_bad_dims_name_the_fault():
         from_dims(dict(L=1, d=8, H=3, KV=2, hd=4, ff=16, nm=3, V=32))
 
 
-TINY = ModelConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
-    num_attention_heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
-    num_nextn_predict_layers=1, max_position_embeddings=64,
-)  # fmt: skip
-
-
-def test_architecture_is_frozen_and_derived():
-    tiny = from_model_config(TINY)
+def test_architecture_is_frozen_and_derived(tiny_config):
+    tiny = from_model_config(tiny_config())
     assert isinstance(tiny, Architecture)
     assert (tiny.dense_layers, tiny.moe_layers, tiny.mtp_moe_modules) == (1, 2, 1)
-    dense = from_model_config(TINY.model_copy(update={"first_k_dense_replace": 4}))
+    dense = from_model_config(tiny_config(first_k_dense_replace=4))
     assert (dense.dense_layers, dense.moe_layers, dense.mtp_moe_modules) == (3, 0, 0)

@@ -149,7 +149,7 @@ def read_hardware(path: Path) -> dict[str, Hardware]:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a TOML file with one table a device") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     return parse_hardware(raw, str(path))
 
