@@ -56,8 +56,9 @@ def test_a_users_file_is_read_and_its_faults_are_named(tmp_path):
     path.write_text(OWN.format(peak=1, source="you"))
     with pytest.raises(UserError, match="names source 'you', which is not under"):
         find_hardware("toaster", path)
-    path.write_text("not toml at all")
-    with pytest.raises(UserError, match="not valid TOML"):
-        find_hardware("toaster", path)
+    for text in ("not toml at all", "x = " + "9" * 5000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not valid TOML"):
+            find_hardware("toaster", path)
     with pytest.raises(UserError, match="is missing"):
         find_hardware("toaster", tmp_path / "absent.toml")
