@@ -28,6 +28,7 @@ from baleen.config import UserError
 
 SHARDS = "shards"
 Groups = dict[str, dict[str, Tensor]]  # {"model": {name: tensor}, "optimizer": ..., "ema": ...}
+Shapes = dict[str, dict[str, torch.Size]]
 
 
 def begin_save(directory: Path, groups: Groups, talk: dist.ProcessGroup) -> Future[Any]:
@@ -48,9 +49,9 @@ def shard_file(rank: int) -> str:
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def stored_shapes(directory: Path) -> dict[str, dict[str, torch.Size]]:
-    """{group: {name: shape}} of what lies in `directory`."""
-    shapes: dict[str, dict[str, torch.Size]] = {}
+def stored_shapes(directory: Path) -> Shapes:
+    """Of what lies in `directory`; opens every shard."""
+    shapes: Shapes = {}
     for key, tensor in HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata.items():
         group, _, name = key.partition("/")
         assert isinstance(tensor, TensorStorageMetadata)
@@ -58,12 +59,11 @@ def stored_shapes(directory: Path) -> dict[str, dict[str, torch.Size]]:
     return shapes
 
 
-def read_shards(directory: Path, groups: Groups) -> None:
+def read_shards(directory: Path, groups: Groups, stored: Shapes) -> None:
     """Fill these tensors, or the pieces of DTensors that lie here, from shards of any layout. Called by all ranks.
 
-    Raises UserError for a tensor that is missing or has another shape.
+    stored: the directory's `stored_shapes`. Raises UserError for a tensor that is missing there or has another shape.
     """
-    stored = stored_shapes(directory)
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
             require_shape(name, stored.get(group, {}).get(name), _with_a_dimension(tensor).shape)

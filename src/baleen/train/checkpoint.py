@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ import safetensors
 import safetensors.torch
 
 from baleen.config import UserError, read_json
-from baleen.parallel.state import SHARDS, Groups, copy_piece, read_shards, require_shape, stored_shapes
+from baleen.parallel.state import SHARDS, Groups, Shapes, copy_piece, read_shards, require_shape, stored_shapes
 
 MANIFEST = "manifest.json"
 
@@ -82,11 +83,15 @@ class ShardedCheckpoint:
     directory: Path
     state: dict[str, Any]
 
+    @cached_property
+    def shapes(self) -> Shapes:
+        return stored_shapes(self.directory)
+
     def names(self, group: str) -> list[str]:
-        return list(stored_shapes(self.directory).get(group, {}))
+        return list(self.shapes.get(group, {}))
 
     def read_into(self, groups: Groups) -> None:
-        read_shards(self.directory, groups)
+        read_shards(self.directory, groups, self.shapes)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
