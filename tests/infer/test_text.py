@@ -5,25 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import ByteTokenizer
 
-from baleen.infer.text import Detokenizer, StopMatcher
+from baleen.infer.text import Detokenizer, Spelling, StopMatcher
 
 
 @given(st.binary(max_size=24))
 def test_detokenizer_equals_full_decode(data):
-    detokenizer = Detokenizer(ByteTokenizer())
+    detokenizer = Detokenizer(Spelling(ByteTokenizer()))
     pieces = [detokenizer.feed([byte]) for byte in data]
     assert "".join(pieces) + detokenizer.flush() == data.decode("utf-8", errors="replace")
 
 
 def test_never_half_a_character():
-    detokenizer = Detokenizer(ByteTokenizer())
+    detokenizer = Detokenizer(Spelling(ByteTokenizer()))
     assert [detokenizer.feed([byte]) for byte in "é🐋".encode()] == ["", "é", "", "", "", "🐋"]
     assert detokenizer.feed([0xF0, 0x9F]) == "" and detokenizer.flush() == "\ufffd"
 
 
 def test_special_tokens_are_left_out():
     tokenizer = ByteTokenizer()
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(Spelling(tokenizer))
     assert detokenizer.feed([104, tokenizer.eos_id, 105]) == "hi"
 
 

@@ -3,7 +3,7 @@
 import time
 
 from baleen.infer.engine import Event
-from baleen.infer.text import Answer
+from baleen.infer.text import Answer, Spelling
 
 
 class Pages:
@@ -45,7 +45,8 @@ class ScriptedEngine:
         params = request.params
         room = self.context - len(request.prompt_ids)
         ends = (self.tokenizer.eos_id, *params.stop_ids)
-        text = Answer(self.tokenizer, ends, params.stop, min(room, params.max_tokens or room), params.skip_special)
+        spelling = Spelling(self.tokenizer, params.skip_special)
+        text = Answer(spelling, ends, params.stop, min(room, params.max_tokens or room))
         script = self.answer(list(request.prompt_ids))
         self._runs[id] = script if isinstance(script, Exception) else ([*script, self.tokenizer.eos_id], text)
         self.pages.in_use += 1

@@ -112,7 +112,8 @@ def draw(model: Transformer, requests: Sequence[Request]) -> list[tuple[list[Log
 
     By ids alone, and read once they are whole: of small models the text of every single token would be half the time.
     """
-    engine = Engine(model, None, max_batch=len(requests))
+    # Small pages, for a page that the answers to a question share is read once, and the rest by each of them.
+    engine = Engine(model, None, max_batch=len(requests), page_size=8)
     numbers = {engine.submit(request): number for number, request in enumerate(requests)}
     logprobs: list[list[Logprob]] = [[] for _ in requests]
     truncated = [False] * len(requests)

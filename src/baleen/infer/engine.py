@@ -10,7 +10,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from baleen.infer.runner import Runner
 from baleen.infer.scheduler import Busy, Job, Scheduler, check_fits
 from baleen.infer.speculative import Drafter
 from baleen.infer.step import Stepper
-from baleen.infer.text import Answer
+from baleen.infer.text import Answer, Spelling
 from baleen.model.cache import LatentPages
 from baleen.model.transformer import Transformer
 
@@ -65,6 +64,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self._tokenizer = model, tokenizer
+        self._spellings = {skip: None if tokenizer is None else Spelling(tokenizer, skip) for skip in (True, False)}
         config = model.config
         self._speculate: Speculate = self._depth_of(speculate)
         with torch.inference_mode():
@@ -175,7 +175,7 @@ class Engine:
         run = Run(
             Job(self._next_id, ids, self._clock() if sink is None else math.inf, reuse),
             request,
-            Answer(self._tokenizer, ends, params.stop, max_tokens, params.skip_special),
+            Answer(self._spellings[params.skip_special], ends, params.stop, max_tokens),
             seed=random.getrandbits(64) if params.seed is None else params.seed,
             depth=0 if params.depends_on_answer else depth,
             adaptive=speculate == "auto",
@@ -238,7 +238,7 @@ class Generation:
                         stats.cached_tokens += event.cached_tokens
                     spoken.add(event.request)
                     number = index[event.request] if event.finish_reason is None else index.pop(event.request)
-                    yield replace(event, request=number)
+                    yield event._replace(request=number)
                 started = time.perf_counter()
         finally:
             for id in index:

@@ -19,6 +19,8 @@ def logprobs_of(logits_MZ: Tensor, ids: Sequence[int], tops: Sequence[int]) -> l
         return []
     log_probs_MZ = logits_MZ.to(torch.promote_types(logits_MZ.dtype, torch.float32)).log_softmax(-1)
     chosen = log_probs_MZ.gather(1, torch.tensor(ids, device=logits_MZ.device)[:, None])[:, 0].tolist()
+    if not any(tops):
+        return [Logprob(id, logprob, ()) for id, logprob in zip(ids, chosen, strict=True)]
     values_MK, ids_MK = log_probs_MZ.topk(min(max(tops), logits_MZ.shape[1]))
     likeliest = [
         tuple(zip(best[:top], values[:top], strict=True))

@@ -28,8 +28,7 @@ class Logprob(NamedTuple):
     top: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What one step brought one request, named by its number. Text may lag behind the tokens, never run ahead.
 
     logprobs: one for each of `token_ids`. prompt_logprobs: in the event that ends the reading of the prompt. routes:

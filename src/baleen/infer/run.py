@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from baleen.infer.speculative import Window
 from baleen.infer.text import Answer
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """The `count` tokens from row `first` on that one request reads in a step."""
 
     first: int
@@ -87,7 +87,9 @@ class Run:
         text, used, reason = self.answer.feed(drawn[: kept + 1])
         job.tokens += drawn[:used]
         job.drafts = []
-        self.span = replace(self.span, count=min(self.span.count - len(drafts) + kept, len(job.tokens) - job.computed))
+        if drafts:
+            true = min(self.span.count - len(drafts) + kept, len(job.tokens) - job.computed)
+            self.span = self.span._replace(count=true)
         scored = is_first and self.request.params.prompt_logprobs is not None
         return Event(
             job.id,

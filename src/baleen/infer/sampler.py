@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,6 +183,8 @@ def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     values: list[float] = []
     masks: dict[int, Tensor] = {}
     for r, (params, _, answer, _) in enumerate(places):
+        if not params.logit_bias and not params.depends_on_answer:
+            continue
         changes = dict(params.logit_bias)
         if params.presence_penalty or params.frequency_penalty:
             for id, times in Counter(answer).items():
@@ -234,15 +237,18 @@ def _xorshift(x: Tensor, shift: int) -> None:
 
 
 def _keys(places: Sequence[Place], device: torch.device) -> Tensor:
-    keys = [mixed(mixed(place.seed) + place.index) for place in places]
-    return torch.tensor([[_int32(key & 0xFFFFFFFF), _int32(key >> 32)] for key in keys], dtype=torch.int32).to(device)
+    """int32 [R, 2]: the lower and the upper half of a hash of seed and index."""
+    seeds_R = np.array([place.seed & _MASK for place in places], dtype=np.uint64)
+    indices_R = np.array([place.index for place in places], dtype=np.uint64)
+    keys_R = mixed(mixed(seeds_R) + indices_R)
+    return torch.from_numpy(keys_R.astype("<u8", copy=False).view(np.int32).reshape(-1, 2)).to(device)
 
 
-def mixed(x: int) -> int:
-    """splitmix64: a bijection of 64 bits whose every output bit depends on every input bit."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+def mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64 of uint64: a bijection whose every output bit depends on every input bit."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
 
 

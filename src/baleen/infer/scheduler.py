@@ -94,8 +94,8 @@ class Scheduler:
 
     def plan(self) -> list[tuple[Job, int]]:
         """The jobs of the next step, each with how many tokens it reads, drafts included; fewest first."""
-        for job in list(self.running):
-            if job in self.running:
+        for job in [job for job in self.running if self._missing(job) > 0]:
+            if job in self.running:  # and has not given way to one before it
                 self._make_room(job)
         self._admit()
         chunks = self._chunks([job for job in self.running if job.remaining > 1])
@@ -115,14 +115,18 @@ class Scheduler:
 
     def _make_room(self, job: Job) -> None:
         """Pages for all its tokens and drafts, if need be those of the youngest."""
-        missing = self.pages_for(len(job.tokens) + len(job.drafts)) - len(job.pages)
+        missing = self._missing(job)
         while missing > self.pool.free:
             youngest = self.running.pop()
             self._let_go(youngest)
             self.waiting.appendleft(youngest)
             if youngest is job:
                 return
-        job.pages += self.pool.take(max(0, missing))
+        job.pages += self.pool.take(missing)
+
+    def _missing(self, job: Job) -> int:
+        """Pages that its tokens and drafts need and it does not have."""
+        return self.pages_for(len(job.tokens) + len(job.drafts)) - len(job.pages)
 
     def _admit(self) -> None:
         if not self.waiting:

@@ -14,7 +14,7 @@ from baleen.infer.logprobs import logprobs_of
 from baleen.infer.request import Event, Logprob
 from baleen.infer.run import Run
 from baleen.infer.runner import Runner
-from baleen.infer.sampler import choose
+from baleen.infer.sampler import Place, choose
 from baleen.infer.speculative import Drafter, Payoff
 from baleen.model.cache import Batch
 
@@ -62,26 +62,34 @@ class Stepper:
 
     def _draw(self, runs: Sequence[Run], hidden_Nd: Tensor) -> list[tuple[list[int], list[Logprob] | None]]:
         """For each run the tokens at its places, and what it wants to know of them."""
-        places = [run.places() for run in runs]
-        rows = [row for run, own in zip(runs, places, strict=True) if own for row in run.place_rows()]
-        if not rows:
+        rows: list[int] = []
+        places: list[Place] = []
+        ends = []  # of each run's places
+        for run in runs:
+            own = run.places()
+            if own:
+                rows += run.place_rows()
+                places += own
+            ends.append(len(places))
+        if not places:
             return [([], None) for _ in runs]
         logits_RZ = self.runner.logits(hidden_Nd if len(rows) == len(hidden_Nd) else hidden_Nd[rows])
-        drawn = choose(logits_RZ, [place for own in places for place in own]).tolist()
-        wanted = [place.params.logprobs for own in places for place in own]
-        asked = [r for r, top in enumerate(wanted) if top is not None]
-        found = logprobs_of(logits_RZ[asked], [drawn[r] for r in asked], [wanted[r] or 0 for r in asked])
-        logprobs = dict(zip(asked, found, strict=True))
+        drawn = choose(logits_RZ, places).tolist()
+        asked = [r for r, place in enumerate(places) if place.params.logprobs is not None]
+        tops = [places[r].params.logprobs or 0 for r in asked]
+        some_RZ = logits_RZ if len(asked) == len(places) else logits_RZ[asked]
+        logprobs = dict(zip(asked, logprobs_of(some_RZ, [drawn[r] for r in asked], tops), strict=True))
         out, first = [], 0
-        for own in places:
-            own_rows = range(first, first + len(own))
-            first += len(own)
-            known = [logprobs[r] for r in own_rows] if own and own[0].params.logprobs is not None else None
-            out.append(([drawn[r] for r in own_rows], known))
+        for end in ends:
+            own_rows = range(first, end)
+            out.append((drawn[first:end], [logprobs[r] for r in own_rows] if first in logprobs and own_rows else None))
+            first = end
         return out
 
     def _draft(self, runs: Sequence[Run], hidden_Nd: Tensor) -> bool:
         """Let the MTP layers read along, and draft for the next step; whether adaptive answers under way did."""
+        if self._drafter is None:
+            return False
         speaking = sum(run.span.is_last for run in runs)
         pays = any(run.adaptive for run in runs) and speaking > 0 and self._payoff.drafts(speaking)
         windows = []
@@ -91,7 +99,6 @@ class Stepper:
                 windows.append((run, run.window()))
             run.tail_Td = None
         if windows:
-            assert self._drafter is not None
             self._drafter.propose(hidden_Nd, [window for _, window in windows])
         for run, window in windows:
             run.job.drafts, run.tail_Td = window.drafts, window.tail_Td

@@ -9,27 +9,36 @@ from typing import Literal
 from baleen.data.tokenizer import Tokenizer
 
 
+class Spelling(dict[int, bytes]):
+    """What each token adds to a text, looked up once; special tokens add nothing unless asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        super().__init__()
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+
+    def __missing__(self, id: int) -> bytes:
+        is_special = self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False)
+        self[id] = b"" if is_special and self._skip_special else self._tokenizer.token_bytes(id)
+        return self[id]
+
+
 class Detokenizer:
-    """Bytes of tokens -> text, a character as soon as it is whole; special tokens are left out unless asked for.
+    """Bytes of tokens -> text, a character as soon as it is whole.
 
     Bytes that can no longer become a character turn into U+FFFD, exactly as when all bytes are decoded at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, spelling: Spelling):
+        self._spelling = spelling
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        return self._decoder.decode(b"".join(self._bytes(id) for id in ids))
+        return self._decoder.decode(b"".join([self._spelling[id] for id in ids]))
 
     def flush(self) -> str:
         """The end: what is still half a character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
-
-    def _bytes(self, id: int) -> bytes:
-        is_special = self._tokenizer.decode([id]) == "" != self._tokenizer.decode([id], skip_special=False)
-        return b"" if is_special and self._skip_special else self._tokenizer.token_bytes(id)
 
 
 class StopMatcher:
@@ -48,6 +57,8 @@ class StopMatcher:
         """More text -> what may be shown now. After a stop string nothing more is let through."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -70,19 +81,18 @@ class StopMatcher:
 
 
 class Answer:
-    """The text side of one request: what its tokens say (nothing, without a tokenizer), and when it ends."""
+    """The text side of one request: what its tokens say (nothing, without a spelling), and when it ends."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer | None,
+        spelling: Spelling | None,
         end_ids: Iterable[int],
         stops: Sequence[str],
         max_tokens: int,
-        skip_special: bool = True,
     ):
         self.max_tokens, self.count = max_tokens, 0
         self._end_ids = frozenset(end_ids)
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, skip_special)
+        self._detokenizer = None if spelling is None else Detokenizer(spelling)
         self._matcher = StopMatcher(stops)
 
     def feed(self, tokens: Sequence[int]) -> tuple[str, int, Literal["stop", "length"] | None]:

@@ -1,7 +1,6 @@
 """The chat page as a person uses it, and a scripted engine that also tells experts and guesses."""
 
 import time
-from dataclasses import replace
 
 import torch
 from scripted_engine import ScriptedEngine
@@ -61,7 +60,7 @@ class TracedEngine(ScriptedEngine):
         routes = torch.tensor([[experts_of(id, layer) for layer in range(LAYERS)] for id in read], dtype=torch.int16)
         guessed = max(0, len(event.token_ids) - 1)
         routes = routes.reshape(len(read), LAYERS, 3)
-        return replace(event, routes=routes, accepted=guessed, drafted=guessed + 1)
+        return event._replace(routes=routes, accepted=guessed, drafted=guessed + 1)
 
 
 def say(answers: dict[str, str]):
