@@ -168,7 +168,7 @@ class Chat:
 
     async def answer(self) -> ChatCompletion:
         parts: list[list[Part]] = [[] for _ in self._choices]
-        async with aclosing(self._service.parts(self._model, self._requests, self._choices)) as arriving:
+        async with aclosing(self._service.parts(self._model, self._requests, self._choices, streams=False)) as arriving:
             async for index, part in arriving:
                 parts[index].append(part)
         traces = [self._whole_trace(p) for p in parts] if self._request.baleen.trace else None
@@ -193,7 +193,7 @@ class Chat:
         begun: set[int] = set()
         options = self._request.stream_options
         with_usage = options is not None and options.include_usage
-        async with aclosing(self._service.parts(self._model, self._requests, self._choices)) as arriving:
+        async with aclosing(self._service.parts(self._model, self._requests, self._choices, streams=True)) as arriving:
             async for index, part in arriving:
                 for choice, extension in self._chunks_of(index, part, index not in begun):
                     chunk = self._chunk([choice])

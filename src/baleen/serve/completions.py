@@ -107,7 +107,7 @@ class Completions:
 
     async def answer(self) -> Completion:
         parts: list[list[Part]] = [[] for _ in self._choices]
-        async with aclosing(self._service.parts(self._model, self._requests, self._choices)) as arriving:
+        async with aclosing(self._service.parts(self._model, self._requests, self._choices, streams=False)) as arriving:
             async for index, part in arriving:
                 parts[index].append(part)
         answer = self._body([joined(index, part) for index, part in enumerate(parts)])
@@ -121,7 +121,7 @@ class Completions:
     async def chunks(self) -> AsyncIterator[Completion]:
         options = self._request.stream_options
         with_usage = options is not None and options.include_usage
-        async with aclosing(self._service.parts(self._model, self._requests, self._choices)) as arriving:
+        async with aclosing(self._service.parts(self._model, self._requests, self._choices, streams=True)) as arriving:
             async for index, part in arriving:
                 if part.text or part.logprobs or part.trace or part.finish_reason:
                     yield self._chunk(index, part, with_usage)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from baleen.cost.ledger import Ledger, Stage
 from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
 from baleen.infer.native.runner import fastest_runner
+from baleen.interop.load import Loaded
 from baleen.recipe import load_recipe
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
@@ -98,9 +101,9 @@ def serve(
     """Load the models, serve until SIGTERM or Ctrl-C, and book the time: on the first RUN that has a ledger."""
     door = listen(address)
     address = Address(address.host, door.getsockname()[1], address.api_key, address.origins)
-    models = load_models(
-        runs,
-        lambda loaded: Engine(
+
+    def engine(loaded: Loaded) -> Engine:
+        return Engine(
             loaded.model,
             loaded.tokenizer,
             speculate=speculate if loaded.model.config.num_nextn_predict_layers else 0,
@@ -109,8 +112,13 @@ def serve(
             max_queue=limits.queue,
             queue_seconds=limits.queue_seconds,
             runner=fastest_runner,
-        ),
-    )
+        )
+
+    # A thread that has computed keeps OpenMP's helpers as long as it lives, and those of the worker's would be put to
+    # sleep between any two steps if there were more helpers than processors.
+    with ThreadPoolExecutor(1) as passing:
+        models = passing.submit(load_models, runs, engine).result()
+    gc.freeze()  # what is there now stays: nobody need look through it for garbage again
     devices, rate = torch.get_num_threads(), rate_card("cpu")
     with stage_of(models, devices, rate) as stage:
         service = make_service(models, limits, devices, rate, stage)

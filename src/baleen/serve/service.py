@@ -40,10 +40,10 @@ class Service:
         self.metrics = Metrics(models, worker)
 
     async def parts(
-        self, model: Served, requests: Sequence[Request], choices: Sequence[ChoiceOnItsWay[P]]
+        self, model: Served, requests: Sequence[Request], choices: Sequence[ChoiceOnItsWay[P]], *, streams: bool
     ) -> AsyncGenerator[tuple[int, P], None]:
-        """Send the requests off; the parts of all choices as they come, each with its choice's index."""
-        async with Flight(self.worker, model.name, requests, self.limits.request_seconds) as flight:
+        """Send the requests off; the parts of all choices, each with its choice's index, as they come or at the end."""
+        async with Flight(self.worker, model.name, requests, self.limits.request_seconds, streams) as flight:
             async for arrival in flight:
                 choice = choices[arrival.index]
                 part = choice.take(arrival)

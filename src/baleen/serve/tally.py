@@ -40,7 +40,7 @@ class Tally:
 
     def take(self, arrival: Arrival) -> None:
         event = arrival.event
-        self.last = time.perf_counter()
+        self.last = arrival.time
         if event.token_ids and self.first is None:
             self.first = self.last
         self.cached_tokens = event.cached_tokens

@@ -1,7 +1,8 @@
 """The thread on which all engines run, and the way to it from the event loop.
 
-Commands go in by a queue and are obeyed between two steps; what a step brings goes out in one call into the loop.
-Engines with work take turns, a step each.
+Commands go in by a queue and are obeyed between two steps. What a step brings is laid down with the flights it is for,
+and one call into the loop wakes those who read: streams, and answers that are whole. Engines with work take turns, a
+step each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -26,11 +28,13 @@ OnStep = Callable[[int, float], None]  # tokens that a step brought, and its sec
 class Arrival(NamedTuple):
     """What a step brought one answer of a flight, and the answer's share of what the step took.
 
-    All answers that a step brings something share it alike. joules: None where nobody knows.
+    All answers that a step brings something share it alike. time: of the step's end, by time.perf_counter. joules: None
+    where nobody knows.
     """
 
     index: int
     event: Event
+    time: float
     seconds: float
     joules: float | None
 
@@ -38,17 +42,20 @@ class Arrival(NamedTuple):
 class Flight:
     """The answers to one request of the API: iterate for arrivals inside `async with`, which frees them at its end.
 
-    Iteration raises ApiError where the engine refuses, gives up or fails, and after `seconds`.
+    Iteration raises ApiError where the engine refuses, gives up or fails, and after `seconds`. streams: whether the
+    arrivals are wanted one by one, or only once the answers are whole.
     """
 
-    def __init__(self, worker: Worker, model: str, requests: Sequence[Request], seconds: float):
+    def __init__(self, worker: Worker, model: str, requests: Sequence[Request], seconds: float, streams: bool):
         self._worker, self.model, self.requests, self._seconds = worker, model, list(requests), seconds
-        self._arrivals: asyncio.Queue[Arrival | ApiError] = asyncio.Queue()
-        self._unfinished = len(self.requests)
+        self._streams = streams
+        self._arrivals: deque[Arrival | ApiError] = deque()
+        self._flying = len(self.requests)  # answers without an end yet, as the worker knows
+        self._unfinished = len(self.requests)  # as the reader knows
+        self._awake = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        late = ApiError(408, f"the answer took longer than {self._seconds:g} seconds", code="request_timeout")
-        self._alarm = asyncio.get_running_loop().call_later(self._seconds, self.deliver, late)
+        self._alarm = asyncio.get_running_loop().call_later(self._seconds, self._end_late)
         self._worker.take_off(self)
         return self
 
@@ -63,7 +70,10 @@ class Flight:
     async def __anext__(self) -> Arrival:
         if not self._unfinished:
             raise StopAsyncIteration
-        arrival = await self._arrivals.get()
+        while not self._arrivals:
+            self._awake.clear()
+            await self._awake.wait()
+        arrival = self._arrivals.popleft()
         if isinstance(arrival, ApiError):
             raise arrival
         if arrival.event.finish_reason == "timeout":
@@ -71,9 +81,22 @@ class Flight:
         self._unfinished -= arrival.event.finish_reason is not None
         return arrival
 
-    def deliver(self, arrival: Arrival | ApiError) -> None:
+    def bring(self, arrival: Arrival | ApiError) -> bool:
+        """Lay an arrival down, on any thread; whether the reader is to be woken for it."""
+        self._arrivals.append(arrival)
+        if isinstance(arrival, ApiError):
+            return True
+        reason = arrival.event.finish_reason
+        self._flying -= reason is not None
+        return self._streams or not self._flying or reason == "timeout"
+
+    def wake(self) -> None:
         """In the event loop only."""
-        self._arrivals.put_nowait(arrival)
+        self._awake.set()
+
+    def _end_late(self) -> None:
+        self.bring(ApiError(408, f"the answer took longer than {self._seconds:g} seconds", code="request_timeout"))
+        self.wake()
 
 
 class Worker:
@@ -142,7 +165,8 @@ class Worker:
     def _step(self, name: str) -> None:
         started, joules_before = time.perf_counter(), self._meter.joules(self._busy_seconds * self._devices)
         events = self._engines[name].step()
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds = now - started
         self._busy_seconds += seconds
         joules_after = self._meter.joules(self._busy_seconds * self._devices)
         self._on_step(sum(len(event.token_ids) for event in events), seconds)
@@ -153,13 +177,14 @@ class Worker:
             self._unshared[name] = (spent, burnt)
             return
         self._unshared[name] = (0.0, 0.0)
+        share, joules = spent / len(events), burnt / len(events) if known else None
         mail = []
         for event in events:
             place = name, event.request
             flight, index = self._places[place]
             if event.finish_reason is not None:
                 del self._places[place]
-            mail.append((flight, Arrival(index, event, spent / len(events), burnt / len(events) if known else None)))
+            mail.append((flight, Arrival(index, event, now, share, joules)))
         self._post(mail)
 
     def _submit(self, flight: Flight) -> None:
@@ -192,12 +217,9 @@ class Worker:
 
     def _post(self, mail: Sequence[tuple[Flight, Arrival | ApiError]]) -> None:
         assert self._loop is not None
-
-        def deliver() -> None:
-            for flight, arrival in mail:
-                flight.deliver(arrival)
-
-        self._loop.call_soon_threadsafe(deliver)
+        readers = [flight for flight, arrival in mail if flight.bring(arrival)]
+        if readers:
+            self._loop.call_soon_threadsafe(lambda: [flight.wake() for flight in readers])
 
 
 def engine_failed() -> ApiError:
