@@ -1,7 +1,7 @@
 """Serving many clients at once, beside llama.cpp's server: tokens a second, on the same weights and prompts.
 
-    python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--llama-server PATH] [--json]
-    python bench/serve.py --run RUN [--clients 1,16] [--json]      any model, without a peer
+    python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--stream] [--llama-server PATH] [--json]
+    python bench/serve.py --run RUN [--clients 1,16] [--stream] [--json]      any model, without a peer
 
 Each server in its own process, one after the other, both cores for whoever is asked. --llama-server: the binary that
 llama.cpp's own sources build (those in llama-cpp-python's sdist do: vendor/llama.cpp, target llama-server); without it
@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -70,12 +71,12 @@ async def ask(port: int, body: dict[str, object]) -> tuple[int, float]:
     raw = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
     writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
-    answer = await reader.read()
+    answer = await reader.read()  # chunks are not looked at as they come: the servers are measured
     writer.close()
-    payload = answer[answer.index(b"{") : answer.rindex(b"}") + 1]
     if not answer.startswith(b"HTTP/1.1 200"):
         raise SystemExit(f"the server says: {answer[:500]!r}")
-    return json.loads(payload)["usage"]["completion_tokens"], time.perf_counter() - started
+    (tokens,) = re.findall(rb'"completion_tokens": ?(\d+)', answer)
+    return int(tokens), time.perf_counter() - started
 
 
 async def drive(port: int, model: str, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -84,7 +85,9 @@ async def drive(port: int, model: str, clients: int, args: argparse.Namespace, s
     prompts = [[text(rng, args.prompt) for _ in range(args.requests)] for _ in range(clients)]
 
     async def client(own: list[str]) -> list[tuple[int, float]]:
-        body = {"model": model, "max_tokens": args.tokens, "temperature": 0}
+        body: dict[str, object] = {"model": model, "max_tokens": args.tokens, "temperature": 0}
+        if args.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         return [await ask(port, {**body, "prompt": prompt}) for prompt in own]
 
     started = time.perf_counter()
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stream", action="store_true", help="token by token, not whole answers")
     parser.add_argument("--llama-server", type=Path)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-models"), help="the files of the models")
