@@ -59,7 +59,10 @@ class Run:
             return []
         params, said = self.request.params, self.answer.count
         answer = self.job.tokens[self.prompt_length :] if params.depends_on_answer else ()
-        return [Place(params, self.seed, answer, said + k) for k in range(1 + len(self.job.drafts))]
+        places = [Place(params, self.seed, answer, said)]
+        for _ in self.job.drafts:
+            places.append(places[-1]._replace(index=places[-1].index + 1))
+        return places
 
     def place_rows(self) -> range:
         """The rows whose logits `places` are drawn from."""
@@ -68,10 +71,7 @@ class Run:
 
     def scored_rows(self) -> tuple[range, list[int]]:
         """Rows after which a prompt token stands whose log-probability is wanted, and those tokens."""
-        params = self.request.params
-        if params.prompt_logprobs is None:
-            return range(0), []
-        wanted = max(1, params.prompt_logprobs_from) + len(self.prompt_logprobs)
+        wanted = max(1, self.request.params.prompt_logprobs_from) + len(self.prompt_logprobs)
         start = max(wanted, self.job.computed + 1)
         stop = min(self.prompt_length, self.job.computed + self.span.count + 1)
         shift = self.span.first - self.job.computed - 1

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -97,7 +98,7 @@ class SamplingParams:
             if not good:
                 raise UserError(fault)
 
-    @property
+    @cached_property
     def depends_on_answer(self) -> bool:
         """Whether the tokens so far change the distribution otherwise than through the model."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.constraint is not None
@@ -115,25 +116,27 @@ class Place(NamedTuple):
 def choose(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     """One token a place, int64 [R]. The logits are not changed."""
     logits_RZ = _adjusted(logits_RZ, places)
-    drawn = [r for r, place in enumerate(places) if place.params.temperature > 0]
-    if not drawn:
-        return logits_RZ.argmax(-1)
+    ways: dict[Callable[[Tensor, Sequence[Place]], Tensor], list[int]] = {}
+    for r, (params, *_) in enumerate(places):
+        nucleus = params.top_k or params.top_p < 1
+        way = _greedy if params.temperature == 0 else _draw_from_best if nucleus else _draw_from_all
+        ways.setdefault(way, []).append(r)
+    if len(ways) == 1:
+        (draw,) = ways
+        return draw(logits_RZ, places)
     tokens_R = torch.empty(len(places), dtype=torch.long, device=logits_RZ.device)
-    whole, cut = _split(drawn, [bool(places[r].params.top_k or places[r].params.top_p < 1) for r in drawn])
-    greedy = [r for r, place in enumerate(places) if place.params.temperature == 0]
-    if greedy:
-        tokens_R[greedy] = logits_RZ[greedy].argmax(-1)
-    for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_best)):
-        if rows:
-            some = [places[r] for r in rows]
-            wide = torch.promote_types(logits_RZ.dtype, torch.float32)
-            scaled_RZ = (logits_RZ if len(rows) == len(places) else logits_RZ[rows]).to(wide)
-            tokens_R[rows] = draw(scaled_RZ / _column([place.params.temperature for place in some], scaled_RZ), some)
+    for draw, rows in ways.items():
+        tokens_R[rows] = draw(logits_RZ[rows], [places[r] for r in rows])
     return tokens_R
 
 
-def _draw_from_all(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+def _greedy(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    return logits_RZ.argmax(-1)
+
+
+def _draw_from_all(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     """Gumbel-max over the vocabulary, less what min_p forbids."""
+    scaled_RZ = _scaled(logits_RZ, places)
     ids_Z = torch.arange(scaled_RZ.shape[1], dtype=torch.int32, device=scaled_RZ.device)
     scores_RZ = gumbel(_keys(places, scaled_RZ.device), ids_Z) + scaled_RZ
     if any(place.params.min_p for place in places):
@@ -142,11 +145,12 @@ def _draw_from_all(scaled_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     return scores_RZ.argmax(-1)
 
 
-def _draw_from_best(scaled_RZ: Tensor, places: Sequence[Place], width: int = NUCLEUS) -> Tensor:
+def _draw_from_best(logits_RZ: Tensor, places: Sequence[Place], width: int = NUCLEUS) -> Tensor:
     """The top k; of those the fewest that reach top p; of those all with min p times the probability of the best.
 
     Looks at the `width` best only; places at which these are not enough are drawn once more, from all.
     """
+    scaled_RZ = _scaled(logits_RZ, places)
     Z = scaled_RZ.shape[1]
     width = min(width, Z)
     top_k_R1 = _column([min(place.params.top_k or Z, Z) for place in places], scaled_RZ)
@@ -164,16 +168,16 @@ def _draw_from_best(scaled_RZ: Tensor, places: Sequence[Place], width: int = NUC
     scores_RK = gumbel(_keys(places, scaled_RZ.device), ids_RK.int()) + best_RK
     at_R1 = scores_RK.masked_fill_(~kept_RK, -math.inf).argmax(-1, keepdim=True)
     tokens_R = ids_RK.gather(1, at_R1).squeeze(1)
-    again, _ = _split(range(len(places)), is_enough_R1[:, 0].tolist())
+    again = [r for r, is_enough in enumerate(is_enough_R1[:, 0].tolist()) if not is_enough]
     if again:
-        tokens_R[again] = _draw_from_best(scaled_RZ[again], [places[r] for r in again], Z)
+        tokens_R[again] = _draw_from_best(logits_RZ[again], [places[r] for r in again], Z)
     return tokens_R
 
 
-def _split(rows: Sequence[int], marks: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """The rows that are not marked, and those that are."""
-    pairs = list(zip(rows, marks, strict=True))
-    return [row for row, mark in pairs if not mark], [row for row, mark in pairs if mark]
+def _scaled(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
+    """By temperature, in 32 bits or more."""
+    wide_RZ = logits_RZ.to(torch.promote_types(logits_RZ.dtype, torch.float32))
+    return wide_RZ / _column([place.params.temperature for place in places], wide_RZ)
 
 
 def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:

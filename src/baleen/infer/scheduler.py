@@ -94,12 +94,15 @@ class Scheduler:
 
     def plan(self) -> list[tuple[Job, int]]:
         """The jobs of the next step, each with how many tokens it reads, drafts included; fewest first."""
-        for job in [job for job in self.running if self._missing(job) > 0]:
+        size = self.pool.page_size
+        for job in [job for job in self.running if len(job.tokens) + len(job.drafts) > len(job.pages) * size]:
             if job in self.running:  # and has not given way to one before it
                 self._make_room(job)
         self._admit()
-        chunks = self._chunks([job for job in self.running if job.remaining > 1])
-        chunks += [(job, 1 + len(job.drafts)) for job in self.running if job.remaining == 1]
+        prompts, answers = [], []
+        for job in self.running:
+            (prompts if job.remaining > 1 else answers).append(job)
+        chunks = [*self._chunks(prompts), *((job, 1 + len(job.drafts)) for job in answers)]
         return sorted(chunks, key=lambda chunk: chunk[1])
 
     def advance(self, job: Job, computed: int) -> None:
@@ -115,7 +118,7 @@ class Scheduler:
 
     def _make_room(self, job: Job) -> None:
         """Pages for all its tokens and drafts, if need be those of the youngest."""
-        missing = self._missing(job)
+        missing = self.pages_for(len(job.tokens) + len(job.drafts)) - len(job.pages)
         while missing > self.pool.free:
             youngest = self.running.pop()
             self._let_go(youngest)
@@ -123,10 +126,6 @@ class Scheduler:
             if youngest is job:
                 return
         job.pages += self.pool.take(missing)
-
-    def _missing(self, job: Job) -> int:
-        """Pages that its tokens and drafts need and it does not have."""
-        return self.pages_for(len(job.tokens) + len(job.drafts)) - len(job.pages)
 
     def _admit(self) -> None:
         if not self.waiting:

@@ -54,6 +54,8 @@ class Stepper:
 
     def _score_prompts(self, runs: Sequence[Run], hidden_Nd: Tensor) -> None:
         for run in runs:
+            if run.request.params.prompt_logprobs is None:
+                continue
             rows, ids = run.scored_rows()
             if ids:
                 logits_MZ = self.runner.logits(hidden_Nd[rows.start : rows.stop])
@@ -75,14 +77,15 @@ class Stepper:
             return [([], None) for _ in runs]
         logits_RZ = self.runner.logits(hidden_Nd if len(rows) == len(hidden_Nd) else hidden_Nd[rows])
         drawn = choose(logits_RZ, places).tolist()
-        asked = [r for r, place in enumerate(places) if place.params.logprobs is not None]
-        tops = [places[r].params.logprobs or 0 for r in asked]
-        some_RZ = logits_RZ if len(asked) == len(places) else logits_RZ[asked]
-        logprobs = dict(zip(asked, logprobs_of(some_RZ, [drawn[r] for r in asked], tops), strict=True))
+        logprobs: dict[int, Logprob] = {}
+        if asked := [r for r, place in enumerate(places) if place.params.logprobs is not None]:
+            some_RZ = logits_RZ if len(asked) == len(places) else logits_RZ[asked]
+            tops = [places[r].params.logprobs or 0 for r in asked]
+            logprobs = dict(zip(asked, logprobs_of(some_RZ, [drawn[r] for r in asked], tops), strict=True))
         out, first = [], 0
         for end in ends:
-            own_rows = range(first, end)
-            out.append((drawn[first:end], [logprobs[r] for r in own_rows] if first in logprobs and own_rows else None))
+            wanted = end > first and first in logprobs
+            out.append((drawn[first:end], [logprobs[r] for r in range(first, end)] if wanted else None))
             first = end
         return out
 
