@@ -79,10 +79,12 @@ class Run:
 
     # --- what it got
 
-    def move_on(self, drawn: Sequence[int], logprobs: Sequence[Logprob] | None, experts: Sequence[Tensor]) -> Event:
+    def move_on(self, drawn: Sequence[int], logprobs: Sequence[Logprob], experts: Sequence[Tensor]) -> Event:
         """Keep the drafts that were drawn again and the token after them; the event says what that means."""
-        job, drafts = self.job, self.job.drafts
-        kept = next((k for k, draft in enumerate(drafts) if draft != drawn[k]), len(drafts))
+        job, drafts, params = self.job, self.job.drafts, self.request.params
+        kept = 0
+        while kept < len(drafts) and drafts[kept] == drawn[kept]:
+            kept += 1
         is_first = self.answer.count == 0
         text, used, reason = self.answer.feed(drawn[: kept + 1])
         job.tokens += drawn[:used]
@@ -90,7 +92,7 @@ class Run:
         if drafts:
             true = min(self.span.count - len(drafts) + kept, len(job.tokens) - job.computed)
             self.span = self.span._replace(count=true)
-        scored = is_first and self.request.params.prompt_logprobs is not None
+        scored = is_first and params.prompt_logprobs is not None
         return Event(
             job.id,
             text,
@@ -99,9 +101,9 @@ class Run:
             reason,
             drafted=len(drafts),
             cached_tokens=job.cached,
-            logprobs=None if logprobs is None else tuple(logprobs[:used]),
+            logprobs=tuple(logprobs[:used]) if drawn and params.logprobs is not None else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
-            routes=self._routes(experts) if self.request.params.trace else None,
+            routes=self._routes(experts) if params.trace else None,
         )
 
     def window(self) -> Window:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -62,32 +63,25 @@ class Stepper:
                 tops = [run.request.params.prompt_logprobs or 0] * len(ids)
                 run.prompt_logprobs += logprobs_of(logits_MZ, ids, tops)
 
-    def _draw(self, runs: Sequence[Run], hidden_Nd: Tensor) -> list[tuple[list[int], list[Logprob] | None]]:
-        """For each run the tokens at its places, and what it wants to know of them."""
+    def _draw(self, runs: Sequence[Run], hidden_Nd: Tensor) -> list[tuple[list[int], list[Logprob]]]:
+        """For each run the tokens at its places and, if any run wants to know, their log-probabilities."""
         rows: list[int] = []
         places: list[Place] = []
-        ends = []  # of each run's places
+        borders = [0]  # of each run's places
         for run in runs:
             own = run.places()
             if own:
                 rows += run.place_rows()
                 places += own
-            ends.append(len(places))
+            borders.append(len(places))
         if not places:
-            return [([], None) for _ in runs]
+            return [([], []) for _ in runs]
         logits_RZ = self.runner.logits(hidden_Nd if len(rows) == len(hidden_Nd) else hidden_Nd[rows])
         drawn = choose(logits_RZ, places).tolist()
-        logprobs: dict[int, Logprob] = {}
-        if asked := [r for r, place in enumerate(places) if place.params.logprobs is not None]:
-            some_RZ = logits_RZ if len(asked) == len(places) else logits_RZ[asked]
-            tops = [places[r].params.logprobs or 0 for r in asked]
-            logprobs = dict(zip(asked, logprobs_of(some_RZ, [drawn[r] for r in asked], tops), strict=True))
-        out, first = [], 0
-        for end in ends:
-            wanted = end > first and first in logprobs
-            out.append((drawn[first:end], [logprobs[r] for r in range(first, end)] if wanted else None))
-            first = end
-        return out
+        tops = [place.params.logprobs for place in places]
+        asked = any(top is not None for top in tops)
+        logprobs = logprobs_of(logits_RZ, drawn, [top or 0 for top in tops]) if asked else []
+        return [(drawn[start:end], logprobs[start:end]) for start, end in pairwise(borders)]
 
     def _draft(self, runs: Sequence[Run], hidden_Nd: Tensor) -> bool:
         """Let the MTP layers read along, and draft for the next step; whether adaptive answers under way did."""
