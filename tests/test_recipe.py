@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.config import ModelConfig, UserError
-from baleen.recipe import Recipe, load_recipe, read_recipe, recipe_names
+from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_names
 from baleen.train.continued_recipe import ContinuedRecipe
 
 CONTINUED = ("extend-1k", "extend-4k", "smollm2-heal", "smollm2-mtp")
@@ -34,7 +34,7 @@ def test_recipes_with_a_base_are_for_only(name, tmp_path):
     recipe = read_recipe(ContinuedRecipe, name)
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.to_toml(), encoding="utf-8")
-    assert read_recipe(ContinuedRecipe, file) == recipe
+    assert read_recipe(ContinuedRecipe, file) == recipe and cost_of(tmp_path) == recipe.cost
     with pytest.raises(UserError, match="--only"):
         load_recipe(name)
 
@@ -44,7 +44,7 @@ def test_recipes_of_stages_go_round_and_are_not_for_train(name, tmp_path):
     recipe = load_align_recipe(name)
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.to_toml(), encoding="utf-8")
-    assert read_recipe(AlignRecipe, file) == recipe
+    assert read_recipe(AlignRecipe, file) == recipe and cost_of(tmp_path) == recipe.cost
     assert load_align_recipe(name, ["stages.0.tasks=[]"]).stages[0].tasks == ()
     with pytest.raises(UserError, match="recipe of stages: run it with"):
         load_recipe(name)

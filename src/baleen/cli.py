@@ -108,18 +108,16 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte of a model on text, and its score in tasks; a run keeps them as eval.json."""
-    from baleen.eval.run import evaluate_run, recipe_sections, write_evaluation
+    from baleen.eval.run import evaluate_run, write_evaluation
+    from baleen.recipe import cost_of, recipe_sections
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    sections = recipe_sections(run)
-    if not sections:  # a model, not a run: no ledger is its own
+    if not recipe_sections(run):  # a model, not a run: no ledger is its own
         result = evaluate_run(run, text, tasks=names, samples=samples)
     else:
-        from baleen.config import validated
-        from baleen.recipe import CostConfig
         from baleen.train.loop import run_stage
 
-        cost = validated(CostConfig, sections.get("cost", {}), f"{run}: [cost]")
+        cost = cost_of(run)
         result = evaluate_run(run, text, lambda: run_stage(cost, run, "eval"), tasks=names, samples=samples)
         write_evaluation(run, result)
     if as_json:
@@ -148,8 +146,10 @@ def chat_(
     from rich.console import Console
 
     from baleen.config import UserError
+    from baleen.data.document import Message
     from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat
     from baleen.infer.engine import Engine
+    from baleen.infer.parse import opens_reasoning
     from baleen.infer.thinking import ThinkingBudget
     from baleen.interop.load import load
     from baleen.serve.remote import Remote
@@ -169,16 +169,19 @@ def chat_(
         engine = Engine(loaded.model, loaded.tokenizer)
         partner = Local(engine)
         if thinking_budget is not None:
-            budget = ThinkingBudget(loaded.tokenizer, loaded.model.config.vocab_size, thinking_budget)
+            tokenizer = loaded.tokenizer
+            prompt_ids = tokenizer.encode_chat([Message("user", "")], add_generation_prompt=True)
+            opened = opens_reasoning(tokenizer, prompt_ids)
+            budget = ThinkingBudget(tokenizer, loaded.model.config.vocab_size, thinking_budget, opened=opened)
             params = replace(params, constraint=budget)
         if votes > 1 and prompt is not None:
-            vote = answer_by_vote(engine, prompt, sys.stdout, votes, params)
+            vote = answer_by_vote(engine, prompt, sys.stdout, sys.stderr, votes, params)
             print(f"{vote.votes} of {vote.cast} answers agree", file=sys.stderr)
             return
     if prompt is None:
         chat(partner, Console(), params)
     else:
-        answer_once(partner, prompt, sys.stdout, params)
+        answer_once(partner, prompt, sys.stdout, sys.stderr, params)
 
 
 @app.command()

@@ -135,7 +135,8 @@ def _talk(engine: Engine, questions: Sequence[str], seed: int) -> Talk:
     for question in questions:
         turns.append(Message("user", question))
         history = recent(engine, turns, params.max_tokens or 48)
-        answer = "".join(event.text for event in respond(engine, history, params, speculate=0)).strip()
+        prompt_ids = engine.tokenizer.encode_chat(history, add_generation_prompt=True)
+        answer = "".join(event.text for event in respond(engine, prompt_ids, params, speculate=0)).strip()
         turns.append(Message("assistant", answer))
     return Talk(tuple(turns))
 

@@ -187,10 +187,7 @@ def read_recipe(
         where = f"recipe {name_or_path}"
     else:
         raise UserError(f"no recipe {str(name_or_path)!r}: give a .toml file or one of {', '.join(recipe_names())}")
-    try:
-        tables = tomllib.loads(raw.decode())
-    except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
-        raise UserError(f"{where} is not valid TOML: {error}") from None
+    tables = _tables(raw, where)
     if sources:
         _replace_sources(tables, sources)
     for override in overrides:
@@ -201,6 +198,24 @@ def read_recipe(
     if "base" in tables and kind is Recipe:
         raise UserError(f"{where} trains a model that exists: run it with --only mtp or --only all")
     return validated(kind, tables, where)
+
+
+def recipe_sections(run: Path) -> dict[str, Any]:
+    """The sections of a run's recipe, of whatever kind it is; none, if `run` is only a model."""
+    file = run / "recipe.toml"
+    return _tables(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def cost_of(run: Path) -> CostConfig:
+    """How the ledger books what is done with a run."""
+    return validated(CostConfig, recipe_sections(run).get("cost", {}), f"{run}: [cost]")
+
+
+def _tables(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(raw.decode())
+    except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
+        raise UserError(f"{where} is not valid TOML: {error}") from None
 
 
 def _replace_sources(raw: dict[str, Any], sources: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from rich.console import Console
 
 from baleen.config import UserError
 from baleen.data.corpus import Message
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer import Tokenizer, train_tokenizer
 from baleen.infer.chat import Chat, Local, answer_once, printable, recent
-from baleen.infer.engine import Engine, Request
+from baleen.infer.engine import Engine, Request, Stats
+from baleen.infer.parse import words_of
 from baleen.infer.sampler import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -52,11 +54,16 @@ def expected(engine, messages, params=GREEDY):
     return printable(engine.complete([Request(ids, params)])[0].text)
 
 
+def words(text):
+    """Without markers, of which a random network writes some."""
+    return "".join(piece.text for piece in words_of([text]))
+
+
 def test_the_conversation_goes_on(chat):
     chat, printed = chat()
     chat.take("hello")
     first = expected(chat.partner.engine, [Message("user", "hello")])
-    assert first and printed() == first + "\n"
+    assert first and printed() == words(first) + "\n"
     assert chat.messages == [Message("user", "hello"), Message("assistant", first)]
     chat.take("and you?")
     assert chat.messages[-1].content == expected(chat.partner.engine, chat.messages[:3])
@@ -200,14 +207,14 @@ def test_the_last_turn_may_fill_the_context(engine):
     turns = [Message("user", "hi"), Message("assistant", "hello"), Message("user", "?" * 50)]
     assert recent(engine, turns, 32) == turns[2:]
     with pytest.raises(UserError, match="context holds 64"):
-        answer_once(Local(engine), "?" * 80, io.StringIO())
+        answer_once(Local(engine), "?" * 80, io.StringIO(), io.StringIO())
 
 
 def test_one_answer(engine):
     engine = engine()
     out = io.StringIO()
-    stats = answer_once(Local(engine), "hello", out, GREEDY)
-    assert out.getvalue() == expected(engine, [Message("user", "hello")]) + "\n"
+    stats = answer_once(Local(engine), "hello", out, io.StringIO(), GREEDY)
+    assert out.getvalue() == words(expected(engine, [Message("user", "hello")])) + "\n"
     assert 0 < stats.tokens <= 12
 
 
@@ -218,8 +225,8 @@ def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
         engine.model.model.norm.weight.zero_()
     engine = Engine(engine.model, MarkerFirst(engine.tokenizer))
     out = io.StringIO()
-    stats = answer_once(Local(engine), "hello", out, GREEDY)
-    assert out.getvalue() == "\n" and stats.tokens == 1
+    stats = answer_once(Local(engine), "hello", out, io.StringIO(), GREEDY)
+    assert out.getvalue() == "" and stats.tokens == 1
 
 
 class MarkerFirst:
@@ -236,3 +243,57 @@ class MarkerFirst:
 
 def test_control_characters_never_reach_the_terminal():
     assert printable("a\x1b[2J\x07b\r\n\tc\x9b\x7f é🐋") == "a[2Jb\n\tc é🐋"
+
+
+class Scripted:
+    """A partner, and its reply: it says these pieces, and raises those that are exceptions."""
+
+    depth, dropped, stats = 0, 0, Stats()
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def reply(self, messages, params, speculate):
+        return self
+
+    def __iter__(self):
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+
+def test_the_thought_is_folded():
+    screen = io.StringIO()
+    chat = Chat(Scripted("<thi", "nk>3+8=11 ", "11-2=9</think><ans", "wer>9</answer>"), Console(file=screen, width=200))
+    chat.take("3+8-2=")
+    assert re.fullmatch(r"Thinking for \d+\.\d s \(/thought shows it\)\n9\n", screen.getvalue())
+    assert chat.messages[-1].content == "<think>3+8=11 11-2=9</think><answer>9</answer>"  # as it was, for /save
+    chat.take("/thought")
+    assert screen.getvalue().endswith("\n3+8=11 11-2=9\n")
+    chat.partner = Scripted("nine")
+    chat.take("and?")
+    chat.take("/thought")
+    assert screen.getvalue().endswith("\nnine\nthere was no thought before the last answer\n")
+
+
+def test_a_thought_may_be_interrupted():
+    screen = io.StringIO()
+    chat = Chat(Scripted("<think>3+8", KeyboardInterrupt()), Console(file=screen, width=200))
+    chat.take("3+8-2=")
+    assert re.fullmatch(r"Thinking … for \d+\.\d s \(/thought shows it\)\n", screen.getvalue())
+
+
+def test_thought_and_answer_of_one_question_go_apart():
+    out, thoughts = io.StringIO(), io.StringIO()
+    answer_once(Scripted("<think>\n3+8=11</think>", "<answer>1", "1</answer>"), "3+8=", out, thoughts)
+    assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
+
+
+def test_a_template_may_open_the_thought(engine, tmp_path):
+    engine = engine()
+    engine.tokenizer.save(tmp_path)
+    with (tmp_path / "chat_template.jinja").open("a", encoding="utf-8") as file:
+        file.write("<think>\n")
+    reply = Local(Engine(engine.model, Tokenizer.load(tmp_path))).reply([Message("user", "hello")], GREEDY, 0)
+    assert "".join(reply).startswith("<think>\n")

@@ -1,6 +1,7 @@
 """Answers are read in one way, votes are counted, and a thought ends when its budget does."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,12 +79,20 @@ def test_the_majority_of_many_answers_is_printed(tokenizer, tiny_model, monkeypa
 
     engine = Engine(tiny_model(vocab_size=276).eval(), tokenizer)
     params = SamplingParams(temperature=3.0, max_tokens=3, seed=0)
-    out = io.StringIO()
-    vote = chat.answer_by_vote(engine, "3+4=", out, 5, params)
+    vote = chat.answer_by_vote(engine, "3+4=", io.StringIO(), io.StringIO(), 5, params)
     assert 1 <= vote.votes <= vote.cast <= 5
-    assert out.getvalue().endswith("\n")
     texts = []
     monkeypatch.setattr(chat, "majority", texts.extend)
     with pytest.raises(UserError, match="none of the 5 answers"):
-        chat.answer_by_vote(engine, "3+4=", out, 5, params)
+        chat.answer_by_vote(engine, "3+4=", io.StringIO(), io.StringIO(), 5, params)
     assert len({*texts}) > 1
+
+
+def test_the_winner_is_printed_without_its_thought(tokenizer):
+    from baleen.infer import chat
+
+    texts = said(6, 7, 7)
+    engine = SimpleNamespace(tokenizer=tokenizer, complete=lambda requests: [SimpleNamespace(text=t) for t in texts])
+    out, thoughts = io.StringIO(), io.StringIO()
+    assert chat.answer_by_vote(engine, "3+4=", out, thoughts, 3) == (1, 2, 3)
+    assert (out.getvalue(), thoughts.getvalue()) == ("7\n", "so\n")

@@ -20,7 +20,7 @@ PARAMS = SamplingParams(temperature=0.25, top_p=0.5, seed=7)
 def test_an_answer_streams_and_is_counted(scripted, tokenizer):
     server = scripted("naïve whales")
     out = io.StringIO()
-    stats = answer_once(Remote(server.url), "hello", out, PARAMS)
+    stats = answer_once(Remote(server.url), "hello", out, io.StringIO(), PARAMS)
     assert out.getvalue() == "naïve whales\n"
     tokens = len(tokenizer.encode("naïve whales")) + 1
     assert (stats.tokens, stats.turns, stats.accepted) == (tokens, tokens, [0]) and stats.seconds > 0

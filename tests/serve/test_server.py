@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from served import CONFIG, SHAPE, WORDY, running
+from served import CONFIG, WORDY, running
 from test_wire import chat_body, events, request, send, talk, wait_until
 
 from baleen.config import UserError
@@ -23,13 +23,7 @@ from baleen.serve.server import Address, listen, serve
 
 RECIPE = """
 name = "whale"
-[model]
-{model}
-[train]
-tokens = 512
-batch_tokens = 64
-seq_len = 64
-lr = 1e-3
+stages = [{ kind = "rl" }]
 [cost]
 project = "sea"
 purpose = "final"
@@ -38,15 +32,14 @@ purpose = "final"
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, tokenizer):
-    """A run directory as a training leaves it: recipe and model."""
+    """A run directory as post-training leaves it: recipe and model."""
     run = tmp_path_factory.mktemp("lab") / "whale"
     torch.manual_seed(0)
     model = Transformer(CONFIG)
     model.init_weights(0)
     save_model(model, run / "model")
     tokenizer.save(run / "model")
-    keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SHAPE.items())
-    (run / "recipe.toml").write_text(RECIPE.format(model=keys))
+    (run / "recipe.toml").write_text(RECIPE)
     return run
 
 

@@ -24,7 +24,7 @@ from baleen.cost import flops
 from baleen.cost.architecture import from_model_config
 from baleen.cost.card import card_notes, card_rows, cost_card
 from baleen.cost.figures import duration, quantity, usd
-from baleen.recipe import Recipe, load_recipe
+from baleen.recipe import Recipe, load_recipe, recipe_sections
 
 Row = dict[str, Any]
 AXES = {"tokens": ("tokens", 1), "steps": ("step", 1), "minutes": ("seconds", 1 / 60)}  # shown: key, times
@@ -172,9 +172,9 @@ def _recipe(path: Path, notices: list[str]) -> tuple[Recipe | None, str | None]:
     if not path.is_file():
         return None, None
     text = path.read_text(encoding="utf-8", errors="replace")
-    if "[[stages]]" in text:  # post-training's: shown, but its networks may come from elsewhere
-        return None, text
     try:
+        if {"stages", "base"} & set(recipe_sections(path.parent)):  # shown, but its network comes from elsewhere
+            return None, text
         return load_recipe(path), text
     except (UserError, UnicodeDecodeError) as error:
         notices.append(f"The recipe is shown as it stands, but could not be understood: {error}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from baleen.eval.score import score_task
 from baleen.eval.tasks import Program, Question, made_task, read_task
 from baleen.infer.engine import Engine
 from baleen.interop.load import load
-from baleen.recipe import DataConfig
+from baleen.recipe import DataConfig, recipe_sections
 
 HARNESS = "lm-eval:"
 
@@ -76,12 +75,6 @@ def evaluate_run(
                 for name in tasks
             }
     return result
-
-
-def recipe_sections(run: Path) -> dict[str, Any]:
-    """The sections of a run's recipe, of whatever kind it is; none, if `run` is only a model."""
-    file = run / "recipe.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_evaluation(run: Path, result: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -21,14 +22,19 @@ from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.infer.answers import Vote, majority
 from baleen.infer.engine import Engine, Generation, Request, Speculate, Stats
+from baleen.infer.parse import THINK, opens_reasoning, words_of
 from baleen.infer.sampler import SamplingParams
+from baleen.infer.shown import ShownAnswer
 
 CHAT_PARAMS = SamplingParams(temperature=0.7, top_p=0.95)
 ROOM_SHARE = 4  # a quarter of the context is kept free for the answer while there are older turns to drop
 
 
 class Reply(Protocol):
-    """An answer on its way: iterate for its text. `dropped`: the oldest messages that the context has no room for."""
+    """An answer on its way: iterate for its text, the thought between `<think>` and `</think>`.
+
+    dropped: the oldest messages that the context has no room for.
+    """
 
     @property
     def dropped(self) -> int: ...
@@ -60,24 +66,28 @@ class Local:
 
     def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply:
         kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
-        return _LocalReply(respond(self.engine, kept, params, "auto" if speculate else 0), len(messages) - len(kept))
+        prompt_ids = self.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)
+        generation = respond(self.engine, prompt_ids, params, "auto" if speculate else 0)
+        opening = f"{THINK}\n" if opens_reasoning(self.engine.tokenizer, prompt_ids) else ""
+        return _LocalReply(generation, opening, len(messages) - len(kept))
 
 
 class _LocalReply:
-    def __init__(self, generation: Generation, dropped: int):
-        self._generation, self.dropped = generation, dropped
+    def __init__(self, generation: Generation, opening: str, dropped: int):
+        self._generation, self._opening, self.dropped = generation, opening, dropped
 
     @property
     def stats(self) -> Stats:
         return self._generation.stats
 
     def __iter__(self) -> Iterator[str]:
-        return (event.text for event in self._generation)
+        yield self._opening
+        for event in self._generation:
+            yield event.text
 
 
-def respond(engine: Engine, messages: Sequence[Message], params: SamplingParams, speculate: Speculate) -> Generation:
-    """Begin the next turn of a conversation that fits the context (see `recent`)."""
-    prompt_ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
+def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:
+    """Begin the next turn of a conversation that fits the context (see `recent`), as the chat template has it."""
     # A small model may begin the user's next turn instead of ending its own.
     user_id = engine.tokenizer.user_id
     stop_ids = params.stop_ids if user_id is None else (*params.stop_ids, user_id)
@@ -100,17 +110,18 @@ def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Messa
         turns = turns[following:]
 
 
-def answer_once(partner: Partner, prompt: str, out: TextIO, params: SamplingParams = CHAT_PARAMS) -> Stats:
-    """One answer to one prompt, as it comes, then a line break: `baleen chat RUN --prompt TEXT`."""
+def answer_once(
+    partner: Partner, prompt: str, out: TextIO, thoughts: TextIO, params: SamplingParams = CHAT_PARAMS
+) -> Stats:
+    """One answer to one prompt, as it comes, each part with a line break: `baleen chat RUN --prompt TEXT`."""
     reply = partner.reply([Message("user", prompt)], params, partner.depth)
-    for text in reply:
-        out.write(printable(text))
-        out.flush()
-    out.write("\n")
+    _write(reply, out, thoughts)
     return reply.stats
 
 
-def answer_by_vote(engine: Engine, prompt: str, out: TextIO, votes: int, params: SamplingParams = CHAT_PARAMS) -> Vote:
+def answer_by_vote(
+    engine: Engine, prompt: str, out: TextIO, thoughts: TextIO, votes: int, params: SamplingParams = CHAT_PARAMS
+) -> Vote:
     """The majority of `votes` answers, drawn together: writes the first that says it. Raises UserError if none does.
 
     With a seed, answer i takes seed + i.
@@ -122,8 +133,17 @@ def answer_by_vote(engine: Engine, prompt: str, out: TextIO, votes: int, params:
     vote = majority(texts)
     if vote is None:
         raise UserError(f"none of the {votes} answers came to an end: give more room to think, or ask again")
-    out.write(f"{printable(texts[vote.index])}\n")
+    _write([texts[vote.index]], out, thoughts)
     return vote
+
+
+def _write(answer: Iterable[str], out: TextIO, thoughts: TextIO) -> None:
+    for part, pieces in groupby(words_of(map(printable, answer)), key=lambda words: words.part):
+        file = out if part == "content" else thoughts
+        for words in pieces:
+            file.write(words.text)
+            file.flush()
+        file.write("\n")
 
 
 def printable(text: str) -> str:
@@ -139,13 +159,14 @@ class Chat:
         self.depth = partner.depth
         self.messages: list[Message] = []
         self.stats: Stats | None = None
-        self._dropped = 0
+        self._dropped, self._thought = 0, ""
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/help": ("", "these commands", self._help),
             "/reset": ("", "forget the conversation; the system message stays", self._reset),
             "/system": ("TEXT", "begin anew under this system message; without TEXT under none", self._system),
             "/temperature": ("X", "0 always takes the likeliest token, 1 draws as the model was trained", self._heat),
             "/speculate": ("on|off", "let the MTP layers draft ahead: faster where they guess well", self._speculate),
+            "/thought": ("", "what the model thought before its last answer", self._show_thought),
             "/stats": ("", "speed and accepted drafts of the last answer", self._show_stats),
             "/save": ("FILE", "write the conversation as a line of jsonl, which a recipe can train on", self._save),
             "/quit": ("", "end; so does Ctrl-D", self._quit),
@@ -183,16 +204,15 @@ class Chat:
         if reply.dropped > self._dropped:
             self._say(f"(the context is full: the oldest {reply.dropped} messages are no longer seen)")
         self._dropped = reply.dropped
-        answer = ""
+        answer, shown, interrupted = "", ShownAnswer(self.console), False
         try:
-            for piece in reply:
-                text = printable(piece)
-                answer += text
-                self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            for piece in map(printable, reply):
+                answer += piece
+                shown.feed(piece)
         except KeyboardInterrupt:
-            self.console.print(" …", end="", style="dim")
-        self.console.print()
-        self.stats = reply.stats
+            interrupted = True
+        shown.end(interrupted=interrupted)
+        self.stats, self._thought = reply.stats, shown.thought
         if answer:
             self.messages = [*messages, Message("assistant", answer)]
 
@@ -228,6 +248,11 @@ class Chat:
         if not self.partner.depth:
             raise UserError("there is nothing to choose: the model has no MTP layer to draft with, or a server decides")
         self.depth = self.partner.depth if argument == "on" else 0
+
+    def _show_thought(self, argument: str) -> None:
+        if not self._thought:
+            raise UserError("there was no thought before the last answer")
+        self._say(self._thought)
 
     def _show_stats(self, argument: str) -> None:
         if self.stats is None:

@@ -11,13 +11,13 @@ from typing import Any
 
 from baleen.infer.chat import CHAT_PARAMS
 from baleen.infer.engine import Request
+from baleen.infer.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words, opens_reasoning
 from baleen.infer.sampler import SamplingParams
 from baleen.serve.constrain import GrammarConstraint
 from baleen.serve.errors import BadRequest
 from baleen.serve.logprobs import chat_logprobs
 from baleen.serve.models import Served
-from baleen.serve.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words
-from baleen.serve.prompt import chat_prompt, opens_reasoning
+from baleen.serve.prompt import chat_prompt
 from baleen.serve.protocol import (
     AnswerMessage,
     CallDelta,

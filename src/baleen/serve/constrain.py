@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from baleen.data.tokenizer import Tokenizer
+from baleen.infer.parse import END_THINK, ToolMarkers
 from baleen.serve.errors import BadRequest
-from baleen.serve.parse import END_THINK, ToolMarkers
 from baleen.serve.protocol import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat, Tool
 
 ANY_OBJECT = {"type": "object"}

@@ -8,11 +8,9 @@ from typing import Any
 from baleen.config import UserError
 from baleen.data.fim import fim_tokens
 from baleen.data.tokenizer import Tokenizer
+from baleen.infer.parse import END_THINK, THINK
 from baleen.serve.errors import BadRequest
-from baleen.serve.parse import END_THINK, THINK
 from baleen.serve.protocol import AssistantMessage, ChatRequest, CompletionRequest, Message, SystemMessage, TextPart
-
-TAIL = 16  # tokens of a prompt in which a template opens the reasoning
 
 
 def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
@@ -54,11 +52,6 @@ def text_of(content: str | Sequence[TextPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text for part in content)
-
-
-def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Whether the answer begins inside `<think>`, because the prompt ends there."""
-    return tokenizer.decode(prompt_ids[-TAIL:], skip_special=False).rstrip().endswith(THINK)
 
 
 def completion_prompts(tokenizer: Tokenizer, request: CompletionRequest) -> list[list[int]]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from baleen.config import UserError
 from baleen.data.document import Message
+from baleen.infer.parse import END_THINK, THINK
 from baleen.infer.request import Stats
 from baleen.infer.sampler import SamplingParams
-from baleen.serve.parse import END_THINK, THINK
 
 TIMEOUT = 600.0  # seconds without a byte
 SENT = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")

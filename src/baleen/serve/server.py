@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import uvicorn
@@ -24,7 +23,7 @@ from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
 from baleen.infer.native.runner import fastest_runner
 from baleen.interop.load import Loaded
-from baleen.recipe import load_recipe
+from baleen.recipe import cost_of
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, load_models
@@ -153,7 +152,7 @@ def stage_of(models: Models, devices: int, rate: RateCard) -> Iterator[Stage | N
     if run_dir is None:
         yield None
         return
-    cost = load_recipe(Path(run_dir) / "recipe.toml").cost
+    cost = cost_of(run_dir)
     ledger = Ledger.open(run_dir, project=cost.project)
     with ledger.stage("serve", purpose=cost.purpose, devices=devices, device_name="cpu", rate=rate) as stage:
         yield stage

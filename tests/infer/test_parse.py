@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baleen.data.tokenizer import train_tokenizer
-from baleen.serve.parse import BALEEN_MARKERS, DEEPSEEK_MARKERS, AnswerParser, Call, ToolMarkers, Words
+from baleen.infer.parse import BALEEN_MARKERS, DEEPSEEK_MARKERS, AnswerParser, Call, ToolMarkers, Words
 
 BEGIN, CALL, SEP, END, DONE = BALEEN_MARKERS
 MARKERS = ToolMarkers(*BALEEN_MARKERS)
@@ -42,6 +42,12 @@ PARTS = ("reasoning", "content")
         ("so <think>again</think> it is", False, "again", "so it is"),
         ("why <think> twice</think>so", True, "why <think> twice", "so"),
         ("", True, "", ""),
+        ("<think>1+1</think><answer>2</answer>", False, "1+1", "2"),
+        ("1+1</think>\n<answer> 2 </answer> or so", True, "1+1", "2  or so"),
+        ("1+1</think><answer>2", True, "1+1", "2"),
+        ("1+1</think><answ", True, "1+1", "<answ"),
+        ("1+1</think>XML: <answer>2</answer>", True, "1+1", "XML: <answer>2</answer>"),
+        ("<answer>2</answer>", False, "", "<answer>2</answer>"),
     ],
 )
 def test_reasoning(text, thinking, reasoning, content):
@@ -82,7 +88,10 @@ def test_without_tools_their_markers_are_text():
     assert parsed(text, markers=None) == ("", text, [])
 
 
-FRAGMENTS = ("<think>", "</think>", "<", "</thi", "a", " ", "\n", "é", *BALEEN_MARKERS, "add", ADD, "{", "get_time")
+FRAGMENTS = (
+    "<think>", "</think>", "<answer>", "</answer>", "<", "</thi", "a", " ", "\n", "é", *BALEEN_MARKERS, "add", ADD, "{",
+    "get_time",
+)  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)

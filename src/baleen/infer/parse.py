@@ -1,19 +1,22 @@
 """An answer's text, as it comes, into its parts: reasoning, content and calls of tools.
 
-A marker cut in two by the stream is held back until it is known for one, and none is ever shown.
+A marker cut in two by the stream is held back until it is known for one, and none is ever shown. `<answer>` is a marker
+only in the form that R1's rewards ask for, right behind the thought; elsewhere it is text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from baleen.data.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
+ANSWER, END_ANSWER = "<answer>", "</answer>"
+TAIL = 16  # tokens of a prompt in which a template opens the reasoning
 # DeepSeek-V3 and R1 wrote a type before the separator and a code block after it; V3.1 and Baleen the bare parts.
 FENCED = re.compile(r"\s*(\S+)\s*```json\s*(.*?)\s*```\s*", re.DOTALL)
 
@@ -60,11 +63,16 @@ class Call:
 Piece = Words | Call
 
 
+def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether the answer begins inside `<think>`, because the prompt ends there."""
+    return tokenizer.decode(prompt_ids[-TAIL:], skip_special=False).rstrip().endswith(THINK)
+
+
 class AnswerParser:
     """Feed it text, take pieces. `part` is where the next words belong.
 
-    White space next to a marker, on its far side, is dropped. A call that is malformed, or of a tool that was not
-    offered, comes back as content, as it was written; so does one cut short.
+    White space next to a marker, on its far side, is dropped, but for `</answer>`. A call that is malformed, or of a
+    tool that was not offered, comes back as content, as it was written; so does one cut short.
     """
 
     def __init__(self, *, thinking: bool = False, markers: ToolMarkers | None = None, tools: Collection[str] = ()):
@@ -72,6 +80,7 @@ class AnswerParser:
         self._state: Literal["reasoning", "content", "call"] = "reasoning" if thinking else "content"
         self._held = ""
         self._fresh = True  # nothing shown since the last marker
+        self._form = ""  # the marker that R1's form has next, if the answer is in it
 
     @property
     def part(self) -> Literal["reasoning", "content"]:
@@ -106,16 +115,20 @@ class AnswerParser:
         if self._state == "call":
             assert tools is not None
             return [tools.end, tools.calls_end]
-        return [THINK, END_THINK] + ([] if tools is None else [tools.calls_begin, tools.begin, tools.calls_end])
+        form = [self._form] if self._form else []
+        return [THINK, END_THINK, *form] + ([] if tools is None else [tools.calls_begin, tools.begin, tools.calls_end])
 
     def _first_marker(self) -> tuple[int, str] | None:
+        if self._form == ANSWER and not ANSWER.startswith(self._held.lstrip()[: len(ANSWER)]):
+            self._form = ""  # other words come first
         return min(((at, m) for m in self._awaited() if (at := self._held.find(m)) >= 0), default=None)
 
     def _leave(self, before: str, marker: str) -> list[Piece]:
         pieces = self._call(before, marker) if self._state == "call" else self._words(before)
         opens_call = self._markers is not None and marker == self._markers.begin
         self._state = "reasoning" if marker == THINK else "call" if opens_call else "content"
-        self._fresh = True
+        self._form = {END_THINK: ANSWER, ANSWER: END_ANSWER}.get(marker, "")
+        self._fresh = marker != END_ANSWER
         return pieces
 
     def _words(self, text: str) -> list[Piece]:
@@ -136,6 +149,14 @@ class AnswerParser:
             return [Call(name, arguments)]
         end = marker if marker == self._markers.end else ""
         return [Words("content", self._markers.begin + body + end)]
+
+
+def words_of(texts: Iterable[str]) -> Iterator[Words]:
+    """Reasoning and content of an answer that calls no tools, as its text comes."""
+    parser = AnswerParser()
+    for text in texts:
+        yield from (piece for piece in parser.feed(text) if isinstance(piece, Words))
+    yield from (piece for piece in parser.flush() if isinstance(piece, Words))
 
 
 def overlap(text: str, marker: str) -> int:
