@@ -64,15 +64,32 @@ def free_port() -> int:
         return door.getsockname()[1]
 
 
+class Exchange(asyncio.Protocol):
+    """One request and all bytes that come back: what a client costs is taken from the servers, so this is little."""
+
+    def __init__(self, request: bytes):
+        self._request, self._received = request, bytearray()
+        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.answer.set_result(bytes(self._received))
+
+
 async def ask(port: int, body: dict[str, object]) -> tuple[int, float]:
     """One request on a connection of its own: (tokens written, seconds)."""
     started = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     raw = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
-    writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
-    answer = await reader.read()  # chunks are not looked at as they come: the servers are measured
-    writer.close()
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + raw
+    _, exchange = await asyncio.get_running_loop().create_connection(lambda: Exchange(request), "127.0.0.1", port)
+    answer = await exchange.answer
     if not answer.startswith(b"HTTP/1.1 200"):
         raise SystemExit(f"the server says: {answer[:500]!r}")
     (tokens,) = re.findall(rb'"completion_tokens": ?(\d+)', answer)
