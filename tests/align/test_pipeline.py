@@ -11,9 +11,12 @@ from baleen.align import grpo as grpo_module
 from baleen.align.pipeline import align
 from baleen.align.recipe import for_command
 from baleen.align.sft import conversations
-from baleen.config import UserError
+from baleen.config import ModelConfig, UserError
+from baleen.data.tokenizer import train_tokenizer
 from baleen.eval.report import hacked_reward, write_report
+from baleen.interop.huggingface import save_model
 from baleen.interop.load import load
+from baleen.model.transformer import Transformer
 from baleen.train.display import Display
 from baleen.train.loop import weights_sha256
 from baleen.train.rundir import read_metrics
@@ -92,6 +95,23 @@ def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(tmp_path, 
     monkeypatch.setattr(grpo_module, "sample", true_sample)
     run(pipeline, tmp_path / "killed", resume=True)
     assert sha(tmp_path / "straight") == sha(tmp_path / "killed")
+
+
+def test_constants_of_an_upcycled_base_stay(tmp_path):
+    """Coordinates of a latent whose norm weight is 0, and their bias."""
+    model = Transformer(ModelConfig.model_validate(MODEL | {"attention_bias": True}))
+    model.init_weights(0)
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.kv_a_layernorm.weight[6:] = 0
+        attention.kv_a_proj_with_mqa.bias[6:8] = torch.tensor([5.0, 13.0])
+    save_model(model, tmp_path / "base", tokenizer=train_tokenizer(["1+2=3 "] * 9, 276))
+    run(tiny_recipe(SFT, RL | {"steps": 1}, model=None, base=str(tmp_path / "base")), tmp_path / "run")
+    for stage in ("1-sft", "2-rl"):
+        before, attention = attention, load(tmp_path / "run/stages" / stage).model.model.layers[1].self_attn
+        assert attention.kv_a_layernorm.weight[6:].tolist() == [0, 0]
+        assert attention.kv_a_proj_with_mqa.bias[6:8].tolist() == [5, 13]
+        assert not (before.kv_a_layernorm.weight[:6] == attention.kv_a_layernorm.weight[:6]).any()
 
 
 def test_the_stages_of_r1_in_one_recipe(tmp_path):

@@ -31,6 +31,7 @@ from baleen.train.display import Display
 from baleen.train.loop import Interruption, device, run_stage
 from baleen.train.rundir import open_run, read_metrics, require_one_process, write_aside
 from baleen.train.saver import Saver
+from baleen.train.upcycled import keep_constants
 
 SAMPLED = "sampled.jsonl"
 
@@ -91,6 +92,7 @@ class Pipeline:
         if isinstance(stage, SampleStage):
             write_aside(work.folder / SAMPLED, "".join(self._sampled_rows(work, stage)))
             return True
+        keep_constants(work.model)
         if isinstance(stage, RLStage):
             steps = grpo(work, stage).step
             finished = steps == stage.steps
