@@ -12,6 +12,7 @@ from baleen.config import UserError
 from baleen.cost.ledger import Ledger
 from baleen.cost.money import RateCard
 from baleen.eval import report
+from baleen.eval.charts import MAX_POINTS
 from baleen.eval.report import read_metrics, shown, write_report
 from baleen.recipe import load_recipe
 
@@ -267,11 +268,11 @@ def test_half_a_surrogate_pair_in_a_sample_becomes_a_question_mark(tmp_path):
 
 
 def test_long_curves_are_thinned_by_means_and_smoothed_without_lag(tmp_path):
-    steps = 2 * report.MAX_POINTS
+    steps = 2 * MAX_POINTS
     write_metrics(tmp_path / "run", [{"step": i, "loss": float(i)} for i in range(steps)])
     line = page_of(tmp_path / "run").lines("Loss")["next token"]
-    assert line["y"] == line["x"]["steps"] == [2 * i + 0.5 for i in range(report.MAX_POINTS)]
-    reach = report.MAX_POINTS // 60
+    assert line["y"] == line["x"]["steps"] == [2 * i + 0.5 for i in range(MAX_POINTS)]
+    reach = MAX_POINTS // 60
     np.testing.assert_allclose(line["smooth"][:-reach], line["y"][:-reach])
     assert line["smooth"][-1] == pytest.approx(np.mean(line["y"][-reach - 1 :]))
 
