@@ -47,7 +47,7 @@ def draft_loss(model: Transformer, tokens_BT: Tensor, document_ids_BT: Tensor) -
         loss, agreement = distilled(hidden_BTd, trunk_BTd[:, k:], model.lm_head.weight)
         losses.append(loss)
         loads += [routing.load() for routing in routings]
-        agreed = agreed if depth else float(agreement)
+        agreed = agreed if depth else float(agreement.detach())
     return DraftLoss(torch.stack(losses).mean(), agreed, loads)
 
 
