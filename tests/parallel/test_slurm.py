@@ -6,6 +6,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -66,7 +67,8 @@ class Slurm:
     """A cluster of one node with two CPUs."""
 
     def __init__(self, folder):
-        self.path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        # jobs inherit it, and with it the environment that these tests run in
+        self.path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         missing = [name for name in PROGRAMS if shutil.which(name, path=self.path) is None]
         assert not missing, f"no {', '.join(missing)}: `make slurm` installs Debian's packages"
         for name in ("munge", "state", "spool"):
