@@ -124,12 +124,13 @@ def test_bad_names_values_and_dtypes(tmp_path, exported):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "model", "model.gguf"]
 
 
-def test_float16_must_hold_every_value(tmp_path, tiny_model):
+@pytest.mark.parametrize(("dtype", "value"), [("f16", 1e6), ("q8_0", 1e7)])
+def test_a_type_must_hold_every_value(tmp_path, tiny_model, dtype, value):
     model = tiny_model(vocab_size=290)
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
     save_model(model, tmp_path / "model", tokenizer=train_tokenizer([TEXT * 20], 290))
-    with pytest.raises(UserError, match=r"blk\.0\.ffn_up.*float16"):
-        export_checkpoint(tmp_path / "model", tmp_path / "m.gguf", to="gguf", dtype="f16")
+    with pytest.raises(UserError, match=rf"blk\.0\.ffn_up.*{dtype}"):
+        export_checkpoint(tmp_path / "model", tmp_path / "m.gguf", to="gguf", dtype=dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from baleen.interop.gguf_tokenizer import tokenizer_settings
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 FLOAT16_LIMIT = 65520.0  # what rounds to infinity
+LARGEST = {"F16": FLOAT16_LIMIT, "Q8_0": 127 * FLOAT16_LIMIT}  # q8_0: a block's largest over 127 is its float16 scale
 KEPT_WIDE = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # the router decides in float32
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
@@ -29,7 +31,7 @@ def export_gguf(directory: Path, out: Path, *, dtype: str = "f32") -> Path:
     whole blocks of q8_0 in float16. Written aside, then renamed.
 
     Raises UserError, and writes nothing, for a model that llama.cpp cannot load or would compute wrongly, a tokenizer
-    that it does not know, a value that float16 cannot hold, and if `out` exists.
+    that it does not know, a value that the type cannot hold, and if `out` exists.
     """
     gguf = gguf_library()
     if dtype not in DTYPES:
@@ -81,8 +83,8 @@ class _Target:
     def write(self, file: Any, name: str, index: int | None, values: np.ndarray) -> None:
         """A whole tensor, or the part that `index` counts along its first dimension."""
         kind = self._kinds[name]
-        if kind == self._gguf.GGMLQuantizationType.F16 and np.abs(values).max() >= FLOAT16_LIMIT:
-            raise UserError(f"{name} holds values that float16 cannot: take bf16 or f32")
+        if np.abs(values).max() >= LARGEST.get(kind.name, math.inf):
+            raise UserError(f"{name} holds values that {kind.name.lower()} cannot: take bf16 or f32")
         data = self._gguf.quants.quantize(values, kind)
         file.seek(self._offsets[name] + (index or 0) * data.nbytes)
         data.tofile(file)

@@ -17,6 +17,7 @@ from baleen.interop.calibration import Moments
 from baleen.interop.llama import LlamaShape, plain_frequencies
 
 NORM_EXPONENT = 14  # k: at 4 the values still count (logits off by 0.15), at 8 by 6e-4, from 14 on rounding alone
+PORTABLE_NORM_EXPONENT = 8  # a fitted row is many times its constant, and q8_0 keeps its blocks' scales in float16
 RIDGE = 1e-6  # of the mean of a matrix's diagonal, where one is inverted
 
 
@@ -121,7 +122,7 @@ def _tensors(
     drowns the values in the norm's mean square cannot come from a bias."""
     H, n, d, D = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, shape.hidden_size
     nope, R, rank, r = config.qk_nope_head_dim, n * d, config.kv_lora_rank, len(basis.encode)
-    scale = 2.0**NORM_EXPONENT
+    scale = 2.0 ** (NORM_EXPONENT if one is None else PORTABLE_NORM_EXPONENT)
     padded = torch.zeros(H, nope + R, D)
     padded[:, nope:] = queries * math.sqrt((nope + R) / d)
 
