@@ -39,6 +39,12 @@ def test_recipes_with_a_base_are_for_only(name, tmp_path):
         load_recipe(name)
 
 
+@pytest.mark.parametrize("key", ["stages.9.lr", "stages.9.nonsense", "stages.0", "stages.foo.bar.baz", "stages.-1.lr"])
+def test_a_stage_that_is_not_there_is_refused(key):
+    with pytest.raises(UserError, match=r"--set 'stages"):
+        load_align_recipe("r1-zero", [f"{key}=7"])
+
+
 @pytest.mark.parametrize("name", STAGED)
 def test_recipes_of_stages_go_round_and_are_not_for_train(name, tmp_path):
     recipe = load_align_recipe(name)

@@ -234,17 +234,22 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except ValueError:
         value = text
     *sections, leaf = key.split(".")
+    inner: Any = raw
     for section in sections:
-        raw = _section_of(raw, section, override)
-    raw[leaf] = value
-
-
-def _section_of(raw: dict[str, Any], section: str, override: str) -> dict[str, Any]:
-    """raw[section], where a list's sections go by number: stages.0.train."""
-    inner = raw.setdefault(section, {})
+        inner = _section_of(inner, section, override)
     if isinstance(inner, list):
-        numbered = {str(number): item for number, item in enumerate(inner)}
-        inner = numbered if all(isinstance(item, dict) for item in inner) else None
-    if not isinstance(inner, dict):
+        raise UserError(f"--set {override!r}: {leaf} is a section, not a value: name one of its keys")
+    inner[leaf] = value
+
+
+def _section_of(raw: Any, section: str, override: str) -> Any:
+    """raw[section]: a table, or a list of tables, whose sections go by number: stages.0.train."""
+    if isinstance(raw, list):
+        if section not in map(str, range(len(raw))):
+            raise UserError(f"--set {override!r}: {section} is none of the {len(raw)}, which count from 0")
+        return raw[int(section)]
+    inner = raw.setdefault(section, {})
+    tables = inner if isinstance(inner, list) and inner else [inner]
+    if not all(isinstance(table, dict) for table in tables):
         raise UserError(f"--set {override!r}: {section} is a value, not a section")
     return inner
