@@ -1,6 +1,6 @@
 """The plan of a training step against the step: calibration and real training take turns on this machine.
 
-    python bench/plan.py --rounds 2 [--json]
+    python bench/plan.py [--rounds 4] [--json]
 
 Each round calibrates (`baleen cost calibrate`), then trains recipe S, recipe M and a dense network of S's shape, each
 in a process of its own. Printed are medians over the rounds; an error is that of a round's plan beside its own step.
@@ -43,9 +43,9 @@ def plan(recipe: Recipe, hardware: Path, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="timed steps a round and network")
-    parser.add_argument("--calibrate-seconds", type=float, default=30.0)
+    parser.add_argument("--calibrate-seconds", type=float, default=20.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     planned: dict[str, list[dict[str, Any]]] = {name: [] for name in NETWORKS}
