@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.data.tokenizer import Tokenizer, train_tokenizer
-from baleen.infer.chat import Chat, Local, answer_once, printable, recent
+from baleen.infer.chat import Chat, Local, answer_by_vote, answer_once, printable, recent
 from baleen.infer.engine import Engine, Request, Stats
 from baleen.infer.parse import words_of
 from baleen.infer.sampler import SamplingParams
@@ -290,10 +291,41 @@ def test_thought_and_answer_of_one_question_go_apart():
     assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
 
 
-def test_a_template_may_open_the_thought(engine, tmp_path):
-    engine = engine()
+@pytest.fixture
+def thinker(engine, tmp_path):
+    """An engine whose chat template opens the thought itself."""
+    engine = engine(num_nextn_predict_layers=0)
     engine.tokenizer.save(tmp_path)
     with (tmp_path / "chat_template.jinja").open("a", encoding="utf-8") as file:
         file.write("<think>\n")
-    reply = Local(Engine(engine.model, Tokenizer.load(tmp_path))).reply([Message("user", "hello")], GREEDY, 0)
+    return Engine(engine.model, Tokenizer.load(tmp_path))
+
+
+def test_a_template_may_open_the_thought(thinker):
+    reply = Local(thinker).reply([Message("user", "hello")], GREEDY, 0)
     assert "".join(reply).startswith("<think>\n")
+
+
+def test_votes_know_a_thought_that_the_template_opened(thinker, monkeypatch):
+    texts = ["3+8 is", "3+8=10</think>10", "3+8=11</think>11", "3+8 is", "8+3=11</think>11"]
+    monkeypatch.setattr(thinker, "complete", lambda requests: [SimpleNamespace(text=text) for text in texts])
+    out, thoughts = io.StringIO(), io.StringIO()
+    assert answer_by_vote(thinker, "3+8=", out, thoughts, 5) == (2, 2, 3)
+    assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
+    del texts[1:3], texts[2:]
+    with pytest.raises(UserError, match="none of the 2 answers"):
+        answer_by_vote(thinker, "3+8=", io.StringIO(), io.StringIO(), 2)
+
+
+def test_an_interrupt_before_the_first_word_leaves_no_turn(thinker):
+    chat = Chat(Local(thinker), Console(file=io.StringIO()), GREEDY)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = thinker.model.register_forward_hook(interrupt)
+    chat.take("hello")
+    handle.remove()
+    assert chat.messages == []
+    chat.take("hello")
+    assert chat.messages[-1].content.startswith("<think>\n") and len(chat.messages) == 2

@@ -68,8 +68,7 @@ class Local:
         kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
         prompt_ids = self.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)
         generation = respond(self.engine, prompt_ids, params, "auto" if speculate else 0)
-        opening = f"{THINK}\n" if opens_reasoning(self.engine.tokenizer, prompt_ids) else ""
-        return _LocalReply(generation, opening, len(messages) - len(kept))
+        return _LocalReply(generation, opening_of(self.engine, prompt_ids), len(messages) - len(kept))
 
 
 class _LocalReply:
@@ -81,9 +80,16 @@ class _LocalReply:
         return self._generation.stats
 
     def __iter__(self) -> Iterator[str]:
-        yield self._opening
+        opening = self._opening
         for event in self._generation:
-            yield event.text
+            if event.text:  # a thought of no word is none
+                yield opening + event.text
+                opening = ""
+
+
+def opening_of(engine: Engine, prompt_ids: list[int]) -> str:
+    """What of the answer the chat template has written already: the opening of its thought, or nothing."""
+    return f"{THINK}\n" if opens_reasoning(engine.tokenizer, prompt_ids) else ""
 
 
 def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:
@@ -129,7 +135,8 @@ def answer_by_vote(
     prompt_ids = engine.tokenizer.encode_chat([Message("user", prompt)], add_generation_prompt=True)
     seeds = [None if params.seed is None else params.seed + i for i in range(votes)]
     requests = [Request(prompt_ids, replace(params, seed=seed)) for seed in seeds]
-    texts = [done.text for done in engine.complete(requests)]
+    opening = opening_of(engine, prompt_ids)
+    texts = [opening + done.text for done in engine.complete(requests)]
     vote = majority(texts)
     if vote is None:
         raise UserError(f"none of the {votes} answers came to an end: give more room to think, or ask again")
