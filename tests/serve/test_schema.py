@@ -167,12 +167,12 @@ def test_mutated_requests(tiny):
 
 @pytest.mark.slow
 def test_ten_thousand_mutated_requests_and_flat_memory(make_engine):
-    """No 5xx, no hang, no page left; and what a thousand requests leave in memory, nine thousand more don't add to."""
+    """No 5xx, no hang, no page left; and to what 2,000 requests leave in memory, 8,000 more add next to nothing."""
     with running({"tiny": make_engine()}, limits=LIMITS) as server:
         storm(server, 2000)
         before = resident_bytes()
         seen = storm(server, 8000, seed=1)
-        assert resident_bytes() - before < 64 * 2**20
+        assert resident_bytes() - before < 8 * 2**20
         assert min(seen[200], seen[400]) > 1000
 
 
