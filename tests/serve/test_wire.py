@@ -133,24 +133,35 @@ def test_a_client_that_goes_away_frees_its_cache(scripted, stream):
 
 
 def test_the_real_engine_frees_within_a_step(make_engine):
-    engine = make_engine()
-    step, seen = engine.step, []
+    """Each step waits for leave: after the disconnect is noticed only the one under way is given it."""
+    engine, leave = make_engine(), threading.Semaphore(0)
+    step, begun, ends, dropped = engine.step, [], [], []
 
-    def slow_step():
-        time.sleep(0.01)
+    def step_with_leave():
+        begun.append(engine.pages.in_use)
+        leave.acquire()
         events = step()
-        seen.append(engine.pages.in_use)
+        ends.extend(event.finish_reason for event in events if event.finish_reason)
         return events
 
-    engine.step = slow_step
+    engine.step = step_with_leave
     with running({"tiny": engine}) as server:
-        body = chat_body("tiny", n=4, stream=True, logit_bias=WORDY)
-        connection = send(server, request("POST", "/v1/chat/completions", json.dumps(body).encode()))
-        wait_until(lambda: engine.running == 4)
-        connection.close()
-        wait_until(lambda: not engine.has_work)
-        assert engine.pages.in_use == 0
-        assert max(seen) > 0
+        worker = server.service.worker
+        drop = worker.drop
+        worker.drop = lambda flight: (drop(flight), dropped.append(flight))
+        try:
+            body = json.dumps(chat_body("tiny", n=4, max_tokens=400, stream=True, logit_bias=WORDY)).encode()
+            connection = send(server, request("POST", "/v1/chat/completions", body))
+            leave.release(3)
+            wait_until(lambda: len(begun) == 4)
+            assert engine.running == 4 and begun[-1] > 0
+            connection.close()
+            wait_until(lambda: dropped)
+            leave.release()
+            wait_until(lambda: not engine.has_work)
+            assert engine.pages.in_use == 0 and len(begun) == 4 and ends == []
+        finally:
+            leave.release(1000)
 
 
 def test_clients_cut_off_at_random(make_engine):

@@ -139,11 +139,10 @@ class Worker:
     # --- on the thread
 
     def _run(self) -> None:
-        while True:
-            busy = [name for name, engine in self._engines.items() if engine.has_work]
-            if not self._obey(wait=not busy):
-                return
-            for name in busy:
+        while self._obey(wait=not any(engine.has_work for engine in self._engines.values())):
+            for name, engine in self._engines.items():
+                if not engine.has_work:
+                    continue
                 try:
                     self._step(name)
                 except Exception:  # a fault of ours: no answer of the engine can be trusted any more
