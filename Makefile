@@ -37,9 +37,9 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.slow slurm
 	$(BIN)/pytest -m slow
 
-# Everything that takes several processes: layouts, checkpoints between them, kills, hangs, preemption by Slurm.
+# All of parallel/, the slow and the fast: layouts, checkpoints between them, kills, hangs, preemption by Slurm, dry runs.
 test-dist: $(VENV)/.dev slurm
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/parallel
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/parallel tests/train/test_dryrun_recipe.py
 
 # A scheduler for the slow tests, which start one of their own on loopback: Debian's packages.
 slurm:

@@ -1,5 +1,10 @@
 """The dry run of a recipe, beside the cost engine's formulas."""
 
+import json
+import resource
+import subprocess
+import sys
+
 import pytest
 
 from baleen.config import UserError
@@ -28,3 +33,14 @@ def test_bytes_of_a_rank_are_the_cost_engines(tiny_config, parallel):
 def test_a_batch_that_does_not_fill_the_pipeline_is_impossible(tiny_config):
     with pytest.raises(UserError, match="do not fill 4 ranks of dualpipev"):
         dry_run_recipe(recipe(tiny_config(num_hidden_layers=8), pipeline=4, expert=1).model_copy(), 64)
+
+
+def test_v3_on_2048_ranks_within_ten_minutes_and_20_gb():
+    """The command itself, in a process whose memory is known; of 2,048 ranks the 16 that differ are counted."""
+    command = [sys.executable, "-m", "baleen", "train", "v3-671b", "--dry-run", "--world", "2048", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["grid"] == {"pipeline": 16, "replicate": 1, "share": 2, "expert": 64}
+    assert [rank["rank"] for rank in told["ranks"]] == list(range(0, 2048, 128))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 20e9  # of the largest child so far
