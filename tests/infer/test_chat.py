@@ -308,10 +308,17 @@ def test_a_template_may_open_the_thought(thinker):
 
 def test_votes_know_a_thought_that_the_template_opened(thinker, monkeypatch):
     texts = ["3+8 is", "3+8=10</think>10", "3+8=11</think>11", "3+8 is", "8+3=11</think>11"]
-    monkeypatch.setattr(thinker, "complete", lambda requests: [SimpleNamespace(text=text) for text in texts])
+    asked = []
+
+    def complete(requests):
+        asked.extend(requests)
+        return [SimpleNamespace(text=text) for text in texts]
+
+    monkeypatch.setattr(thinker, "complete", complete)
     out, thoughts = io.StringIO(), io.StringIO()
     assert answer_by_vote(thinker, "3+8=", out, thoughts, 5) == (2, 2, 3)
     assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
+    assert len(asked) == 5 and all(thinker.tokenizer.user_id in request.params.stop_ids for request in asked)
     del texts[1:3], texts[2:]
     with pytest.raises(UserError, match="none of the 2 answers"):
         answer_by_vote(thinker, "3+8=", io.StringIO(), io.StringIO(), 2)

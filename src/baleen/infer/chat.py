@@ -94,10 +94,14 @@ def opening_of(engine: Engine, prompt_ids: list[int]) -> str:
 
 def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:
     """Begin the next turn of a conversation that fits the context (see `recent`), as the chat template has it."""
-    # A small model may begin the user's next turn instead of ending its own.
+    return engine.generate([turn(engine, prompt_ids, params)], speculate=speculate)
+
+
+def turn(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Request:
+    """Of the assistant alone: a small model may begin the user's next turn instead of ending its own."""
     user_id = engine.tokenizer.user_id
     stop_ids = params.stop_ids if user_id is None else (*params.stop_ids, user_id)
-    return engine.generate([Request(prompt_ids, replace(params, stop_ids=stop_ids))], speculate=speculate)
+    return Request(prompt_ids, replace(params, stop_ids=stop_ids))
 
 
 def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Message]:
@@ -134,7 +138,7 @@ def answer_by_vote(
     """
     prompt_ids = engine.tokenizer.encode_chat([Message("user", prompt)], add_generation_prompt=True)
     seeds = [None if params.seed is None else params.seed + i for i in range(votes)]
-    requests = [Request(prompt_ids, replace(params, seed=seed)) for seed in seeds]
+    requests = [turn(engine, prompt_ids, replace(params, seed=seed)) for seed in seeds]
     opening = opening_of(engine, prompt_ids)
     texts = [opening + done.text for done in engine.complete(requests)]
     vote = majority(texts)
