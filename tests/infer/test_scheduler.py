@@ -98,6 +98,20 @@ def test_the_youngest_gives_way_and_returns_first():
     assert s.plan() == [] and [j.id for j in s.waiting] == [1] and b.pages == [] and b.computed == 0
 
 
+def test_who_has_given_way_takes_no_room_in_the_same_step():
+    """Both need a page and there is none: the younger's goes to the older, and the younger asks for nothing."""
+    s = scheduler(pages=6)
+    a, b = job(0, 3), job(1, 3)
+    for j in (a, b):
+        s.add(j, bounded=True)
+    for _ in range(2):
+        run(s, s.plan())
+    s.pool.take(s.pool.free)
+    assert len(a.tokens) == len(b.tokens) == SIZE + 1
+    assert s.plan() == [(a, 1)] and s.running == [a] and [*s.waiting] == [b]
+    assert len(a.pages) == 2 and b.pages == []
+
+
 def test_an_equal_prompt_waits_for_the_pages_in_the_making():
     s = scheduler(prefill_chunk=8)
     a, b, c = job(0, 17, token=3), job(1, 17, token=3), job(2, 3)
