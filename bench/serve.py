@@ -68,7 +68,7 @@ class Exchange(asyncio.Protocol):
     """One request and all bytes that come back: what a client costs is taken from the servers, so this is little."""
 
     def __init__(self, request: bytes):
-        self._request, self._received = request, bytearray()
+        self._request, self.received = request, bytearray()
         self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -76,18 +76,27 @@ class Exchange(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
+        self.received += data
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.answer.set_result(bytes(self._received))
+        self.answer.set_result(bytes(self.received))
+
+
+def post(path: str, body: dict[str, object]) -> bytes:
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n".encode() + raw
+
+
+def first_model(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        return json.load(answer)["data"][0]["id"]
 
 
 async def ask(port: int, body: dict[str, object]) -> tuple[int, float]:
     """One request on a connection of its own: (tokens written, seconds)."""
     started = time.perf_counter()
-    raw = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
-    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + raw
+    request = post("/v1/completions", body)
     _, exchange = await asyncio.get_running_loop().create_connection(lambda: Exchange(request), "127.0.0.1", port)
     answer = await exchange.answer
     counts = re.findall(rb'"completion_tokens": ?(\d+)', answer)
@@ -116,8 +125,7 @@ async def drive(port: int, model: str, clients: int, args: argparse.Namespace, s
 
 def measure_server(command: list[str], port: int, args: argparse.Namespace) -> dict[str, object]:
     with process(command, port) as url:
-        with urllib.request.urlopen(f"{url}/v1/models") as answer:
-            model = json.load(answer)["data"][0]["id"]
+        model = first_model(url)
         asyncio.run(drive(port, model, 1, args, seed=-1))
         rows = {}
         for clients in args.clients:
