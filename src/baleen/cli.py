@@ -74,7 +74,11 @@ def train(
     if dry_run:
         from baleen.train.dryrun import dry_run_recipe
 
-        _report(dry_run_recipe(load_recipe(recipe, overrides, data), world), as_json)
+        counted = dry_run_recipe(load_recipe(recipe, overrides, data), world)
+        _report(counted, as_json)
+        if counted["disagree"]:
+            print(f"error: cost plan does not count as the ranks do: {', '.join(counted['disagree'])}", file=sys.stderr)
+            raise typer.Exit(1)
         return
     if run is None:
         raise UserError("where shall the run be kept? Give --run DIRECTORY")
@@ -85,13 +89,16 @@ def train(
         if track != "none":
             raise UserError("--track is not for --only: read metrics.jsonl in the run's directory")
         continued = read_recipe(ContinuedRecipe, recipe, overrides, data)
-        _report(train_on(continued, run, only=only, resume=resume, max_steps=max_steps), as_json)  # type: ignore[arg-type]
+        summary = train_on(continued, run, only=only, resume=resume, max_steps=max_steps)  # type: ignore[arg-type]
+        _write_results(run, summary)
+        _report(summary, as_json)
         return
     from baleen.train.loop import train as run_training
 
     resolved = load_recipe(recipe, overrides, data)
     summary = run_training(resolved, run, resume=resume, max_steps=max_steps, track=track)  # type: ignore[arg-type]
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one reports
+        _write_results(run, summary)
         _report(summary, as_json)
 
 
@@ -283,10 +290,11 @@ def upcycle(
 
 @app.command()
 def recipes() -> None:
-    """Names of the recipes that ship with Baleen."""
-    from baleen.recipe import recipe_names
+    """The recipes that ship with Baleen, and what each is for."""
+    from baleen.recipe import recipe_lines
 
-    print("\n".join(recipe_names()))
+    for name, line in recipe_lines().items():
+        print(f"{name:14} {line}")
 
 
 cli_align.add_to(app)
@@ -298,6 +306,12 @@ def _report(result: dict[str, Any], as_json: bool) -> None:
         return
     for key, value in result.items():
         print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+
+
+def _write_results(run: Path, summary: dict[str, Any]) -> None:
+    from baleen.train.rundir import write_aside
+
+    write_aside(run / "train.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _print_json(result: dict[str, Any]) -> None:

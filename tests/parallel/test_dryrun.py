@@ -1,13 +1,16 @@
 """What fake ranks hold and send, against counts by hand and the cost engine's formula."""
 
+import json
+
+import drive_traffic
 import pytest
 import torch
 
-from baleen.config import UserError
+from baleen.config import ModelConfig, UserError
 from baleen.cost.architecture import from_model_config
 from baleen.cost.layout import Layout
 from baleen.cost.traffic import expert_all_to_all
-from baleen.parallel.dryrun import _fake_group, _Traffic, dry_run
+from baleen.parallel.dryrun import Traffic, _fake_group, dry_run
 from baleen.parallel.mesh import Mesh, make_grid
 from baleen.parallel.team import take_part
 from baleen.parallel.worker import MicroBatch
@@ -40,6 +43,20 @@ def test_bytes_of_fp8_dispatch_equal_the_cost_engines_exactly(tiny_config):
     assert rank["traffic"]["alltoall_base"] / 2 == 2 * a_token * (2 * B * T + B * (T - 1))
 
 
+def test_bytes_of_a_real_step_equal_the_cost_engines_and_the_counts_before_them(torchrun):
+    """Two processes over gloo. Beside its tokens, a rank tells the other how many come for each of its experts: int64,
+    once for each MoE layer and forward, which the cost engine does not count."""
+    config, told = ModelConfig(**drive_traffic.MODEL), {}
+    layers_times_tokens = drive_traffic.B * (2 * drive_traffic.T + drive_traffic.T - 1)  # two layers, and MTP's
+    for dispatch, precision in (("wide", "fp32"), ("fp8", "fp8")):
+        told[dispatch] = json.loads(torchrun(2, drive_traffic.__file__, dispatch).stdout.splitlines()[-1])
+        a_token = expert_all_to_all(from_model_config(config), Layout(devices=2, expert=2), 1, precision).network
+        counts = 3 * 8 * config.n_routed_experts / 2
+        assert told[dispatch]["leaving"] == 2 * (2 * a_token * layers_times_tokens + counts)  # forward and backward
+    assert told["fp8"]["loss"] != told["wide"]["loss"]
+    assert told["fp8"]["loss"] == pytest.approx(told["wide"]["loss"], rel=0.01)
+
+
 def test_zero_1_holds_a_share_of_the_weights_and_reduces_once(tiny_config):
     whole, *_ = dry_run(tiny_config(), ParallelConfig(zero=0), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
     shard, *_ = dry_run(tiny_config(), ParallelConfig(zero=1), OBJECTIVE, world=4, sequences=B, seq_len=T)["ranks"]
@@ -55,7 +72,7 @@ def test_what_a_step_of_three_micro_batches_sends(tiny_model, zero, reduced, gat
     model, parallel = tiny_model(), ParallelConfig(zero=zero)
     weights = 4 * sum(p.numel() for p in model.parameters())
     micro_batch = MicroBatch(torch.randint(97, (B, T + 1)), None, None, 1 / 3)
-    with _fake_group(0, 4), _Traffic() as traffic:
+    with _fake_group(0, 4), Traffic() as traffic:
         team = take_part(model, parallel, Mesh(make_grid(parallel, model.config, 4), "cpu"))
         team.accumulate(3 * [micro_batch], OBJECTIVE)
         held = 4 * sum(p.numel() for p in team.parameters.values())
@@ -76,5 +93,5 @@ def test_what_is_recomputed_is_not_kept(tiny_config):
 
 
 def test_an_impossible_layout_fails(tiny_config):
-    with pytest.raises(UserError, match="the nearest that does is 2"):
+    with pytest.raises(UserError, match="the nearest that does is parallel.* = 2"):
         dry_run(tiny_config(), ParallelConfig(expert=3), OBJECTIVE, world=4, sequences=B, seq_len=T)

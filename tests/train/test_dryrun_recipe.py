@@ -6,28 +6,47 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from baleen.cli import app
 from baleen.config import UserError
 from baleen.recipe import Recipe
-from baleen.train.dryrun import dry_run_recipe
+from baleen.train import dryrun
+from baleen.train.dryrun import TOLERANCES, dry_run_recipe
 
 pytestmark = pytest.mark.slow
 
 
 def recipe(config, **parallel):
-    train = {"tokens": 1e6, "batch_tokens": 16 * 2 * 16, "seq_len": 16, "micro_batch_size": 1, "lr": 1e-3}
+    train = {"tokens": 1e6, "batch_tokens": 64 * 2 * 16, "seq_len": 64, "micro_batch_size": 1, "lr": 1e-3}
     return Recipe.model_validate({"model": config.model_dump(), "train": train, "parallel": parallel})
 
 
-@pytest.mark.parametrize("parallel", [{"expert": 2}, {"pipeline": 2, "expert": 2}, {"zero": 0}])
-def test_bytes_of_a_rank_are_the_cost_engines(tiny_config, parallel):
+@pytest.mark.parametrize(
+    "parallel", [{"expert": 2}, {"pipeline": 2, "expert": 2}, {"zero": 0}, {"shard": 2, "expert": 2}, {"zero": 2}]
+)
+def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
     told = dry_run_recipe(recipe(tiny_config(num_hidden_layers=6), **parallel), 4)
-    for word, bytes_ in told["cost_memory"].items():
-        assert bytes_["counted"] == pytest.approx(bytes_["formula"], rel=0.01), word
+    assert told["disagree"] == []
+    for word, tolerance in TOLERANCES.items():
+        held = told["cost"][word]
+        assert held["formula"] == pytest.approx(held["counted"], rel=tolerance, abs=0), word
+        assert held["counted"] > 0 or (word == "all_to_all" and "expert" not in parallel)
     (fullest,) = [max(told["ranks"], key=lambda rank: rank["step_weights"])]
     static = fullest["step_weights"] + fullest["step_gradients"] + fullest["optimizer"]
     under_way = 5 / 2 if "pipeline" in parallel else 1  # DualPipeV: one more than the stages, of two a rank
     assert told["fullest_rank_bytes"] == static + under_way * fullest["kept"]
+
+
+@pytest.mark.parametrize("word", ["parameters", "all_to_all", "data"])
+def test_a_formula_that_is_off_ends_in_an_error(tiny_config, tmp_path, monkeypatch, word):
+    formulas = dryrun._formulas
+    monkeypatch.setattr(dryrun, "_formulas", lambda *a, **k: (f := formulas(*a, **k)) | {word: 1.05 * f[word]})
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe(tiny_config(num_hidden_layers=6), expert=2).to_toml())
+    done = CliRunner().invoke(app, ["train", str(file), "--dry-run", "--world", "4", "--json"])
+    assert done.exit_code == 1 and done.stderr.endswith(f"does not count as the ranks do: {word}\n")
+    assert json.loads(done.stdout)["cost"][word]["relative_error"] == pytest.approx(0.05, abs=0.02)
 
 
 def test_a_batch_that_does_not_fill_the_pipeline_is_impossible(tiny_config):
@@ -43,4 +62,5 @@ def test_v3_on_2048_ranks_within_ten_minutes_and_20_gb():
     told = json.loads(done.stdout)
     assert told["grid"] == {"pipeline": 16, "replicate": 1, "share": 2, "expert": 64}
     assert [rank["rank"] for rank in told["ranks"]] == list(range(0, 2048, 128))
+    assert told["disagree"] == [] and told["cost"]["parameters"]["counted"] > 682e9
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 20e9  # of the largest child so far

@@ -91,6 +91,7 @@ def data_bytes(held: StageParameters, layout: Layout, precision: str, micro_batc
     forward and backward of every micro-batch, and scatters gradients. Replicas of an HSDP shard all-reduce besides.
     """
     state, copies = STATE_BYTES[precision], layout.copies
+    weight = 4 if precision == "fp32" else BF16  # what weights travel in
 
     def sent(parameters: float, ranks: int) -> float:
         share = (ranks - 1) / ranks
@@ -99,11 +100,11 @@ def data_bytes(held: StageParameters, layout: Layout, precision: str, micro_batc
             shard = min(ranks, layout.shard_ranks) or 1
             inside = (shard - 1) / shard
             replicas = ranks // shard
-            gathered = inside * parameters * (2 * BF16 * micro_batches + state.gradient * micro_batches)
+            gathered = inside * parameters * (2 * weight * micro_batches + state.gradient * micro_batches)
             return gathered + 2 * (replicas - 1) / replicas * gradient / shard
         if layout.zero == 0:
             return 2 * share * gradient
-        return share * (gradient + BF16 * parameters)
+        return share * (gradient + weight * parameters)
 
     return DataBytes(
         sent(copies * held.shared, copies * layout.data * layout.context),

@@ -7,7 +7,7 @@ is made even, for fake scores route nothing. Sizes are bytes; weights, gradients
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from baleen.parallel.expert import ExpertParallel, Trip, exchange
 from baleen.parallel.mesh import Grid, Mesh, make_grid
 from baleen.parallel.recompute import recompute
 from baleen.parallel.stage import Objective, Stage
-from baleen.parallel.team import Team, take_part
+from baleen.parallel.team import Team, local, take_part
 from baleen.parallel.worker import MicroBatch
 from baleen.recipe import ParallelConfig
 
@@ -44,21 +44,30 @@ class RankCount(NamedTuple):
     optimizer: int  # AdamW's two moments
     kept: int  # for the backward of one micro-batch
     traffic: dict[str, int]  # bytes handed to each kind of collective, for one micro-batch with its reduction
+    leaving: dict[str, float]  # of them, what leaves the rank: a collective is sent as a ring sends it
 
 
 def dry_run(
     config: ModelConfig, parallel: ParallelConfig, objective: Objective, *, world: int, sequences: int, seq_len: int
 ) -> dict[str, Any]:
-    """{grid, ranks: RankCounts as dicts}; `sequences` of a micro-batch. Raises UserError for an impossible layout."""
+    """{grid, parameters, ranks: RankCounts as dicts}; `sequences` of a micro-batch.
+
+    parameters: of the whole model, each once, wherever its shards and copies lie. Raises UserError for an impossible
+    layout.
+    """
     grid = make_grid(parallel, config, world)
     positions = [position * grid.data for position in range(grid.pipeline)]
-    counts = [_count(config, parallel, objective, grid, rank, sequences, seq_len) for rank in positions]
-    return {"grid": grid._asdict(), "ranks": [count._asdict() for count in counts]}
+    counts, sizes = zip(
+        *(_count(config, parallel, objective, grid, rank, sequences, seq_len) for rank in positions), strict=True
+    )
+    ranks = [count._asdict() for count in counts]
+    return {"grid": grid._asdict(), "parameters": sum(ChainMap(*sizes).values()), "ranks": ranks}
 
 
 def _count(
     config: ModelConfig, parallel: ParallelConfig, objective: Objective, grid: Grid, rank: int, sequences: int, T: int
-) -> RankCount:
+) -> tuple[RankCount, dict[str, int]]:
+    """With the sizes of the parameters that it has a part of, by name."""
     with _fake_group(rank, grid.world):
         mesh = Mesh(grid, "cpu")  # of real numbers
         return _count_fakes(config, parallel, objective, mesh, rank, sequences, T)
@@ -66,28 +75,44 @@ def _count(
 
 def _count_fakes(
     config: ModelConfig, parallel: ParallelConfig, objective: Objective, mesh: Mesh, rank: int, sequences: int, T: int
-) -> RankCount:
+) -> tuple[RankCount, dict[str, int]]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         team = take_part(Transformer(config), parallel, mesh)
         for part in team.parts:
             _route_evenly(part)
         kept: dict[int, int] = {}  # bytes by storage
+        of_weights: set[int] = set()  # storages
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
             return tensor
 
+        def weigh(module: nn.Module, arguments: object = None) -> None:
+            of_weights.update(local(p).untyped_storage()._cdata for p in module.parameters(recurse=False))
+
         for part in team.parts:
             recompute(part, parallel.recompute, note)
+            for module in part.modules():
+                module.register_forward_pre_hook(weigh)  # when FSDP has gathered them
         tokens = torch.zeros(sequences, T + 1, dtype=torch.int64)
-        with _Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            _pass(team, objective, MicroBatch(tokens, None, None, 1.0))
-        own = {p.untyped_storage()._cdata for p in team.parameters.values()}
+        with Traffic() as traffic:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                outputs = _forward(team, objective, MicroBatch(tokens, None, None, 1.0))
+            for module in [m for part in team.parts for m in part.modules()]:
+                weigh(module)  # the head is read without being called
+            for out in reversed(outputs):  # unheard: what is recomputed here was not kept
+                out.backward(torch.zeros_like(out))
+            team.bring_gradients()
+        sizes = {  # of DTensors, the whole
+            name: p.numel() * (mesh.grid.expert if ".experts." in name else 1)
+            for part in team.parts
+            for name, p in part.named_parameters()
+        }
         weights = sum(p.numel() * p.element_size() for p in team.parameters.values())
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in team.parameters.values() if p.grad is not None)
         whole = sum(p.numel() * p.element_size() for part in team.parts for _, p in part.named_parameters())
-        return RankCount(
+        count = RankCount(
             rank=rank,
             parameters=sum(p.numel() for p in team.parameters.values()),
             weights=weights,
@@ -95,17 +120,17 @@ def _count_fakes(
             step_weights=weights if parallel.zero == 3 else whole,
             step_gradients=whole if parallel.zero <= 1 else gradients,
             optimizer=2 * weights,
-            kept=sum(size for storage, size in kept.items() if storage not in own),
+            kept=sum(size for storage, size in kept.items() if storage not in of_weights),
             traffic=dict(traffic.bytes),
+            leaving=dict(traffic.leaving),
         )
+        return count, sizes
 
 
-def _pass(team: Team, objective: Objective, micro_batch: MicroBatch) -> None:
-    """One micro-batch through what the rank holds; a stage's input and the gradient of its output come from nowhere."""
+def _forward(team: Team, objective: Objective, micro_batch: MicroBatch) -> list[Tensor]:
+    """One micro-batch through what the rank holds, output by output; a stage's input comes from nowhere."""
     if isinstance(team.parts[0], Transformer):
-        objective.of_model(team.parts[0], micro_batch.tokens, None, None).total.backward()
-        team.bring_gradients()
-        return
+        return [objective.of_model(team.parts[0], micro_batch.tokens, None, None).total]
     tokens, share = micro_batch.tokens, torch.ones(1)
     B, width = tokens.shape
     outputs = []
@@ -114,9 +139,7 @@ def _pass(team: Team, objective: Objective, micro_batch: MicroBatch) -> None:
         stage.objective, stage.told = objective, []
         x = torch.zeros(B, width - 1, team.config.hidden_size, requires_grad=True)
         outputs.append(stage(tokens if stage.first else x, tokens, share))
-    for out in reversed(outputs):
-        out.backward(torch.zeros_like(out))
-    team.bring_gradients()
+    return outputs
 
 
 class _Even(Routing):
@@ -167,16 +190,30 @@ def _make_even(gate: nn.Module, arguments: Any, routing: Routing) -> Routing:
     return _Even(*routing)
 
 
-class _Traffic(TorchDispatchMode):
-    """Bytes of every collective's input, by its name."""
+# What leaves a rank of n by a ring, as a share of what it hands over.
+LEAVING = {
+    "allgather_base": lambda n: n - 1,
+    "reduce_scatter_base": lambda n: (n - 1) / n,
+    "allreduce": lambda n: 2 * (n - 1) / n,
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of every collective's input by its name, and what of them leaves the rank: of fake ones and real ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[str, int] = defaultdict(int)
+        self.leaving: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
-            self.bytes[func._schema.name.split("::")[1].strip("_")] += _sent(args)
+            kind, sent, group = func._schema.name.split("::")[1].strip("_"), _sent(args), _group(args)
+            self.bytes[kind] += sent
+            if kind == "alltoall_base":
+                self.leaving[kind] += sent * _elsewhere(args[4] or [1] * group.size(), group.rank())
+            else:
+                self.leaving[kind] += sent * LEAVING[kind](group.size())
         return func(*args, **(kwargs or {}))
 
 
@@ -186,6 +223,16 @@ def _sent(args: tuple[Any, ...]) -> int:
     lists = [[t for t in a if isinstance(t, Tensor)] for a in found]
     inputs = [tensors for tensors in lists if tensors][-1]
     return sum(t.numel() * t.element_size() for t in inputs)
+
+
+def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:
+    """The first object among the arguments that is no tensor: so all of c10d's collectives have it."""
+    return dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
+
+
+def _elsewhere(rows: list[int], rank: int) -> float:
+    """The share of an all-to-all's rows, counted by receiver, that other ranks receive."""
+    return 1 - rows[rank] / sum(rows) if sum(rows) else 0.0
 
 
 @contextmanager

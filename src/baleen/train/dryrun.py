@@ -1,36 +1,44 @@
-"""`baleen train RECIPE --dry-run --world N`: what each rank would hold and send, beside what the cost engine counts."""
+"""`baleen train RECIPE --dry-run --world N`: what each rank would hold and send, and the cost engine held to it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from baleen.cost.architecture import from_model_config
-from baleen.cost.flops import parameters
+from baleen.cost.architecture import Architecture, from_model_config
+from baleen.cost.flops import mtp_parameters, parameters
 from baleen.cost.layout import Layout
-from baleen.cost.memory import rank_memory
+from baleen.cost.memory import rank_memory, stage_parameters
 from baleen.cost.schedule import schedule
 from baleen.cost.simulator import Durations, execute
+from baleen.cost.traffic import data_bytes, expert_all_to_all
 from baleen.parallel.dryrun import dry_run
 from baleen.parallel.mesh import Grid, make_grid
 from baleen.recipe import ParallelConfig, Recipe
 from baleen.train.loss import Objective
 
+# How far a formula may lie from the count. Activations are told only: what PyTorch's operators save is their business.
+TOLERANCES = {"parameters": 0.0} | dict.fromkeys(("weights", "gradients", "optimizer", "all_to_all", "data"), 0.02)
 STATIC = {"weights": "step_weights", "gradients": "step_gradients", "optimizer": "optimizer"}  # cost's words and ours
+Ranks = list[dict[str, Any]]
 
 
 def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
-    """{grid, cost_parameters, cost_memory, fullest_rank_bytes, ranks}: an entry of `ranks` for each pipeline position.
+    """{grid, cost, disagree, fullest_rank_bytes, ranks}: an entry of `ranks` for each pipeline position.
 
-    cost_memory: {weights, gradients, optimizer}, bytes in a step on a rank by formula and the mean of those counted.
-    fullest_rank_bytes: these, counted, with the activations of all micro-batches that the schedule has under way.
+    cost: {parameters, weights, gradients, optimizer, all_to_all, data, activations: {formula, counted, relative_error}}
+    by `cost plan`'s formulas and as counted. Parameters are the model's; all else is bytes of a rank, the mean: held in
+    a step, or leaving it for one micro-batch and its reduction (data: weights and gradients).
+    disagree: those that are off by more than TOLERANCES allow.
+    fullest_rank_bytes: counted, with the activations of all micro-batches that the schedule has under way.
     Raises UserError for an impossible layout.
     """
     train, parallel, arch = recipe.train, recipe.parallel, from_model_config(recipe.model)
     objective, sequences = Objective(train.mtp_loss_weight, train.balance_loss_weight, "fp32"), train.micro_batch_size
+    sequences = max(1, sequences)
     grid = make_grid(parallel, recipe.model, world)
-    micro_batches = max(1, train.batch_tokens // (train.seq_len * grid.data * max(1, sequences)))
+    micro_batches = max(1, train.batch_tokens // (train.seq_len * grid.data * sequences))
     under_way = _micro_batches_under_way(parallel, grid, micro_batches)
-    found = dry_run(recipe.model, parallel, objective, world=world, sequences=max(1, sequences), seq_len=train.seq_len)
+    found = dry_run(recipe.model, parallel, objective, world=world, sequences=sequences, seq_len=train.seq_len)
     ranks = found["ranks"]
     held = [
         sum(rank[name] for name in STATIC.values()) + rank["kept"] * count
@@ -39,19 +47,63 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
     layout = Layout(
         devices=world, pipeline=grid.pipeline, expert=grid.expert, zero=parallel.zero, shard=parallel.shard,
         schedule="1f1b" if parallel.schedule == "1f1b" else "dualpipev",  # both V-shaped ones hold the same weights
+        recompute="deepseek" if len(parallel.recompute) == 3 else "selective", micro_batch=sequences,
     )  # fmt: skip
-    formula = rank_memory(arch, layout, seq_len=train.seq_len, micro_batches=micro_batches, precision="fp32")
-    memory = {
-        word: {"formula": getattr(formula, word), "counted": sum(rank[name] for rank in ranks) / len(ranks)}
-        for word, name in STATIC.items()
+    formulas = _formulas(arch, layout, train.seq_len, mtp=bool(train.mtp_loss_weight), fp8=parallel.dispatch == "fp8")
+    counts = _counts(found["parameters"], ranks)
+    cost = {
+        word: {"formula": formula, "counted": counts[word], "relative_error": _error(formula, counts[word])}
+        for word, formula in formulas.items()
     }
     return {
         "grid": found["grid"],
-        "cost_parameters": parameters(arch),
-        "cost_memory": memory,
+        "cost": cost,
+        "disagree": [word for word, limit in TOLERANCES.items() if abs(cost[word]["relative_error"]) > limit],
         "fullest_rank_bytes": round(max(held)),
         "ranks": ranks,
     }
+
+
+def _formulas(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool, fp8: bool) -> dict[str, float]:
+    """Of one micro-batch; bytes are those of FP32, which the dry run computes in."""
+    modules, stages = arch.num_nextn_predict_layers, layout.pipeline
+    memory = rank_memory(arch, layout, seq_len=seq_len, micro_batches=1, precision="fp32")
+    tied = arch.tie_word_embeddings
+    held = stage_parameters(
+        arch, layout, arch.num_hidden_layers / stages, ends=(1 if tied else 2) / stages, mtp=modules / stages
+    )
+    moe_layers = (arch.moe_layers + (arch.mtp_moe_modules if mtp else 0)) / stages
+    a_token = expert_all_to_all(arch, layout, 1, "fp8" if fp8 else "fp32").network  # no two ranks share a domain
+    return {
+        "parameters": parameters(arch)["total"] + mtp_parameters(arch),
+        # with ZeRO-3 the shards, half as large as their two moments: what the formula has gathered beside them is
+        # freed again before the fake step is counted
+        "weights": memory.weights if layout.zero < 3 else memory.optimizer / 2,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "all_to_all": 2 * moe_layers * layout.micro_batch * seq_len * a_token,  # forward and backward
+        "data": sum(data_bytes(held, layout, "fp32", 1)),
+        "activations": memory.activations + memory.logits,
+    }
+
+
+def _counts(parameters_in_all: int, ranks: Ranks) -> dict[str, float]:
+    def mean(bytes_of: list[float]) -> float:
+        return sum(bytes_of) / len(ranks)
+
+    leaving = [rank["leaving"] for rank in ranks]
+    all_to_all = [bytes_.get("alltoall_base", 0.0) for bytes_ in leaving]
+    return {
+        "parameters": parameters_in_all,
+        **{word: mean([rank[name] for rank in ranks]) for word, name in STATIC.items()},
+        "all_to_all": mean(all_to_all),
+        "data": mean([sum(bytes_.values()) for bytes_ in leaving]) - mean(all_to_all),
+        "activations": mean([rank["kept"] for rank in ranks]),
+    }
+
+
+def _error(formula: float, counted: float) -> float:
+    return formula / counted - 1 if counted else float(formula > 0)
 
 
 def _micro_batches_under_way(parallel: ParallelConfig, grid: Grid, micro_batches: int) -> list[float]:
