@@ -176,6 +176,18 @@ def test_expert_load_is_shown_over_the_fair_share(run_dir):
     assert load["ratio"] == [[1, 1, 2, 0, 1, 1, 1, 1, 4, 0, 0, 0], [4, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 0]]
 
 
+def test_an_mtp_layer_that_joins_late_is_empty_before(run_dir):
+    """Its loss has no weight in the first steps, or none in the last."""
+    load = [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]
+    write_metrics(run_dir, [row(1, expert_load=load[:2]), row(2, expert_load=load), row(3, expert_load=load[:2])])
+    page = page_of(run_dir)
+    trunk, mtp = [1, 1, 2, 0, 1, 1, 1, 1], [4, 0, 0, 0]
+    assert page.data["load"]["layers"] == ["layer 1", "layer 2", "MTP 1"]
+    assert page.data["load"]["x"]["steps"] == [1, 2, 3]
+    assert page.data["load"]["ratio"] == [trunk + [None] * 4, trunk + mtp, trunk + [None] * 4]
+    assert "left out" not in page.text and "A band is empty while" in page.text
+
+
 def test_a_load_of_another_shape_is_told_and_left_out(run_dir):
     broken = [[[0.5, 0.5], [1.0]], "much", [[math.nan, 0.5]], [[7.0, 0.5]], [[0.5, 0.5, 0.0]]]
     write_metrics(run_dir, [row(i + 1, expert_load=load) for i, load in enumerate([*broken, [[0.5, 0.5]]])])

@@ -92,26 +92,31 @@ def _expert_load(
 ) -> dict[str, Any] | None:
     """Load over the fair share at each moment, layers and experts in one axis; None if nothing was recorded.
 
-    T moments, L MoE layers, E experts. A record of another shape than the last good one is left out and told.
+    T moments, L MoE layers, E experts. A record with another number of experts than the last good one is left out and
+    told. MTP layers, which come last, are not in the records of steps that give their loss no weight: null there.
     """
     recorded = [row for row in rows if "expert_load" in row]
     loads = [_load_LE(row["expert_load"]) for row in recorded]
-    shape = next((load_LE.shape for load_LE in reversed(loads) if load_LE is not None), None)
-    kept = [(row, load) for row, load in zip(recorded, loads, strict=True) if load is not None and load.shape == shape]
+    good = [(row, load_LE) for row, load_LE in zip(recorded, loads, strict=True) if load_LE is not None]
+    experts = good[-1][1].shape[1] if good else 0
+    kept = [(row, load_LE) for row, load_LE in good if load_LE.shape[1] == experts]
     if len(kept) < len(recorded):
         notices.append(
             f"{times(len(recorded) - len(kept), 'record')} left out of the map of expert load: its shape is another."
         )
-    if shape is None:
+    if not kept:
         return None
-    layers, experts = shape
+    layers = max(len(load_LE) for _, load_LE in kept)
+    load_TLE = np.full((len(kept), layers, experts), math.nan)
+    for record_LE, (_, load_LE) in zip(load_TLE, kept, strict=True):
+        record_LE[: len(load_LE)] = load_LE
     moments = max(8, MAX_CELLS // (layers * experts))
-    ratio_TLE = _thin(np.stack([load for _, load in kept]) * experts, moments)
+    ratio_TLE = _thin(load_TLE * experts, moments)
     return {
         "x": _x([row for row, _ in kept], axes, moments),
         "layers": [_layer_name(index, config) for index in range(layers)],
         "experts": experts,
-        "ratio": ratio_TLE.reshape(-1, layers * experts).round(3).tolist(),
+        "ratio": [_json(ratio_N) for ratio_N in ratio_TLE.reshape(-1, layers * experts).round(3)],
     }
 
 
