@@ -154,6 +154,43 @@ def test_an_unknown_key_names_the_nearest_known_one(override, nearest):
     assert str(caught.value).endswith(f"did you mean {nearest}?")
 
 
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("foo=1", "unknown key 'foo'; there are name, model, data, train, schedule, parallel, cost"),
+        ("cost.zzz=1", "unknown key 'cost.zzz'; there are project, purpose, usd_per_device_hour"),
+        ("train.zzz=1", "unknown key 'train.zzz'"),  # too many to be listed
+    ],
+)
+def test_an_unknown_key_that_nothing_is_near(override, said):
+    with pytest.raises(UserError) as caught:
+        load_recipe("cpu-s", [override])
+    assert str(caught.value) == f"recipe cpu-s: {said}"
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("stages.1.lrr=1", "unknown key 'stages.1.lrr'; did you mean 'lr'?"),
+        ("stages.1.hasti=1", "unknown key 'stages.1.hasti'"),  # of an sft stage
+        ("stages.0.hasti=1", "unknown key 'stages.0.hasti'; did you mean 'hasty'?"),
+        ("stages.1.lr=-1", "stages.1.lr: Input should be greater than 0"),
+        ("stages.1.sampling.topp=1", "unknown key 'stages.1.sampling.topp'; did you mean 'top_p'?"),
+    ],
+)
+def test_a_stage_knows_the_keys_of_its_own_kind(override, said):
+    assert [stage.kind for stage in load_align_recipe("reason").stages[:2]] == ["sft", "rl"]
+    with pytest.raises(UserError) as caught:
+        load_align_recipe("reason", [override])
+    assert str(caught.value) == f"recipe reason: {said}"
+
+
+def test_a_union_without_tags_knows_its_models_by_name():
+    override = "context.rope_scaling={factr = 2.0, factor = 2.0, original_max_position_embeddings = 64}"
+    with pytest.raises(UserError, match=r"unknown key 'context.rope_scaling.factr'; did you mean 'factor'"):
+        read_recipe(ContinuedRecipe, "extend-1k", [override])
+
+
 def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path):
     file = tmp_path / "r.toml"
     file.write_text(load_recipe("cpu-s").to_toml().replace("tokens = 2000000", "tokns = 2000000"))

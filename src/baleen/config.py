@@ -31,6 +31,7 @@ class Strict(BaseModel):
 
 
 T = TypeVar("T", bound=BaseModel)
+MAX_KEYS_LISTED = 12
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -249,31 +250,46 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 
 def validated(kind: type[T], raw: dict[str, Any], where: str) -> T:
-    """raw as a model of that kind. Raises UserError, which names `where` and, for an unknown key, the nearest one."""
+    """raw as a model of that kind. Raises UserError, which names `where` and, for an unknown key, what is near it."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         # a misspelt key is missing under its right name too: the spelling is what the user must hear of
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        key, known = _located(kind, first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]), n=1, cutoff=0.0
-            )
-            raise UserError(
-                f"{where}: unknown key {key!r}; did you mean {near[0]!r}?" if near else f"{where}: unknown key {key!r}"
-            ) from None
+            raise UserError(f"{where}: unknown key {key!r}{_instead_of(str(first['loc'][-1]), known)}") from None
         message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise UserError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from None
 
 
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _located(kind: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The key as a user writes it, and those known where it stands.
+
+    In a location the name of a union's model, as stages' "rl", stands as well: it tells which of them is meant.
+    """
+    models, inside, key = [kind], kind, []
     for part in location:
-        field = kind.model_fields.get(str(part))
-        if field is None:
-            continue  # the tag of a union, which stands in the location beside the field
-        kind = next(_models_in(field.annotation), kind)
-    return list(kind.model_fields)
+        named = [model for model in models if _is_name(part, model)]
+        if len(models) > 1 and named:
+            models = named
+            continue
+        key.append(str(part))
+        inside = models[0]
+        if part in inside.model_fields:
+            models = list(_models_in(inside.model_fields[str(part)].annotation)) or models
+    return ".".join(key), list(inside.model_fields)
+
+
+def _is_name(part: int | str, model: type[BaseModel]) -> bool:
+    return part == model.__name__ or any(get_args(f.annotation) == (part,) for f in model.model_fields.values())
+
+
+def _instead_of(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(known)}" if len(known) <= MAX_KEYS_LISTED else ""
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
