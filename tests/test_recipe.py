@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.config import ModelConfig, UserError
-from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_names
+from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_lines, recipe_names
 from baleen.train.continued_recipe import ContinuedRecipe
 
 CONTINUED = ("extend-1k", "extend-4k", "smollm2-heal", "smollm2-mtp")
@@ -54,6 +54,27 @@ def test_recipes_of_stages_go_round_and_are_not_for_train(name, tmp_path):
     assert load_align_recipe(name, ["stages.0.tasks=[]"]).stages[0].tasks == ()
     with pytest.raises(UserError, match="recipe of stages: run it with"):
         load_recipe(name)
+
+
+@pytest.mark.parametrize("kind", [AlignRecipe, ContinuedRecipe])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipes_of_a_new_model_are_for_train(name, kind):
+    with pytest.raises(UserError, match=f"^recipe {name} is a recipe for `baleen train` without --only"):
+        read_recipe(kind, name)
+
+
+def test_a_recipe_is_told_by_what_it_holds_before_any_override():
+    with pytest.raises(UserError, match="unknown key 'stages'"):
+        load_recipe("cpu-s", ["stages.0.lr=1"])
+    with pytest.raises(UserError, match="run it with `baleen train`, and --only mtp"):
+        load_align_recipe("smollm2-mtp")
+
+
+def test_each_recipe_says_in_a_line_what_it_is_for():
+    lines = recipe_lines()
+    assert list(lines) == recipe_names()
+    assert lines["cpu-m"] == "194M parameters, 30M of them active: an evening on two cores"
+    assert all(20 < len(line) < 120 and "[" not in line for line in lines.values())
 
 
 def test_there_are_recipes():

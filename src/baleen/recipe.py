@@ -6,7 +6,7 @@ As `config`, this imports no torch.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -164,6 +164,15 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_lines() -> dict[str, str]:
+    """Of each recipe that ships what the comment in its first line says."""
+    return {name: _shipped(name).decode().partition("\n")[0].strip("# .:") for name in recipe_names()}
+
+
+def _shipped(name: str) -> bytes:
+    return resources.files("baleen.recipes").joinpath(f"{name}.toml").read_bytes()
+
+
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), sources: Sequence[str] = ()) -> Recipe:
     """A recipe by path, or by the name of one that ships with the package; `overrides` are `section.key=value`.
 
@@ -183,21 +192,30 @@ def read_recipe(
     if path.suffix == ".toml" and path.is_file():
         raw, where = path.read_bytes(), str(path)
     elif str(name_or_path) in recipe_names():
-        raw = resources.files("baleen.recipes").joinpath(f"{name_or_path}.toml").read_bytes()
-        where = f"recipe {name_or_path}"
+        raw, where = _shipped(str(name_or_path)), f"recipe {name_or_path}"
     else:
         raise UserError(f"no recipe {str(name_or_path)!r}: give a .toml file or one of {', '.join(recipe_names())}")
     tables = _tables(raw, where)
+    made_for = _made_for(tables)
+    if made_for not in (None, _made_for(kind.model_fields)):
+        raise UserError(f"{where} {made_for}")
     if sources:
         _replace_sources(tables, sources)
     for override in overrides:
         _apply_override(tables, override)
     tables.setdefault("name", path.stem)
-    if "stages" in tables and kind is Recipe:
-        raise UserError(f"{where} is a recipe of stages: run it with `baleen sft`, `baleen rl` or `baleen distill`")
-    if "base" in tables and kind is Recipe:
-        raise UserError(f"{where} trains a model that exists: run it with --only mtp or --only all")
     return validated(kind, tables, where)
+
+
+def _made_for(sections: Container[str]) -> str | None:
+    """Which command takes a recipe with these sections; None if they do not tell."""
+    if "stages" in sections:
+        return "is a recipe of stages: run it with `baleen sft`, `baleen rl` or `baleen distill`"
+    if "train" not in sections:
+        return None
+    if "base" in sections:
+        return "trains a model that exists: run it with `baleen train`, and --only mtp or --only all"
+    return "is a recipe for `baleen train` without --only: it makes a new model, and has neither stages nor a base"
 
 
 def recipe_sections(run: Path) -> dict[str, Any]:
