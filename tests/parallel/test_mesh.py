@@ -22,9 +22,17 @@ def test_v3_on_2048_ranks():
 @pytest.mark.parametrize(
     ("keys", "world", "says"),
     [
-        ({"pipeline": 3}, 8, "8 processes do not divide by parallel.pipeline = 3: the nearest that does is 2"),
-        ({"shard": 3}, 8, "parallel.shard = 3: the nearest that does is 2"),
-        ({"expert": 3}, 6, "256 routed experts do not divide by parallel.expert = 3: the nearest that does is 2"),
+        (
+            {"pipeline": 3},
+            8,
+            "8 processes do not divide by parallel.pipeline = 3: the nearest that does is parallel.pipeline = 2",
+        ),
+        ({"shard": 3}, 8, "parallel.shard = 3: the nearest that does is parallel.shard = 2"),
+        (
+            {"expert": 3},
+            6,
+            "256 routed experts do not divide by parallel.expert = 3: the nearest that does is parallel.expert = 2",
+        ),
         ({"shard": 4, "expert": 8}, 8, "4 ranks that share one copy of the weights do not divide"),
         ({"world": 16}, 8, "made for 16 processes and 8 were started"),
     ],
@@ -51,11 +59,12 @@ def test_group_limited_routing_reaches_no_more_nodes_than_groups():
     config = ModelConfig(hidden_size=16, n_routed_experts=64, n_group=8, topk_group=4, num_experts_per_tok=8)
     gate, generator = Gate(config), torch.Generator().manual_seed(0)
     torch.nn.init.normal_(gate.weight, generator=generator)
-    reached = nodes_reached(gate(torch.randn(500, 16, generator=generator)), experts_per_node=8)
+    node_E = torch.arange(64) // 8
+    reached = nodes_reached(gate(torch.randn(500, 16, generator=generator)), node_E)
     assert reached.shape == (500,) and reached.max() == 4 and reached.min() >= 1
     free = Gate(config.model_copy(update={"n_group": 1, "topk_group": 1}))
     free.weight.data.copy_(gate.weight)
-    assert nodes_reached(free(torch.randn(500, 16, generator=generator)), experts_per_node=8).max() > 4
+    assert nodes_reached(free(torch.randn(500, 16, generator=generator)), node_E).max() > 4
 
 
 def test_an_attached_loss_gets_its_gradient_and_changes_nothing():

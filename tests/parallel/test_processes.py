@@ -54,10 +54,27 @@ def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
     assert done.stderr.count(f"step-{STEPS} is passed over") == 1 and "shard-00002" in done.stderr
 
 
+def test_tokens_travel_in_fp8_too_and_the_nodes_that_they_reach_are_told(torchrun, recipe_file, tmp_path):
+    told = {}
+    for dispatch in ("wide", "fp8"):
+        recipe, run = recipe_file(dispatch, parallel={"expert": 2, "dispatch": dispatch}), tmp_path / dispatch
+        # a node for each process, as two torchruns would have it; the second time one node for both
+        alone = "export LOCAL_WORLD_SIZE=1; " if dispatch == "wide" else ""
+        script = f"{alone}exec {sys.executable} -m baleen train $1 --run $2 --max-steps 3"
+        torchrun(2, "bash", "-c", script, "bash", recipe, run, options=["--no-python"])
+        told[dispatch] = read_metrics(run)
+    # of 4 experts, two a node, a token takes 2: they lie on two nodes for two in three of all pairs
+    assert all(1.3 < row["nodes_reached"] <= 2 for row in told["wide"])
+    assert [row["nodes_reached"] for row in told["fp8"]] == [1, 1, 1]
+    for fp8, wide in zip(told["fp8"], told["wide"], strict=True):
+        for word, tolerance in (("loss", 0.01), ("mtp_loss", 0.01), ("grad_norm", 0.1)):
+            assert fp8[word] != wide[word] and fp8[word] == pytest.approx(wide[word], rel=tolerance), word
+
+
 @pytest.mark.parametrize(
     ("processes", "train_keys", "parallel", "says"),
     [
-        (2, {}, {"expert": 4}, "do not divide by parallel.expert = 4: the nearest that does is 2"),
+        (2, {}, {"expert": 4}, "do not divide by parallel.expert = 4: the nearest that does is parallel.expert = 2"),
         (2, {}, {"world": 4}, "made for 4 processes and 2 were started"),
         (2, {"batch_tokens": 16 * 3}, {}, "take 64"),
         (2, {}, {"pipeline": 2, "zero": 3}, "take parallel.zero=1"),

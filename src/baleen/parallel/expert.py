@@ -26,18 +26,32 @@ class ExpertParallel:
     One row travels for each (token, expert) pair. No token is dropped, so the counts differ from rank to rank and step
     to step; they are exchanged first. fp8: dispatch in E4M3 with a scale per 128 numbers and combine in BF16, forward
     and backward (V3 §3.3); else both in the dtype of the activations.
+
+    node_size: consecutive ranks that share a node, for the count of nodes that tokens reach; 0: one node holds all.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, fp8: bool = False):
+    def __init__(self, group: dist.ProcessGroup, *, fp8: bool = False, node_size: int = 0):
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.out, self.back = (send_fp8, send_bf16) if fp8 else (send_wide, send_wide)
+        members = dist.get_process_group_ranks(group)
+        self.nodes = [rank // (node_size or 1 + max(members)) for rank in members]
+        self.tokens = 0  # that passed since `take_reached`
+        self.reached: int | Tensor = 0  # nodes, by each of them, added up
+
+    def take_reached(self) -> tuple[int, int]:
+        """(tokens, nodes reached by them) since this was last asked."""
+        counts = self.tokens, int(self.reached)
+        self.tokens, self.reached = 0, 0
+        return counts
 
     def __call__(self, x_Nd: Tensor, routing: Routing, experts: Experts) -> Tensor:
         N, K = routing.indices_NK.shape
         order = routing.indices_NK.flatten().argsort(stable=True)  # by expert, and so by rank
         slots_NK = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=order.device)).view(N, K)
         load_RE = routing.load().view(self.ranks, -1)
+        node_E = torch.tensor(self.nodes, device=order.device).repeat_interleave(load_RE.shape[1])
+        self.tokens, self.reached = self.tokens + N, self.reached + nodes_reached(routing, node_E).sum()
         arriving_RE = torch.empty_like(load_RE)
         dist.all_to_all_single(arriving_RE, load_RE, group=self.group)
         there = Trip(load_RE.sum(1).tolist(), arriving_RE.sum(1).tolist(), self.group)
@@ -104,17 +118,20 @@ class _Exchange(torch.autograd.Function):
         return ctx.send_back(grad, ctx.trip), None, None, None
 
 
-def nodes_reached(routing: Routing, experts_per_node: int) -> Tensor:
-    """Distinct nodes that the experts of each token lie on, int64 [N]: at most topk_group where a node is a group."""
-    node_NK = (routing.indices_NK // experts_per_node).sort(-1).values
+def nodes_reached(routing: Routing, node_E: Tensor) -> Tensor:
+    """Distinct nodes that the experts of each token lie on, int64 [N]: at most topk_group where a node is a group.
+
+    node_E: the node of each expert, int64.
+    """
+    node_NK = node_E[routing.indices_NK].sort(-1).values
     return 1 + (node_NK.diff(dim=-1) != 0).sum(-1)
 
 
-def shard_experts(module: nn.Module, group: dist.ProcessGroup, *, fp8: bool) -> None:
+def shard_experts(module: nn.Module, group: dist.ProcessGroup, *, fp8: bool, node_size: int) -> None:
     """Give every MoE layer in `module` an ExpertParallel, and keep only this rank's experts of each stack."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for moe in module.modules():
         if isinstance(moe, DeepseekMoE):
             for name, stack in list(moe.experts.named_parameters()):
                 setattr(moe.experts, name, nn.Parameter(stack.detach().chunk(ranks)[rank].clone()))
-            moe.dispatch = ExpertParallel(group, fp8=fp8)
+            moe.dispatch = ExpertParallel(group, fp8=fp8, node_size=node_size)

@@ -32,6 +32,11 @@ def started_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def node_size() -> int:
+    """Processes that torchrun started on each node; 0 without it. Their ranks are consecutive."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+
+
 class Ranks:
     """This process among `world`. Alone, everything is a no-op."""
 

@@ -13,10 +13,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from baleen.config import ModelConfig, UserError
-from baleen.model.moe import Gate
+from baleen.model.moe import DeepseekMoE, Gate
 from baleen.model.transformer import Transformer
-from baleen.parallel.expert import shard_experts
+from baleen.parallel.expert import ExpertParallel, shard_experts
 from baleen.parallel.mesh import STAGES_PER_RANK, Grid, Mesh
+from baleen.parallel.ranks import node_size
 from baleen.parallel.shard import shard, synchronise
 from baleen.parallel.stage import Objective, Stage, Told, split_layers
 from baleen.parallel.worker import MicroBatch, Totals
@@ -35,7 +36,7 @@ def join(model: Transformer, parallel: ParallelConfig, grid: Grid) -> Team:
 
 def take_part(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> Team:
     if mesh.grid.expert > 1:
-        shard_experts(model, mesh.expert_group, fp8=parallel.dispatch == "fp8")
+        shard_experts(model, mesh.expert_group, fp8=parallel.dispatch == "fp8", node_size=node_size())
     return (PipelineTeam if mesh.grid.pipeline > 1 else Team)(model, parallel, mesh)
 
 
@@ -105,10 +106,17 @@ class Team:
             losses += torch.stack(values).double() * share.to(losses)
             for gate, load in zip(gates, loads, strict=False):  # fewer where the MTP layers are left out
                 loads_GE[gate] += load
-        dist.all_reduce(losses)
-        dist.all_reduce(loads_GE)
+        trips = torch.tensor([d.take_reached() for d in self._dispatchers()] or [(0, 0)], device=self.device).sum(0)
+        for total in (losses, loads_GE, trips):
+            dist.all_reduce(total)
         main, mtp, balance = losses.tolist()
-        return Totals(main, mtp, balance, list(loads_GE))
+        passed, reached = trips.tolist()
+        return Totals(main, mtp, balance, list(loads_GE), reached / passed if passed else None)
+
+    def _dispatchers(self) -> Iterator[ExpertParallel]:
+        for module in (module for part in self.parts for module in part.modules()):
+            if isinstance(module, DeepseekMoE) and isinstance(module.dispatch, ExpertParallel):
+                yield module.dispatch
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """The norm is that of all gradients once, wherever they lie: shards add up, copies are not counted again."""

@@ -27,12 +27,16 @@ class MicroBatch(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Of a step, over all ranks: losses in nats a token, tokens per expert of every gate that took part, [E] each."""
+    """Of a step, over all ranks: losses in nats a token, tokens per expert of every gate that took part, [E] each.
+
+    nodes_reached: by a token in an MoE layer, the mean; None where experts are not spread over ranks.
+    """
 
     main: float
     mtp: float
     balance: float
     loads: list[Tensor]
+    nodes_reached: float | None = None
 
 
 class Worker(Protocol):

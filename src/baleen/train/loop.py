@@ -85,6 +85,8 @@ def _train(
         prepared = _prepare(recipe, run_dir, display)
     with run_stage(recipe.cost, run_dir, "pretrain", ranks) as stage, display, Interruption() as interruption:
         run = _Run(recipe, run_dir, prepared, stage, display, ranks, grid)
+        if run.trainer.done:
+            display.say(f"{run_dir} is trained to its end already")
         metrics = Metrics(run_dir, run.trainer.counters.step) if ranks.rank == 0 else None
         last_step = math.inf if max_steps is None else max_steps
         stopped = False
@@ -189,6 +191,8 @@ class _Run:
             "grad_norm": result.grad_norm, "tokens_per_second": round(result.tokens / result.seconds, 1),
             "max_violation": result.max_violation, "skipped": counters.skipped, "usd": self.stage.usd_of_run,
         }  # fmt: skip
+        if result.nodes_reached is not None:
+            row["nodes_reached"] = result.nodes_reached
         if not math.isfinite(result.grad_norm):
             self.display.warn(f"step {counters.step}: the gradient is not finite; the update is left out")
         if counters.step % STEPS_BETWEEN_LOADS == 0:

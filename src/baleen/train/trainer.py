@@ -46,6 +46,7 @@ class StepResult:
     loads: list[Tensor]
     tokens: int = 0
     seconds: float = 0.0
+    nodes_reached: float | None = None  # by a token, the mean; None where experts are not spread over ranks
 
     @property
     def max_violation(self) -> float:
@@ -120,8 +121,8 @@ class Trainer:
         tokens, seconds = sequences * (batch.tokens.shape[1] - 1), time.monotonic() - started
         self.counters.tokens += tokens
         self.counters.seconds += seconds
-        main, mtp, balance, loads = totals
-        return StepResult(main, mtp, balance, norm.item(), lr, loads, tokens, seconds)
+        main, mtp, balance, loads, nodes = totals
+        return StepResult(main, mtp, balance, norm.item(), lr, loads, tokens, seconds, nodes)
 
     @property
     def _sequences_at_once(self) -> int:
