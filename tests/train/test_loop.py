@@ -193,7 +193,7 @@ def test_two_processes_do_not_resume_the_same_run(tiny_recipe, tmp_path):
 def test_the_run_of_another_recipe_is_refused(tiny_recipe, tmp_path, resume):
     run(tiny_recipe(), tmp_path / "run", max_steps=1)
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="belongs to another recipe"):
+    with pytest.raises(UserError, match=r"belongs to another recipe \(its train.lr differs"):
         run(tiny_recipe(train={"lr": 1e-4}), tmp_path / "run", resume=resume)
     assert tree(tmp_path) == before
 

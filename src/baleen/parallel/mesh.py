@@ -62,7 +62,7 @@ def make_grid(parallel: ParallelConfig, model: ModelConfig, world: int) -> Grid:
 def _divide(number: int, by: int, what: str, key: str) -> int:
     if number % by:
         near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - by))
-        raise UserError(f"{number} {what} do not divide by {key} = {by}: the nearest that does is {near}")
+        raise UserError(f"{number} {what} do not divide by {key} = {by}: the nearest that does is {key} = {near}")
     return number // by
 
 

@@ -48,13 +48,17 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> Iterator[None]:
 def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
     file = run_dir / RECIPE
     if file.is_file():
-        other = _apart_from_layout(read_recipe(type(recipe), file)) != _apart_from_layout(recipe)
+        stored, asked = (_apart_from_layout(each) for each in (read_recipe(type(recipe), file), recipe))
+        other = stored != asked
         names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
         if names <= BEFORE_TRAINING and (not other or "run_id" in names):  # without run_id it is a user's own file
             write_aside(file, recipe.to_toml())
             return
         if other:
-            raise UserError(f"{run_dir} belongs to another recipe (see {file}): choose another --run directory")
+            raise UserError(
+                f"{run_dir} belongs to another recipe (its {_first_difference(stored, asked)} differs, see {file}): "
+                "resume it with the settings that it has, or choose another --run directory"
+            )
         if not resume:
             raise UserError(f"{run_dir} already holds this run: add --resume to continue it, or choose another --run")
         write_aside(file, recipe.to_toml())
@@ -65,6 +69,16 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
         write_aside(file, recipe.to_toml())
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
+
+
+def _first_difference(one: Strict, other: Strict) -> str:
+    """The first key, as section.key, in which two unequal recipes of a kind differ."""
+    for name in type(one).model_fields:
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours != theirs:
+            nested = isinstance(ours, Strict) and isinstance(theirs, Strict) and type(ours) is type(theirs)
+            return f"{name}.{_first_difference(ours, theirs)}" if nested else name
+    raise AssertionError("equal recipes")
 
 
 def _apart_from_layout(recipe: Strict) -> Strict:
