@@ -26,7 +26,7 @@ def test_the_stage_opens_only_once_the_input_is_good(tmp_path, monkeypatch):
     assert opened == []
     (tmp_path / "text.txt").write_text("some text\n")
     result = eval_run.evaluate_run(tmp_path, (tmp_path / "text.txt",), account)
-    assert opened == ["eval"] and result["window"] == 16
+    assert opened == ["eval"] and result["window"] == 16 and not result["heldout"]
 
 
 def test_samples_are_of_programs(tmp_path, monkeypatch):
@@ -60,6 +60,7 @@ def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
     with pytest.raises(UserError, match="no text of its own"):
         eval_run.evaluate_run(tmp_path)
     recipe.write_text(f"{section}[data]\nsources = ['a.txt']\n[train]\nseq_len = 64\nseed = 3\nminutes = 5\n")
-    assert eval_run.evaluate_run(tmp_path)["window"] == 64
+    result = eval_run.evaluate_run(tmp_path)
+    assert result["window"] == 64 and result["heldout"]
     assert (asked["seed"], asked["vocab_size"]) == (3, 300)
     assert asked["tokenizer"] == (None if section else "its own")

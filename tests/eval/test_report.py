@@ -244,11 +244,43 @@ def test_what_was_not_recorded_is_said(tmp_path):
 
 def test_damaged_files_are_told_and_left_out(run_dir):
     (run_dir / "summary.json").write_text('{"heldout_bpb": 1.')
+    (run_dir / "eval.json").write_text("[]")
     (run_dir / "recipe.toml").write_text("lr = [")
     page = page_of(run_dir)
-    assert "The summary was left out" in page.text and "could not be understood" in page.text
+    assert "summary.json was left out" in page.text and "could not be understood" in page.text
+    assert "eval.json was left out" in page.text
     assert "lr = [" in page.text and "Bits per byte\n" not in page.text
     assert "2.500" in page.text  # from the last row that has it
+
+
+@pytest.mark.parametrize(
+    "file, results, told",
+    [
+        ("summary.json", {"heldout_bpb": 1.674}, "1.674"),
+        ("train.json", {"status": "done", "heldout_bpb": 1.674}, "1.674"),
+        ("train.json", {"status": "stopped", "heldout_bpb": None}, None),
+        ("eval.json", {"heldout": True, "bits_per_byte": 1.674}, "1.674"),
+        ("eval.json", {"heldout": False, "bits_per_byte": 1.674}, None),
+        ("eval.json", {"tasks": {"last-word": {"accuracy": 0.5}}}, None),
+    ],
+)
+def test_what_was_held_out_is_told_of_the_end_if_not_of_the_way(tmp_path, file, results, told):
+    run_dir = tmp_path / "run"
+    write_metrics(run_dir, [row(1), row(2)])
+    (run_dir / file).write_text(json.dumps(results))
+    text = " ".join(page_of(run_dir).text.split())
+    assert f"Bits per byte {told or '–'} held out" in text
+    assert (f"{told} of the model at the end. On the way none was measured" in text) == bool(told)
+    assert ("recorded no held-out evaluation" in text) == (told is None)
+    assert ("The last evaluation" in text) == (file == "eval.json")
+
+
+def test_the_end_counts_before_the_way(run_dir):
+    (run_dir / "summary.json").unlink()
+    assert "Bits per byte 2.500" in " ".join(page_of(run_dir).text.split())
+    (run_dir / "train.json").write_text('{"heldout_bpb": 2.25, "train_seconds": 61}')
+    text = " ".join(page_of(run_dir).text.split())
+    assert "Bits per byte 2.250" in text and "Time 1:01" in text and "On the way" not in text
 
 
 def test_torn_lines_are_counted_and_a_step_written_twice_counts_once(tmp_path):

@@ -29,15 +29,19 @@ REWARD_ROSE = 0.1  # of the reward's own range: then held-out accuracy should ha
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/report.html from metrics.jsonl, recipe.toml, summary.json and the ledger; returns its path.
+    """Writes run_dir/report.html from metrics.jsonl, recipe.toml, results and the ledger; returns its path.
 
+    Results are those of the demo (summary.json) or of `baleen train` (train.json), and of `baleen eval` (eval.json).
     What is missing or damaged leaves its section out and says so on the page. Raises UserError if `run_dir` holds no
     metrics, or plotly is not installed; a report that was there before then stays as it is.
     """
     plotly_js = _plotly_js()
     rows, notices = read_metrics(run_dir / "metrics.jsonl")
     recipe, recipe_text = _recipe(run_dir / "recipe.toml", notices)
-    summary = _summary(run_dir / "summary.json", notices)
+    summary = _results(run_dir / "summary.json", notices) or _results(run_dir / "train.json", notices)
+    evaluation = _results(run_dir / "eval.json", notices)
+    evaluated = evaluation.get("bits_per_byte") if evaluation.get("heldout") is True else None
+    heldout_bpb = first_number(summary.get("heldout_bpb"), evaluated, *_newest(rows, "heldout_bpb"))
     card, card_missing = _card(run_dir)
     panels = panels_of(rows)
     notices += hacked_reward(rows)
@@ -49,13 +53,15 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         recipe_name=recipe.name if recipe else None,
         steps=rows[-1]["step"] if rows else 0,
-        tiles=_tiles(rows, recipe, summary, card),
+        tiles=_tiles(rows, recipe, summary, heldout_bpb, card),
         notices=notices,
         panels=panels,
         data=charts(panels, rows, summary, recipe.model if recipe else None, notices),
+        heldout_bpb=heldout_bpb,
         samples=_spread(samples, MAX_SAMPLES),
         sample_count=len(samples),
         summary=summary,
+        evaluation=evaluation,
         card=card,
         card_rows=card_rows(card) if card else [],
         card_stages=[(name, usd(spent)) for name, spent in card["stages"].items() if is_number(spent)] if card else [],
@@ -138,18 +144,14 @@ def _recipe(path: Path, notices: list[str]) -> tuple[Recipe | None, str | None]:
         return None, text
 
 
-def _summary(path: Path, notices: list[str]) -> dict[str, Any]:
+def _results(path: Path, notices: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = read_json(path)
+        return read_json(path)
     except UserError as error:
-        notices.append(f"The summary was left out: {error}")
+        notices.append(f"{path.name} was left out: {error}")
         return {}
-    if not isinstance(summary, dict):
-        notices.append("The summary was left out: summary.json holds no JSON object.")
-        return {}
-    return summary
 
 
 def _card(run_dir: Path) -> tuple[dict[str, Any], str]:
@@ -172,7 +174,13 @@ class Tile(NamedTuple):
     beside: str = ""
 
 
-def _tiles(rows: list[Row], recipe: Recipe | None, summary: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
+def _tiles(
+    rows: list[Row],
+    recipe: Recipe | None,
+    summary: Mapping[str, Any],
+    heldout_bpb: float | None,
+    card: Mapping[str, Any],
+) -> list[Tile]:
     tiles = []
     if recipe:
         shape = from_model_config(recipe.model)
@@ -183,10 +191,9 @@ def _tiles(rows: list[Row], recipe: Recipe | None, summary: Mapping[str, Any], c
     tiles.append(Tile("Tokens", "–" if tokens is None else quantity(tokens), "trained on"))
     seconds = first_number(summary.get("train_seconds"), *_newest(rows, "seconds"))
     tiles.append(Tile("Time", "–" if seconds is None else duration(seconds), "of training"))
-    bpb = first_number(summary.get("heldout_bpb"), *_newest(rows, "heldout_bpb"))
     beaten = [f"{name} {value:.3f}" for name, value in baselines(summary)]
     beside = "held out; " + (", ".join(beaten) or "lower is better")
-    tiles.append(Tile("Bits per byte", "–" if bpb is None else f"{bpb:.3f}", beside))
+    tiles.append(Tile("Bits per byte", "–" if heldout_bpb is None else f"{heldout_bpb:.3f}", beside))
     headline = first_number(card.get("headline_usd"), summary.get("cost_headline_usd"))
     full = first_number(card.get("full_usd"), summary.get("cost_full_usd"))
     tiles.append(Tile("Cost, headline", "–" if headline is None else usd(headline), "the final run alone"))

@@ -30,8 +30,9 @@ def evaluate_run(
     tasks: Sequence[str] = (),
     samples: int = 1,
 ) -> dict[str, Any]:
-    """{bits_per_byte, bytes, tokens} of `texts`, or of the text that the run held out, and {tasks: {name: scores}}.
+    """{heldout, bits_per_byte, bytes, tokens} of text, and {tasks: {name: scores}}.
 
+    heldout: the text is not `texts` but what the run held out.
     tasks: files of eval/tasks.py's form, names of tasks made of that text, or lm-eval:NAME and lm-eval:FILE.yaml.
     samples: programs written for each question that wants one. A model without text is scored by its tasks alone.
 
@@ -65,6 +66,7 @@ def evaluate_run(
     result: dict[str, Any] = {"run": str(run)}
     with account():
         if documents:
+            result["heldout"] = not texts
             result |= bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
         if tasks:
             engine = Engine(loaded.model, loaded.tokenizer)
