@@ -71,8 +71,8 @@ def test_two_hundred_streaming_clients(tokenizer):
         params = SamplingParams(0.7, 0.95, seed=body["seed"], max_tokens=body["max_tokens"], logit_bias=bias)
         completion = alone.complete([Request(ids, params)])[0]
         assert content == completion.text.lstrip() and ends == [completion.finish_reason] == ["length"]
-    waits = [first for content, first, _ in answers if content]
-    assert len(waits) > 0.9 * CLIENTS
+    waits = [first for _, first, _ in answers]
+    assert None not in waits
     assert max(waits) <= 3 * statistics.median(waits), (max(waits), statistics.median(waits))
 
 
