@@ -57,7 +57,7 @@ def predicted(item: Item, calibration: Calibration) -> float:
     row = item.row
     step = step_time(row.work, calibration, item.roof).seconds
     seconds = step * row.work.layout.devices / row.work.tokens
-    if row.case.text["source"].startswith("NVIDIA"):
+    if "NVIDIA" in row.case.text["source"]:
         seconds *= calibration["vendor"]
     if row.untuned:
         seconds *= calibration["untuned"]
