@@ -1,6 +1,6 @@
 """Quality per second: the demo's model beside the best dense ones, with AdamW and with Muon, on one text.
 
-    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--rows runs/bench-quality.json] [--json]
+    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--rows runs/bench-quality.json] [--json]
 
 Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
 every side. Then each trains for --minutes; Baleen also for half of them, the dense model with AdamW also for as many
@@ -38,22 +38,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who races: its middle learning rate, its optimizer, and whether its size is tuned."""
+    """Who races: its middle learning rate, its optimizer, and whether a dense model's size is tuned."""
 
     name: str
     lr: float
     optimizer: str
-    has_sizes: bool
+    dense: bool
+    has_sizes: bool = False
 
     def recipe(self, base: Recipe, *, lr: float, minutes: float, tokens: int) -> Recipe:
         changes: Row = {"optimizer": self.optimizer, "lr": lr, "minutes": minutes, "tokens": tokens}
-        if self.has_sizes:  # nanoGPT has one learning rate for all
+        if self.dense:  # nanoGPT has one learning rate for all
             changes["embedding_lr_scale"] = 1.0
         return base.model_copy(update={"train": base.train.model_copy(update=changes)})
 
     def trainer(self, recipe: Recipe, prepared: Prepared, size: int) -> Trainer | DenseTrainer:
         loader = Loader(prepared.train, seed=recipe.train.seed)
-        if self.has_sizes:
+        if self.dense:
             with torch.device("meta"):
                 active = active_parameters(Transformer(recipe.model))
             return DenseTrainer(recipe, Dense(recipe, active, SIZE_RATIO**size), loader)
@@ -138,9 +139,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         base.data, vocab_size=base.model.vocab_size, seq_len=train.seq_len, seed=train.seed, cache_dir=args.cache
     )
     race = Race(base, prepared, args.rows)
-    ours = Contestant("baleen", train.lr, train.optimizer, False)
-    adamw, muon = (Contestant(f"dense {name}", args.dense_lr, name, True) for name in ("adamw", "muon"))
-    grids, finals = {}, {}
+    ours = Contestant("baleen", train.lr, train.optimizer, dense=False)
+    adamw, muon = (
+        Contestant(f"dense {name}", args.dense_lr, name, dense=True, has_sizes=not args.equal_size)
+        for name in ("adamw", "muon")
+    )
+    grids, finals, others = {}, {}, {}
 
     def settle(who: Contestant) -> Row:
         """Tunes and trains; returns what is best for it."""
@@ -150,16 +154,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         finals[who.name] = race.run(who, **best, minutes=args.minutes, scores=SCORES)
         return best
 
-    half = race.run(ours, **settle(ours), minutes=args.minutes / 2, scores=SCORES)
-    same = race.run(adamw, **settle(adamw), minutes=0, tokens=finals["baleen"]["tokens"], scores=SCORES)
-    settle(muon)
-    bits = {name: row["bits_per_byte"] for name, row in finals.items()}
+    best = settle(ours)
+    if not args.equal_size:
+        others["baleen, half the time"] = race.run(ours, **best, minutes=args.minutes / 2, scores=SCORES)
+    best, tokens = settle(adamw), finals["baleen"]["tokens"]
+    others["dense adamw, equal tokens"] = race.run(adamw, **best, minutes=0, tokens=tokens, scores=SCORES)
+    if not args.equal_size:
+        settle(muon)
+    bits = {name: row["bits_per_byte"] for name, row in (finals | others).items()}
     peers = {name: row for name, row in finals.items() if name != "baleen"}
     return {
-        "baleen": finals["baleen"] | {"half": half},
-        "peers": peers | {"dense adamw, equal tokens": same},
-        "ratios": {f"bits per byte: baleen / {name}": bits["baleen"] / bits[name] for name in peers}
-        | {f"bits per byte: baleen in half the time / {name}": half["bits_per_byte"] / bits[name] for name in peers},
+        "baleen": finals["baleen"],
+        "peers": peers | others,
+        "ratios": {
+            f"bits per byte: {a} / {b}": bits[a] / bits[b] for a in bits for b in bits if "baleen" in a and "dense" in b
+        },
         "reached_after_seconds": {name: first_reached(finals["baleen"]["curve"], bits[name]) for name in peers},
         "grids": grids,
         "machine": machine(),
@@ -171,6 +180,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="chitchat")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--grid-minutes", type=float, default=3.0)
+    parser.add_argument("--equal-size", action="store_true", help="beside the dense model of equal active size alone")
     parser.add_argument("--dense-lr", type=float, default=1.2e-3, help="middle of the dense models' grids")
     parser.add_argument("--rows", type=Path, default=Path("runs/bench-quality.json"), help="the runs that are done")
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-data"))
@@ -186,6 +196,7 @@ def main() -> None:
             f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
             f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}"
         )
+        print("  " + " ".join(f"{point['seconds']:.0f}s:{point['bits_per_byte']:.3f}" for point in row["curve"]))
     for name, ratio in result["ratios"].items():
         print(f"{name:60} {ratio:6.3f}")
     for name, seconds in result["reached_after_seconds"].items():
