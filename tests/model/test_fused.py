@@ -17,7 +17,7 @@ from baleen.model.fused import (
 from baleen.model.grouped import combine_rows, sum_rows_twin
 from baleen.model.native.library import load_library
 from baleen.model.native.training import SOURCE
-from baleen.model.sdpa import attend, attend_twin
+from baleen.model.sdpa import Attention
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
@@ -74,6 +74,16 @@ def test_swiglu(dtype: torch.dtype, joined: bool):
     theirs, their_grads = gradients(swiglu_twin, [part.float() for part in parts])
     assert close(ours, theirs.to(dtype), dtype)
     assert all(close(a, b.to(dtype), dtype) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_swiglu_in_float64_is_the_twin_and_keeps_its_input_alone(joined: bool):
+    parts = [torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(1 if joined else 2)]
+    assert torch.autograd.gradcheck(swiglu, parts)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        swiglu(*parts)
+    assert kept == [part.data_ptr() for part in parts]
 
 
 @needs_native
@@ -153,11 +163,13 @@ def test_causal_attention(dtype: torch.dtype, tokens: int):
     kv, k_rope = torch.randn(B, tokens, H, N + V).to(dtype), torch.randn(B, tokens, P)
     inputs = [queries, turned, kv, k_rope]
 
+    attend = Attention(0.3)
+
     def ours(q, q_rope, kv, k_rope):
-        return attend(q[..., :N], q_rope, kv, k_rope, None, 0.3)
+        return attend(q[..., :N], q_rope, kv, k_rope, None)
 
     def theirs(q, q_rope, kv, k_rope):
-        return attend_twin(q[..., :N], q_rope, kv, k_rope, None, 0.3)
+        return attend.twin(q[..., :N], q_rope, kv, k_rope, None)
 
     out, grads = gradients(ours, inputs)
     expected, expected_grads = gradients(theirs, [x.float() for x in inputs])

@@ -78,4 +78,5 @@ def test_what_is_kept_is_counted(tiny_model, tiny_config):
 
     heads = cfg.num_attention_heads
     ups = heads * cfg.qk_head_dim + heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    ups += heads * cfg.qk_rope_head_dim  # the queries' part that is rotated
     assert noted(()) - noted(("up_projection",)) == 4 * B * T * cfg.num_hidden_layers * ups

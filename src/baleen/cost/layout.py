@@ -12,8 +12,10 @@ from baleen.config import Count, Positive, Strict, UserError
 Schedule = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 # none: keep all activations; selective: recompute attention's core (arXiv 2205.05198), as FlashAttention does anyway;
 # operators: elementwise operators and every second matmul (torchtitan's SAC); full: keep only the layers' inputs;
-# deepseek: recompute norms, MLA up-projections and SwiGLU, keep linear inputs in FP8 (2412.19437 §3.2.3, §3.3.3).
-Recompute = Literal["none", "selective", "operators", "full", "deepseek"]
+# deepseek: recompute norms, MLA up-projections and SwiGLU, keep linear inputs in FP8 (2412.19437 §3.2.3, §3.3.3);
+# modules: recompute the same over PyTorch's operators, as `parallel.recompute` does: nothing in FP8, and what the
+# experts made is kept, to weigh it.
+Recompute = Literal["none", "selective", "operators", "full", "deepseek", "modules"]
 
 
 class Layout(Strict):

@@ -99,8 +99,8 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
         ff = arch.moe_intermediate_size * arch.num_experts_per_tok if moe else arch.intermediate_size
         inner = heads * (arch.qk_head_dim + arch.v_head_dim) + keys_values / 2 + ff
         return (2 * d / split + inner / layout.tensor) * state.kept + 4 * heads / layout.tensor
-    deepseek = policy == "deepseek"
-    kept, linear = state.kept, 0 if deepseek else state.kept_linear_input  # bytes of a norm's or SwiGLU's output
+    deepseek, again = policy == "deepseek", policy in ("deepseek", "modules")
+    kept, linear = state.kept, 0 if again else state.kept_linear_input  # bytes of a norm's or SwiGLU's output
     swiglu = state.kept_linear_input if deepseek else state.kept  # V3 keeps SwiGLU's input in FP8
 
     wide = state.stream - kept  # what the residual stream has beyond the width of products
@@ -110,8 +110,9 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
         latents = (arch.q_lora_rank or 0) + arch.kv_lora_rank + arch.qk_rope_head_dim
         total += latents * (kept + linear) / split
         # Rotation is as wide as the stream, the latents beside the rotated key with it, which are narrowed once more.
-        total += wide * (heads * arch.qk_rope_head_dim / layout.tensor + 2 * arch.kv_lora_rank + arch.qk_rope_head_dim)
-        core = heads * arch.v_head_dim if deepseek else core  # q, k and v come again from the latents
+        rotated = 0 if policy == "modules" else heads * arch.qk_rope_head_dim / layout.tensor
+        total += wide * (rotated + 2 * arch.kv_lora_rank + arch.qk_rope_head_dim)
+        core = heads * arch.v_head_dim if again else core  # q, k and v come again from the latents
     total += (core * kept + 4 * heads) / layout.tensor  # 4: attention's log-sum-exp in FP32
     inner = (arch.ffn_matrices - 1) * swiglu + linear
     if not moe:

@@ -12,6 +12,7 @@ _RECOMPUTED = {
     "operators": (0.4, 0.5, 0.0, 1.0),
     "full": (1.0, 1.0, 1.0, 1.0),
     "deepseek": (0.0, 0.0, 0.0, 0.8),  # norms and SwiGLU; MLA's up-projections besides
+    "modules": (0.0, 0.0, 0.0, 0.8),
 }
 MLA_UP_PROJECTIONS = 0.25  # of the dense products of a V3 layer
 
@@ -20,7 +21,7 @@ def with_recomputation(k: Kernels, work: Workload) -> Kernels:
     matmul, grouped, attention, elementwise = _RECOMPUTED[work.layout.recompute]
     if work.layout.recompute == "selective" and work.attention != "unfused":
         attention = 0.0  # the fused kernel's backward does it already
-    if work.layout.recompute == "deepseek" and work.arch.is_latent:
+    if work.layout.recompute in ("deepseek", "modules") and work.arch.is_latent:
         matmul = MLA_UP_PROJECTIONS
     again = [
         Seconds(0.0, share * part.forward)

@@ -21,7 +21,7 @@ SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 LAYOUT_WORDS = (
     r"(?P<degree>TP|PP|CP|EP|VP|DP)(?P<number>\d+)", r"ZeRO-?(?P<zero>[0-3])", r"(?P<fsdp>FSDP)", r"(?P<ddp>DDP)",
     r"(?P<schedule>1f1b|interleaved|zb1p|dualpipev|dualpipe)",
-    r"recompute-(?P<recompute>none|selective|operators|deepseek|full)",
+    r"recompute-(?P<recompute>none|selective|operators|deepseek|modules|full)",
 )  # fmt: skip
 DEGREES = {
     "TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VP": "virtual_stages", "DP": "data",
@@ -46,7 +46,8 @@ def user_layout(text: str) -> StatedLayout:
         if match is None:
             raise UserError(
                 f"--layout: {word!r} is no part of a layout: write TPn, PPn, CPn, EPn, VPn, DPn, ZeRO0 to ZeRO3, FSDP, "
-                "1f1b, interleaved, zb1p, dualpipe, dualpipev, or recompute-none, -operators, -deepseek, -full"
+                "1f1b, interleaved, zb1p, dualpipe, dualpipev, or recompute-none, -operators, -deepseek, "
+                "-modules, -full"
             )
         found = {name: value for name, value in match.groupdict().items() if value is not None}
         if "degree" in found:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from baleen.config import ModelConfig
 from baleen.model.cache import CacheView
 from baleen.model.fused import rms_norm
-from baleen.model.rope import rotate, softmax_scale
-from baleen.model.sdpa import attend
+from baleen.model.rope import Rotation, softmax_scale
+from baleen.model.sdpa import Attention
 
 # Released code builds the norms of the latents with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -69,6 +69,8 @@ class LatentAttention(nn.Module):
             config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )  # W^UK, W^UV
         self.o_proj = nn.Linear(H * config.v_head_dim, d, bias=bias)  # W^O
+        self.rotate = Rotation(config.rope_interleave)
+        self.attend = Attention(self.scale)
 
     def forward(self, x_BTd: Tensor, context: Context) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -100,13 +102,13 @@ class LatentAttention(nn.Module):
         cfg = self.config
         q = self.q_proj(x_BTd) if cfg.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTd)))
         q_nope, q_rope = q.unflatten(-1, (-1, cfg.qk_head_dim)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        return q_nope, rotate(q_rope, context.cos[:, :, None], context.sin[:, :, None], cfg.rope_interleave)
+        return q_nope, self.rotate(q_rope, context.cos[:, :, None], context.sin[:, :, None])
 
     def _latents(self, x_BTd: Tensor, context: Context) -> Tensor:
         """Eq. 1 and 3: [c^KV after its norm ; k^R rotated], [B, T, C]."""
         cfg = self.config
         c_kv, k_rope = self.kv_a_proj_with_mqa(x_BTd).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
-        k_rope = rotate(k_rope, context.cos, context.sin, cfg.rope_interleave)
+        k_rope = self.rotate(k_rope, context.cos, context.sin)
         return torch.cat((self.kv_a_layernorm(c_kv), k_rope), -1)
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,7 +116,7 @@ class LatentAttention(nn.Module):
         cfg = self.config
         c_kv, k_rope = latents_BSC.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         kv_BSHX = self.kv_b_proj(c_kv).unflatten(-1, (cfg.num_attention_heads, -1))
-        return attend(q_nope, q_rope, kv_BSHX, k_rope, mask, self.scale)
+        return self.attend(q_nope, q_rope, kv_BSHX, k_rope, mask)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor, mask: Tensor | None) -> Tensor:
         """The same over the latents as one shared key and value head, all of them without a mask; [B, T, H, V]."""

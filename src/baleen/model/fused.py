@@ -33,9 +33,6 @@ def rms_norm_twin(x: Tensor, weight_d: Tensor, eps: float, dtype: torch.dtype) -
 
 def swiglu(*gate_up: Tensor) -> Tensor:
     """silu(gate) * up: of gate [..., d] and up [..., d], or of both side by side as one tensor [..., 2d]."""
-    first = gate_up[0]
-    if not (serves(first) and all(part.dtype is first.dtype for part in gate_up)):
-        return swiglu_twin(*gate_up)
     return _SwiGLU.apply(*gate_up)  # type: ignore[return-value]
 
 
@@ -103,9 +100,13 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone, where autograd over the twin would keep silu(gate) as well."""
+
     @staticmethod
     def forward(ctx, *gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(*gate_up)
+        if not _serves_all(gate_up):
+            return swiglu_twin(*gate_up)
         (gates, ups), stride = _gate_and_up(gate_up)
         N, d = gates.shape
         out = torch.empty((*gate_up[0].shape[:-1], d), dtype=gates.dtype)
@@ -116,12 +117,20 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         gate_up, grad = ctx.saved_tensors, grad.contiguous()
+        if not _serves_all(gate_up):
+            gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=-1)
+            grads = torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+            return grads if len(gate_up) == 2 else torch.cat(grads, dim=-1)
         (gates, ups), stride = _gate_and_up(gate_up)
         grads = tuple(torch.empty(part.shape, dtype=part.dtype) for part in gate_up)
         (grad_gates, grad_ups), grad_stride = _gate_and_up(grads)
         N, d = gates.shape
         call("swiglu_backward", (gates.dtype,), grad, gates, ups, stride, grad_gates, grad_ups, grad_stride, N, d)
         return grads
+
+
+def _serves_all(parts: tuple[Tensor, ...]) -> bool:
+    return serves(parts[0]) and all(part.dtype is parts[0].dtype for part in parts)
 
 
 def _gate_and_up(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], int]:

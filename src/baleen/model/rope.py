@@ -85,3 +85,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """
     first, second = (x[..., ::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Rotation(nn.Module):
+    """`rotate`, as a module: what is applied to a model from outside finds it."""
+
+    def __init__(self, interleave: bool):
+        super().__init__()
+        self.interleave = interleave
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin, self.interleave)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from baleen.model.native.training import call, serves
@@ -15,39 +15,53 @@ from baleen.model.native.training import call, serves
 LONGEST = 2048  # tokens; the native kernel keeps rows of scores in the processor's cache
 
 
-def attend(
-    q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, kv_BSHX: Tensor, k_rope_BSP: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+class Joined(nn.Module):
+    """Queries, keys or values of two parts, side by side as PyTorch's attention reads them; the second may be shared by
+    all heads. A module, so that what is applied to a model from outside finds these copies."""
+
+    def forward(self, first_BTHX: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+        second = second.to(dtype).expand(*first_BTHX.shape[:-1], -1)
+        return torch.cat((first_BTHX.to(dtype), second), -1)
+
+
+class Attention(nn.Module):
     """softmax(q k^T scale) v, [B, T, H, V]: queries of two parts, keys of a part of their own and one that heads share.
 
     kv_BSHX: k_nope and v of each head. mask: bool [B, 1, T, S], True where a query sees a key; None: causal, T = S.
     """
-    operands = q_nope_BTHN, q_rope_BTHP, kv_BSHX, k_rope_BSP
-    short = mask is None and q_nope_BTHN.shape[1] == kv_BSHX.shape[1] <= LONGEST
-    if short and all(map(serves, operands)) and q_nope_BTHN.dtype is kv_BSHX.dtype:
-        return _CausalAttention.apply(q_nope_BTHN, q_rope_BTHP.float(), kv_BSHX, k_rope_BSP.float(), scale)  # type: ignore[return-value]
-    return attend_twin(*operands, mask, scale)
 
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale, self.joined = scale, Joined()
 
-def attend_twin(
-    q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, kv_BSHX: Tensor, k_rope_BSP: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    N, H = q_nope_BTHN.shape[-1], kv_BSHX.shape[2]
-    k_nope, value = kv_BSHX[..., :N], kv_BSHX[..., N:].transpose(1, 2)
-    query = torch.cat((q_nope_BTHN, q_rope_BTHP), -1).transpose(1, 2)
-    key = torch.cat((k_nope, k_rope_BSP[:, :, None].expand(-1, -1, H, -1)), -1).transpose(1, 2)
-    if query.device.type != "cpu":
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
-        return out.transpose(1, 2)
-    # On CPUs the fast path wants values as wide as the keys (3.5 x faster at 48/32), and bf16 is slower than fp32.
-    width, wide = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
-    padded = F.pad(value, (0, max(0, key.shape[-1] - width)))
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(
-            query.to(wide), key.to(wide), padded.to(wide), mask, is_causal=mask is None, scale=scale
-        )
-    return out[..., :width].to(value.dtype).transpose(1, 2)
+    def forward(
+        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, kv_BSHX: Tensor, k_rope_BSP: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        operands = q_nope_BTHN, q_rope_BTHP, kv_BSHX, k_rope_BSP
+        short = mask is None and q_nope_BTHN.shape[1] == kv_BSHX.shape[1] <= LONGEST
+        if short and all(map(serves, operands)) and q_nope_BTHN.dtype is kv_BSHX.dtype:
+            return _CausalAttention.apply(  # type: ignore[return-value]
+                q_nope_BTHN, q_rope_BTHP.float(), kv_BSHX, k_rope_BSP.float(), self.scale
+            )
+        return self.twin(*operands, mask)
+
+    def twin(
+        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, kv_BSHX: Tensor, k_rope_BSP: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """By PyTorch's own attention."""
+        k_nope_BSHN, v_BSHV = kv_BSHX.tensor_split((q_nope_BTHN.shape[-1],), -1)
+        dtype, device, width = kv_BSHX.dtype, kv_BSHX.device.type, v_BSHV.shape[-1]
+        if device == "cpu":  # where bf16 is slower than fp32
+            dtype = torch.promote_types(dtype, torch.float32)
+        query_BTHC = self.joined(q_nope_BTHN, q_rope_BTHP, dtype)
+        key_BSHC = self.joined(k_nope_BSHN, k_rope_BSP[:, :, None], dtype)
+        missing = key_BSHC.shape[-1] - width
+        if device == "cpu" and missing > 0:  # the fast path wants values as wide as the keys (3.5 x faster at 48/32)
+            v_BSHV = self.joined(v_BSHV, v_BSHV.new_zeros(1, 1, 1, missing), dtype)
+        heads_first = (x.transpose(1, 2) for x in (query_BTHC, key_BSHC, v_BSHV.to(dtype)))
+        with torch.autocast(device, enabled=False):
+            out = F.scaled_dot_product_attention(*heads_first, mask, is_causal=mask is None, scale=self.scale)
+        return out[..., :width].to(kv_BSHX.dtype).transpose(1, 2)
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -80,9 +80,10 @@ class _Layer:
             self.hooks.pop().__exit__(None, None, None)
             self.made.clear()
 
-    def drop(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def drop(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if self.hooks:
-            dropped = _Dropped(module, [self.pack(x.detach()) for x in arguments], output.device.type)
+            packed = [self.pack(x.detach()) if isinstance(x, Tensor) else x for x in arguments]
+            dropped = _Dropped(module, packed, output.device.type)
             self.made[output.untyped_storage()._cdata] = output, dropped
 
     def pack(self, tensor: Tensor) -> Tensor | _View:
@@ -94,7 +95,7 @@ class _Layer:
         return tensor
 
 
-def _unpack(packed: Tensor | _View) -> Tensor:
+def _unpack(packed: Any) -> Any:
     return packed.value() if isinstance(packed, _View) else packed
 
 
@@ -105,4 +106,5 @@ def _chosen(layer: DecoderLayer, kinds: set[Recomputed]) -> list[nn.Module]:
             chosen.append(module)
         if isinstance(module, LatentAttention) and "up_projection" in kinds:
             chosen += [module.kv_b_proj, *([module.q_b_proj] if module.config.q_lora_rank is not None else [])]
+            chosen += [module.rotate, module.attend.joined]  # what becomes of them before PyTorch's attention reads it
     return chosen

@@ -16,8 +16,10 @@ from baleen.parallel.mesh import Grid, make_grid
 from baleen.recipe import ParallelConfig, Recipe
 from baleen.train.loss import Objective
 
-# How far a formula may lie from the count. Activations are told only: what PyTorch's operators save is their business.
-TOLERANCES = {"parameters": 0.0} | dict.fromkeys(("weights", "gradients", "optimizer", "all_to_all", "data"), 0.02)
+# How far a formula may lie from the count.
+TOLERANCES = {"parameters": 0.0} | dict.fromkeys(
+    ("weights", "gradients", "optimizer", "all_to_all", "data", "activations"), 0.02
+)
 STATIC = {"weights": "step_weights", "gradients": "step_gradients", "optimizer": "optimizer"}  # cost's words and ours
 Ranks = list[dict[str, Any]]
 
@@ -44,12 +46,15 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
         sum(rank[name] for name in STATIC.values()) + rank["kept"] * count
         for rank, count in zip(ranks, under_way, strict=True)
     ]
+    kinds = len(parallel.recompute)
     layout = Layout(
         devices=world, pipeline=grid.pipeline, expert=grid.expert, zero=parallel.zero, shard=parallel.shard,
         schedule="1f1b" if parallel.schedule == "1f1b" else "dualpipev",  # both V-shaped ones hold the same weights
-        recompute="deepseek" if len(parallel.recompute) == 3 else "selective", micro_batch=sequences,
+        recompute="modules" if kinds else "none", micro_batch=sequences,
     )  # fmt: skip
     formulas = _formulas(arch, layout, train.seq_len, mtp=bool(train.mtp_loss_weight), fp8=parallel.dispatch == "fp8")
+    if kinds in (1, 2):  # the plan knows all of them or none
+        del formulas["activations"]
     counts = _counts(found["parameters"], ranks)
     cost = {
         word: {"formula": formula, "counted": counts[word], "relative_error": _error(formula, counts[word])}
@@ -58,7 +63,7 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
     return {
         "grid": found["grid"],
         "cost": cost,
-        "disagree": [word for word, limit in TOLERANCES.items() if abs(cost[word]["relative_error"]) > limit],
+        "disagree": [word for word in cost if abs(cost[word]["relative_error"]) > TOLERANCES[word]],
         "fullest_rank_bytes": round(max(held)),
         "ranks": ranks,
     }
@@ -83,8 +88,23 @@ def _formulas(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool, fp
         "optimizer": memory.optimizer,
         "all_to_all": 2 * moe_layers * layout.micro_batch * seq_len * a_token,  # forward and backward
         "data": sum(data_bytes(held, layout, "fp32", 1)),
-        "activations": memory.activations + memory.logits,
+        "activations": memory.activations + _beside(arch, layout, seq_len, mtp=mtp),
     }
+
+
+def _beside(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool) -> float:
+    """Bytes that a rank keeps on a CPU beside what the plan counts of its layers, the mean over the pipeline.
+
+    PyTorch's attention there takes values as wide as keys, and o_proj a narrower copy of what comes out. Each loss, of
+    the trunk and of MTP, holds its gradients of the hidden states and of the head until the backward.
+    """
+    modules, tokens = arch.num_nextn_predict_layers if mtp else 0, layout.micro_batch * seq_len
+    heads, wide, width = arch.num_attention_heads, arch.qk_head_dim, arch.v_head_dim
+    padded = heads * (wide + (0 if layout.recompute == "modules" else wide - width)) if wide > width else 0
+    losses = (1 + modules) * (tokens + arch.vocab_size) * arch.hidden_size
+    ends = (1 + modules) * tokens * arch.hidden_size  # the inputs of the last norms
+    joined = modules * tokens * 4 * arch.hidden_size  # MTP's two norms and their outputs side by side
+    return 4 * ((arch.num_hidden_layers + modules) * tokens * padded + losses + ends + joined) / layout.pipeline
 
 
 def _counts(parameters_in_all: int, ranks: Ranks) -> dict[str, float]:
