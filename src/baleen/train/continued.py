@@ -21,9 +21,11 @@ from baleen.data.loader import Batch, Loader
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import Prepared, check_data, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
+from baleen.interop import smollm2
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import Loaded, load
+from baleen.model.layer import DecoderLayer
 from baleen.train import checkpoint
 from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
@@ -51,10 +53,11 @@ def train_on(
 ) -> dict[str, Any]:
     """Train the model of `recipe.base` on, into `run_dir`: all of it, or only its MTP layers behind a frozen trunk.
 
-    Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb,
-    closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will; heldout_bpb
-    is None where the trunk is frozen, for it stays what it was. Ctrl-C and SIGTERM save and return. Raises UserError
-    for bad input, having overwritten nothing.
+    Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb_before,
+    heldout_bpb, closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will;
+    bits per byte of held-out text are None where the trunk is frozen, for they stay what they were; closest_experts: of
+    the layers that were trained. Ctrl-C and SIGTERM save and return. Raises UserError for bad input, having overwritten
+    nothing.
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
@@ -97,6 +100,8 @@ def _train_on(
             )  # fmt: skip
     with run_stage(recipe.cost, run_dir, "pretrain" if recipe.context is None else "extend") as stage, display:
         run = _Run(recipe, run_dir, loaded, texts, only, stage, display)
+        if only == "all" and not run.counters.step:
+            run.counters.heldout_bpb_before = run.heldout_bpb(prepared)
         status = run.train(max_steps)
     if status == "stopped":
         display.say(f"stopped at step {run.counters.step} and saved; go on with --resume")
@@ -115,6 +120,7 @@ class _Counters:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    heldout_bpb_before: float | None = None  # the first step
 
 
 class _Run:
@@ -253,6 +259,11 @@ class _Run:
             return gates[len(gates) - mtp :]
         return gates if train.mtp_loss_weight else gates[: len(gates) - mtp]
 
+    def _trained_layers(self) -> list[DecoderLayer]:
+        model = self.model
+        learn_mtp = self.only == "mtp" or self.recipe.train.mtp_loss_weight
+        return [*(model.trunk_layers if self.only == "all" else ()), *(model.mtp_layers if learn_mtp else ())]
+
     def heldout_bpb(self, prepared: Prepared) -> float | None:
         if not prepared.heldout:
             return None
@@ -269,6 +280,9 @@ class _Run:
             cost=card_paragraph(cost_card(self.run_dir)),
         )
         save_model(self.model, self.run_dir / "model", tokenizer=self.tokenizer, card=card)
+        if self.only == "mtp" and self.recipe.base == smollm2.NAME:
+            save_model(self.model, smollm2.drafting_directory(), tokenizer=self.tokenizer, card=card)
+            self.display.say(f"`baleen chat {smollm2.NAME}` drafts with it from now on")
 
     def summary(self, status: str, heldout_bpb: float | None) -> dict[str, Any]:
         return {
@@ -279,8 +293,9 @@ class _Run:
             "train_seconds": round(self.counters.seconds, 1),
             "loss": self.loss if math.isfinite(self.loss) else None,
             "agreement": self.agreement if self.only == "mtp" and math.isfinite(self.agreement) else None,
+            "heldout_bpb_before": self.counters.heldout_bpb_before,
             "heldout_bpb": heldout_bpb,
-            "closest_experts": closest_experts(self.model) if self.model.gates else None,
+            "closest_experts": closest_experts(self._trained_layers()),
         }
 
     def _save(self) -> None:

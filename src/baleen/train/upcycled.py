@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from baleen.model.layer import DecoderLayer
 from baleen.model.moe import DeepseekMoE
 from baleen.model.transformer import Transformer
 
@@ -46,14 +49,17 @@ def _jittered(training: bool, args: tuple[Tensor, ...], amount: float) -> tuple[
 
 
 @torch.no_grad()
-def closest_experts(model: Transformer) -> float:
-    """The largest cosine between two experts of a layer, over all their weights: 1.0 where one is a copy."""
-    largest = -1.0
-    for layer in [*model.trunk_layers, *model.mtp_layers]:
+def closest_experts(layers: Iterable[DecoderLayer]) -> float | None:
+    """The largest cosine between two experts of one of the layers, over all their weights: 1.0 where one is a copy.
+
+    None where no layer has experts.
+    """
+    largest = None
+    for layer in layers:
         if isinstance(layer.mlp, DeepseekMoE):
             experts = layer.mlp.experts
             rows = torch.cat((experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)), 1)
             rows = torch.nn.functional.normalize(rows.double(), dim=1)
             cosines = (rows @ rows.t()).fill_diagonal_(-1.0)
-            largest = max(largest, float(cosines.max()))
+            largest = max(float(cosines.max()), -1.0 if largest is None else largest)
     return largest
