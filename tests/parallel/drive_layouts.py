@@ -28,6 +28,7 @@ from baleen.model.transformer import Transformer
 from baleen.parallel.mesh import make_grid
 from baleen.parallel.ranks import Ranks, joined
 from baleen.parallel.team import join
+from baleen.parallel.worker import Alone
 from baleen.recipe import Recipe
 from baleen.train import checkpoint
 from baleen.train.saver import Saver, TeamSaver
@@ -53,12 +54,13 @@ def trainer(layout: str, dtype: torch.dtype) -> Trainer:
     micro_batch = 2 if "pipeline" in parallel else SEQUENCES // parallel["world"] // 2
     train = {**TRAIN, "micro_batch_size": micro_batch}
     recipe = Recipe.model_validate({"model": MODEL, "train": train, "parallel": parallel})
-    worker = model = Transformer(recipe.model).to(dtype)
-    model.init_weights(0)
-    rank, ranks = 0, 1
-    if (world := recipe.parallel.world) > 1:
-        worker = join(model, recipe.parallel, make_grid(recipe.parallel, recipe.model, world))
-        rank, ranks = worker.data_rank, worker.data_ranks
+    world = recipe.parallel.world
+    with torch.device("meta" if world > 1 else "cpu"):
+        model = Transformer(recipe.model).to(dtype)
+    grid = make_grid(recipe.parallel, recipe.model, world)
+    worker = Alone(model) if world == 1 else join(model, recipe.parallel, grid, torch.device("cpu"))
+    worker.init_weights(0)
+    rank, ranks = worker.data_rank, worker.data_ranks
     tokens = np.random.default_rng(0).integers(0, 97, 16 * 400 + 1, dtype=np.int32)
     loader = Loader(PackedTokens(16, tokens, np.zeros_like(tokens)), seed=0, rank=rank, world_size=ranks)
     return Trainer(recipe, worker, loader)

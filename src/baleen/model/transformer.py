@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from baleen.config import ModelConfig
 from baleen.model.attention import Context, RMSNorm
 from baleen.model.cache import CacheView
+from baleen.model.initial import fill
 from baleen.model.layer import DecoderLayer
 from baleen.model.moe import DeepseekMoE, Gate, Routing
 from baleen.model.mtp import MTPLayer
@@ -64,17 +65,10 @@ class Transformer(nn.Module):
         """Gates of all MoE layers, trunk first, then MTP: the order of the routings that a training step returns."""
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, DeepseekMoE)]  # type: ignore[union-attr]
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal with std initializer_range for every matrix, ones for norms, zeros for biases (V3 §4.2)."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
+        """As V3 begins (§4.2; see initial.py)."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            fill(parameter, name, self.config, seed)
         for gate in self.gates:
             gate.e_score_correction_bias.zero_()
         self.model.rotary.reset_parameters()

@@ -76,9 +76,13 @@ def copy_piece(target: Tensor, whole: Tensor) -> None:
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return
-    sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    piece = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
-    target.to_local().copy_(piece)
+    local = target.to_local()
+    local.copy_(whole[tuple(slice(o, o + size) for o, size in zip(offset_of(target), local.shape, strict=True))])
+
+
+def offset_of(tensor: DTensor) -> tuple[int, ...]:
+    """Where the piece that lies here begins in the whole."""
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
 
 
 def require_shape(name: str, stored: torch.Size | None, wanted: torch.Size) -> None:

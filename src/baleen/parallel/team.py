@@ -13,6 +13,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from baleen.config import ModelConfig, UserError
+from baleen.model.initial import fill, initial
 from baleen.model.moe import DeepseekMoE, Gate
 from baleen.model.transformer import Transformer
 from baleen.parallel.expert import ExpertParallel, shard_experts
@@ -20,6 +21,7 @@ from baleen.parallel.mesh import STAGES_PER_RANK, Grid, Mesh
 from baleen.parallel.ranks import node_size
 from baleen.parallel.shard import shard, synchronise
 from baleen.parallel.stage import Objective, Stage, Told, split_layers
+from baleen.parallel.state import copy_piece, offset_of
 from baleen.parallel.worker import MicroBatch, Totals
 from baleen.recipe import ParallelConfig
 
@@ -29,24 +31,26 @@ PipelineSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 TORCH_SCHEDULES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
 
 
-def join(model: Transformer, parallel: ParallelConfig, grid: Grid) -> Team:
-    """This process's worker, of all that call this together; of `model`, alike everywhere, it takes its part."""
-    return take_part(model, parallel, Mesh(grid, model.device.type))
+def join(model: Transformer, parallel: ParallelConfig, grid: Grid, device: torch.device | None = None) -> Team:
+    """This process's worker, of all that call this together; of `model`, alike everywhere, it takes its part.
+
+    Of a model on `meta` that part, and nothing else, is made on `device`: without numbers until `init_weights`.
+    """
+    return take_part(model, parallel, Mesh(grid, (device or model.device).type), device)
 
 
-def take_part(model: Transformer, parallel: ParallelConfig, mesh: Mesh) -> Team:
+def take_part(model: Transformer, parallel: ParallelConfig, mesh: Mesh, device: torch.device | None = None) -> Team:
     if mesh.grid.expert > 1:
         shard_experts(model, mesh.expert_group, fp8=parallel.dispatch == "fp8", node_size=node_size())
-    return (PipelineTeam if mesh.grid.pipeline > 1 else Team)(model, parallel, mesh)
+    return (PipelineTeam if mesh.grid.pipeline > 1 else Team)(model, parallel, mesh, device or model.device)
 
 
 class Team:
     """A Worker with a whole model, its experts and weights spread over the ranks of the mesh."""
 
-    def __init__(self, model: Transformer, parallel: ParallelConfig, mesh: Mesh):
-        self.parallel, self.mesh = parallel, mesh
+    def __init__(self, model: Transformer, parallel: ParallelConfig, mesh: Mesh, device: torch.device):
+        self.parallel, self.mesh, self.device = parallel, mesh, device
         self.config: ModelConfig = model.config
-        self.device = model.device
         degrees = {"PP": mesh.grid.pipeline, "DP": mesh.grid.data, "EP": mesh.grid.expert}
         words = [f"{name}{value}" for name, value in degrees.items() if value > 1] + [f"ZeRO-{parallel.zero}"]
         self.layout = " ".join([*words, *([parallel.schedule] if mesh.grid.pipeline > 1 else [])])
@@ -55,11 +59,28 @@ class Team:
         self.parts: list[nn.Module] = self._cut(model)
         for part in self.parts:
             shard(part, mesh, parallel.zero)
+            if model.device.type == "meta":
+                part.to_empty(device=device)
         self._whole = {name: p for part in self.parts for name, p in part.named_parameters()}
         self.parameters = {name: _local_parameter(p) for name, p in self._whole.items()}
 
     def _cut(self, model: Transformer) -> list[nn.Module]:
         return [model]
+
+    def init_weights(self, seed: int) -> None:
+        """Each rank its own part of what Transformer.init_weights gives a whole model."""
+        for name, parameter in self.parameters.items():
+            part = self.placed(name, parameter.detach())
+            if not isinstance(part, DTensor):
+                fill(part, name, self.config, seed)
+            elif ".experts." in name:
+                fill(part.to_local(), name, self.config, seed, first_expert=offset_of(part)[0])
+            else:
+                copy_piece(part, initial(name, part.shape, self.config, seed))
+        for gate in self.gates.values():
+            gate.e_score_correction_bias = torch.zeros(self.config.n_routed_experts, device=self.device)
+        for part in self.parts:
+            part.model.rotary.reset_parameters()  # type: ignore[union-attr, operator]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Of shards, the part that lies here: what an optimizer works on."""

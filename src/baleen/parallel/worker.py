@@ -59,6 +59,10 @@ class Worker(Protocol):
         """The whole model, where there is one; if it is spread over ranks, all must call it together."""
         ...
 
+    def init_weights(self, seed: int) -> None:
+        """The numbers a model begins with: the same ones in every layout."""
+        ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those held here, under their names in the whole model."""
         ...
@@ -103,6 +107,9 @@ class Alone:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def init_weights(self, seed: int) -> None:
+        self.model.init_weights(seed)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()

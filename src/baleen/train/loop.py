@@ -153,10 +153,11 @@ class _Run:
     ):
         self.recipe, self.run_dir, self.prepared, self.stage, self.display = recipe, run_dir, prepared, stage, display
         self.ranks = ranks
-        model = Transformer(recipe.model).to(device())
-        model.init_weights(recipe.train.seed)
+        with torch.device("meta" if ranks.world > 1 else device()):  # no process ever holds a model that several share
+            model = Transformer(recipe.model)
         parameters = sum(p.numel() for p in model.parameters())
-        worker = Alone(model) if ranks.world == 1 else join(model, recipe.parallel, grid)
+        worker = Alone(model) if ranks.world == 1 else join(model, recipe.parallel, grid, device())
+        worker.init_weights(recipe.train.seed)
         loader = Loader(prepared.train, seed=recipe.train.seed, rank=worker.data_rank, world_size=worker.data_ranks)
         self.trainer = Trainer(recipe, worker, loader)
         folder, keep = run_dir / "checkpoints", recipe.train.keep_checkpoints
