@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from baleen.data.loader import Loader
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.model.transformer import Transformer
+from baleen.parallel.ranks import fingerprint_of_code
 from baleen.recipe import Recipe, load_recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
@@ -64,7 +66,7 @@ class Contestant:
 
 
 class Race:
-    """The runs, each by its settings; those that have been run before are read from the file."""
+    """The runs, each by its settings and its code; those that have been run before are read from the file."""
 
     def __init__(self, base: Recipe, prepared: Prepared, path: Path):
         self._base, self._prepared, self._path = base, prepared, path
@@ -74,7 +76,7 @@ class Race:
         """Trains for `minutes`, or for `tokens`: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
         recipe = who.recipe(self._base, lr=lr, minutes=0.0 if tokens else minutes, tokens=tokens or MANY_TOKENS)
         length = f"{tokens} tokens" if tokens else f"{minutes:g} minutes"
-        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {length}, seed {recipe.train.seed}"
+        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {length}, seed {recipe.train.seed}, {fingerprint(recipe)}"
         if name not in self._rows:
             row = {"name": who.name, "lr": lr, "size": size} | self._train(
                 who.trainer(recipe, self._prepared, size), scores
@@ -125,6 +127,14 @@ class Race:
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "curve": curve,
         }
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Of what a run follows: the recipe, and the code that trains it."""
+    digest = blake2b(recipe.to_toml().encode() + fingerprint_of_code().encode(), digest_size=6)
+    for file in ("dense.py", Path(__file__).name):
+        digest.update(Path(__file__).with_name(file).read_bytes())
+    return digest.hexdigest()
 
 
 def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:

@@ -28,7 +28,7 @@ from baleen.train.loop import Interruption, device, run_stage
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run, read_metrics
 from baleen.train.saver import Saver
-from baleen.train.trainer import StepResult, Trainer, max_violation
+from baleen.train.trainer import StepResult, Trainer, max_violation, processor
 
 LAST = 100  # steps that losses and loads are averaged over
 
@@ -141,15 +141,9 @@ def account_of(run_dirs: Sequence[Path]) -> dict[str, Any]:
     return {
         "device_hours": sum(stage.device_hours for stage in stages),
         "usd": sum(stage.usd for stage in stages),
-        "machine": f"{os.cpu_count()} CPUs, {_processor()}, {platform.system()}, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} CPUs, {processor()}, {platform.system()}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    names = [line for line in file.read_text().splitlines() if line.startswith("model name")] if file.exists() else []
-    return names[0].partition(": ")[2] if names else platform.machine()
 
 
 def thrown_away(run_dirs: Sequence[Path]) -> None:

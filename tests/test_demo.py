@@ -14,7 +14,8 @@ from baleen.interop.load import load
 from baleen.recipe import load_recipe
 
 KEYS = {
-    "tokens_trained", "train_seconds", "heldout_bpb", "xz_bpb", "ngram_bpb", "next_turn_accuracy", "mtp_acceptance",
+    "tokens_trained", "train_seconds", "heldout_bpb", "xz_bpb", "ngram_bpb", "next_turn_accuracy",
+    "next_turn_accuracy_likelihood", "mtp_acceptance",
     "mtp_acceptance_forced", "distinct_2", "max_violation", "max_violation_pooled", "samples", "cost_headline_usd",
     "cost_full_usd", "device_hours",
 }  # fmt: skip
@@ -114,3 +115,12 @@ def test_time_and_tokens_grow_together():
 def test_distinct_2():
     assert demo.distinct_2(["a b a b", "c"]) == pytest.approx(2 / 3)
     assert demo.distinct_2([""]) == 0
+
+
+def test_a_stopped_demo_tells_what_its_command_can_do(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(demo, "train", lambda *_, **options: asked.update(options) or {"status": "stopped"})
+    for resume in (False, True):
+        assert demo.run_demo(tmp_path, 8.0, Console(quiet=True)) == {"status": "stopped"}
+        assert asked == {"resume": resume, "go_on": "the same command goes on"}
+        (tmp_path / "recipe.toml").touch()

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from baleen.config import read_json
 from baleen.cost.card import card_notes, card_table, cost_card
 from baleen.data.clean import clean, split
 from baleen.data.corpus import read_documents
@@ -57,7 +56,8 @@ def run_demo(run_dir: Path, minutes: float, console: Console) -> dict[str, Any]:
     A demo that was stopped goes on. Raises UserError as `train` does.
     """
     recipe = demo_recipe(minutes)
-    trained = train(recipe, run_dir, resume=(run_dir / "recipe.toml").is_file())
+    resume = (run_dir / "recipe.toml").is_file()
+    trained = train(recipe, run_dir, resume=resume, go_on="the same command goes on")
     if trained["status"] == "stopped":
         return trained
     with run_stage(recipe.cost, run_dir, "eval"):
@@ -95,10 +95,8 @@ def measure(recipe: Recipe, run_dir: Path, trained: dict[str, Any]) -> dict[str,
     text = "".join(document.text for document in heldout).encode()
     ngram = NgramModel(order=6).fit("".join(document.text for document in train_documents).encode())
     rows = torch.tensor(_rows(tokenizer, heldout, window))
+    by_gain, by_likelihood = next_turn_accuracy(model, tokenizer, heldout, contexts=CONTEXTS, window=window)
     talks = [_talk(Engine(model, tokenizer), questions, seed) for seed, questions in enumerate(TALKS)]
-    pooled, earlier = trained["max_violation_pooled"], run_dir / "summary.json"
-    if pooled is None and earlier.is_file():  # nothing was left to train
-        pooled = read_json(earlier).get("max_violation_pooled")
     metrics = [row for row in read_metrics(run_dir) if "max_violation" in row][-100:]
     return {
         "tokens_trained": trained["tokens"],
@@ -106,12 +104,13 @@ def measure(recipe: Recipe, run_dir: Path, trained: dict[str, Any]) -> dict[str,
         "heldout_bpb": trained["heldout_bpb"],
         "ngram_bpb": ngram.bits_per_byte(text),
         "xz_bpb": xz_bits_per_byte(text),
-        "next_turn_accuracy": next_turn_accuracy(model, tokenizer, heldout, contexts=CONTEXTS, window=window),
+        "next_turn_accuracy": by_gain,
+        "next_turn_accuracy_likelihood": by_likelihood,
         "mtp_acceptance": mtp_acceptance(model, _prompts(tokenizer, heldout, window // 2), max_tokens=32),
         "mtp_acceptance_forced": mtp_acceptance_forced(model, rows),
         "distinct_2": distinct_2([talk.answers for talk in talks]),
         "max_violation": sum(row["max_violation"] for row in metrics) / len(metrics),
-        "max_violation_pooled": pooled,
+        "max_violation_pooled": trained["max_violation_pooled"],
         "most_repeated_4gram": max(most_repeated(talk.answers, 4) for talk in talks),
         "samples": [[{"role": turn.role, "content": turn.content} for turn in talk.turns] for talk in talks],
     }

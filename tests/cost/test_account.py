@@ -71,6 +71,15 @@ def test_the_card_puts_headline_beside_full(lab):
     assert json.loads(json.dumps(card)) == card
 
 
+def test_a_tokenizer_made_with_the_data_is_not_called_unknown(tmp_path):
+    run_stage(tmp_path / "run", 100)
+    assert cost_card(tmp_path / "run")["stages"]["tokenizer"] == "not recorded"
+    run_stage(tmp_path / "run", 5, "data")
+    assert cost_card(tmp_path / "run")["stages"]["tokenizer"] == "in data"
+    run_stage(tmp_path / "run", 3, "tokenizer")
+    assert cost_card(tmp_path / "run")["stages"]["tokenizer"] == pytest.approx(6)
+
+
 def test_recorded_costs_join_the_full_price_only(lab):
     add(lab, "people", 1000, "2026-01..2026-03", project="p", note="one student")
     add(lab, "hardware", 90, "2026", project="q")

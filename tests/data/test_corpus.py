@@ -1,5 +1,7 @@
+import errno
 import gzip
 import json
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -74,6 +76,7 @@ def test_a_folder_is_read_in_order_and_passes_over_what_is_no_text(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1 has keys \['body'\]"),
         ("a.jsonl", b"[1]", "it needs text"),
+        ("a.jsonl", b'{"text": "x", "id": ' + b"9" * 5000 + b"}", r"a\.jsonl:1 is not valid JSON"),
         ("a.jsonl", b'{"messages": [{"role": "narrator", "content": "x"}]}', "needs a role"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}', "type string"),
         ("a.parquet", b"PAR1 and no more", "not a readable parquet"),
@@ -87,6 +90,39 @@ def test_a_folder_is_read_in_order_and_passes_over_what_is_no_text(tmp_path):
 def test_a_bad_file_that_was_named_is_one_clear_sentence(tmp_path, name, content, fault):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=fault):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("damaged", ["footer", "page"])
+def test_damage_within_a_parquet_file_names_it(tmp_path, damaged):
+    table = pa.table({"text": [f"row {i}" for i in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = 4 if damaged == "page" else len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    raw[start : start + 60] = bytes(60)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.parquet (is not a readable parquet file|cannot be read)") as caught:
+        texts(tmp_path / "a.parquet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.txt.zst", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"words")
+
+    def refuse(code):
+        def opening(path, *_, **__):
+            raise OSError(code, os.strerror(code), str(path))
+
+        monkeypatch.setattr("pathlib.Path.open", opening)
+        monkeypatch.setattr("gzip.GzipFile", opening)
+
+    refuse(errno.EACCES)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name} cannot be read .*Permission denied"):
+            texts(source)
+    refuse(errno.ENOSPC)  # the command line has its own words for it
+    with pytest.raises(OSError, match="No space left"):
         texts(tmp_path / name)
 
 
@@ -147,3 +183,10 @@ def test_runs_and_ledgers_below_a_folder_are_not_its_text(tmp_path):
     (tmp_path / "runs/ledger").mkdir()
     (tmp_path / "runs/ledger/mine-0123abcd.jsonl").write_text("{}")
     assert [document.text for document in read_documents([str(tmp_path)], "text")] == ["text to learn from"]
+
+
+def test_a_folder_inside_a_run_may_be_asked_for(tmp_path):
+    (tmp_path / "run_id").write_text("mine-0123abcd")
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("words")
+    assert texts(tmp_path / "texts") == ["words"]

@@ -47,3 +47,11 @@ def test_too_little_text_for_a_row(tmp_path):
     with pytest.raises(UserError, match="4 tokens, fewer"):
         pack_to(tmp_path, [TokenisedDocument([1, 2, 3, 4])], 4)
     assert len(pack_to(tmp_path, [TokenisedDocument([1, 2, 3, 4, 5])], 4)) == 1
+
+
+def test_the_fingerprint_is_of_every_token():
+    tokens = np.arange(3 * 2**20, dtype=np.int32)
+    packed = pack([tokens], 16)
+    assert packed.fingerprint == pack([tokens[: 2**20], tokens[2**20 :]], 16).fingerprint
+    tokens[2**20 + 1] += 1
+    assert packed.fingerprint != pack([tokens], 16).fingerprint

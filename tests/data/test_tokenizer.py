@@ -85,6 +85,9 @@ def test_a_vocabulary_that_does_not_fit_says_which_would():
 def test_save_and_load_give_the_same_tokenizer(tmp_path, tokenizer):
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    tokenizer._backend.save(str(tmp_path / "theirs"))  # the library's own writing of the file
+    assert (tmp_path / "tokenizer.json").read_text() == (tmp_path / "theirs").read_text()
+    (tmp_path / "theirs").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip

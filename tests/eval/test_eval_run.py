@@ -60,6 +60,9 @@ def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
     with pytest.raises(UserError, match="no text of its own"):
         eval_run.evaluate_run(tmp_path)
     recipe.write_text(f"{section}[data]\nsources = ['a.txt']\n[train]\nseq_len = 64\nseed = 3\nminutes = 5\n")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no text of its own"):
+        patch.setattr(eval_run, "prepare", lambda *_, **__: SimpleNamespace(heldout=[]))  # data.heldout_fraction = 0
+        eval_run.evaluate_run(tmp_path)
     result = eval_run.evaluate_run(tmp_path)
     assert result["window"] == 64 and result["heldout"]
     assert (asked["seed"], asked["vocab_size"]) == (3, 300)

@@ -9,7 +9,7 @@ from baleen.config import UserError
 from baleen.data.document import Document, Message
 from baleen.data.tokenizer import train_tokenizer
 from baleen.eval import next_turn
-from baleen.eval.next_turn import OTHER_TOKENS, OTHERS, _gains, _other_histories, _places, next_turn_accuracy
+from baleen.eval.next_turn import OTHER_TOKENS, OTHERS, _other_histories, _places, _scores, next_turn_accuracy
 from baleen.infer.engine import Engine
 
 
@@ -30,13 +30,13 @@ def tokenizer(documents):
     return train_tokenizer((m.content for d in documents for m in d.messages), 300)
 
 
-def test_gains_are_likelihoods_against_other_histories(tiny_model, tokenizer, documents):
+def test_scores_are_likelihoods_and_what_they_gain_over_other_histories(tiny_model, tokenizer, documents):
     model = tiny_model(dtype=torch.float64, vocab_size=tokenizer.vocab_size)
     engine = Engine(model, None)
     others = _other_histories(tokenizer, documents, random.Random(0))
     chat, turn, candidates = next(_places(documents, 1, random.Random(0)))
     role, before = chat[turn].role, tokenizer.encode_chat(chat[:turn])
-    gains = _gains(engine, tokenizer, chat, turn, candidates, others, 128)
+    gains, likelihoods = _scores(engine, tokenizer, chat, turn, candidates, others, 128)
 
     def log_likelihood(past, turn_ids):
         whole = [*past, *turn_ids]
@@ -45,10 +45,11 @@ def test_gains_are_likelihoods_against_other_histories(tiny_model, tokenizer, do
 
     elsewhere = [ids[-OTHER_TOKENS:] for other, ids in others[role] if other is not chat][:OTHERS]
     assert len(elsewhere) == OTHERS and len({tuple(ids) for ids in elsewhere}) == OTHERS
-    for text, gain in zip(candidates, gains, strict=True):
+    for text, gain, likelihood in zip(candidates, gains, likelihoods, strict=True):
         ids = tokenizer.encode_chat([*chat[:turn], Message(role, text)])[len(before) :]
         mean = sum(log_likelihood(past, ids) for past in elsewhere) / OTHERS
-        assert gain == pytest.approx(log_likelihood(before, ids) - mean, rel=1e-6)
+        assert likelihood == pytest.approx(log_likelihood(before, ids), rel=1e-6)
+        assert gain == pytest.approx(likelihood - mean, rel=1e-6)
 
 
 def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):
@@ -58,11 +59,11 @@ def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):
 
 
 def test_accuracy_counts_the_first(monkeypatch, tiny_model, tokenizer, documents):
-    model, scores = tiny_model(vocab_size=tokenizer.vocab_size), [1.0] + [0.0] * 9
-    monkeypatch.setattr(next_turn, "_gains", lambda *_: scores)
-    assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == 1.0
-    scores[0] = -1.0
-    assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == 0.0
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    right, wrong = [1.0] + [0.0] * 9, [-1.0] + [0.0] * 9
+    for scores, shares in (((right, wrong), (1.0, 0.0)), ((wrong, right), (0.0, 1.0))):
+        monkeypatch.setattr(next_turn, "_scores", lambda *_, scores=scores: scores)
+        assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == shares
 
 
 def test_too_few_conversations(tiny_model, tokenizer, documents):

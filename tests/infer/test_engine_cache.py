@@ -313,3 +313,16 @@ def test_random_life(engine, seed):
     assert e.pages.in_use == 0 and not live and len(ended) > 8
     plain = engine().complete(list(ended.values()))
     assert [tuple(said[id]) for id in ended] == [answer.token_ids for answer in plain]
+
+
+def test_a_token_takes_the_latents_of_its_layers(engine):
+    """Those of the MTP layers too, for any request may ask for drafts; but a CPU gives them room only once it does."""
+    e = engine(page_size=4)
+    latents, config = e.latents.latents, e.model.config
+    width = (config.kv_lora_rank + config.qk_rope_head_dim) * latents.element_size()
+    layers = config.num_hidden_layers
+    assert e.latents.bytes_per_token == (layers + 2) * width
+    e.complete([Request(text(9), drawn())])
+    assert latents[:layers].any() and not latents[layers:].any()
+    e.complete([Request(text(9), drawn())], speculate=2)
+    assert all(layer.any() for layer in latents)

@@ -58,8 +58,12 @@ def exact_triples(model):
     return (p1 * p2 * p3).flatten()
 
 
-def test_drafted_answers_follow_the_trunk(smallest):
-    counts, kept = triples(smallest, 3_000)
+MANY = pytest.param(100_000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("answers", [3_000, MANY])
+def test_drafted_answers_follow_the_trunk(smallest, answers):
+    counts, kept = triples(smallest, answers)
     assert chi_square_excess(counts, exact_triples(smallest)) < 4
     assert kept.min() > kept.sum() / 20
 
@@ -77,6 +81,7 @@ def one_noise_for_all_seeds(logits, places):
     return choose(logits, [place._replace(seed=0) for place in places])
 
 
+@pytest.mark.parametrize("answers", [1_500, MANY])
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
@@ -85,9 +90,9 @@ def one_noise_for_all_seeds(logits, places):
         (baleen.infer.step, "choose", one_noise_for_all_seeds),
     ],
 )
-def test_another_law_is_caught(smallest, monkeypatch, owner, name, broken):
+def test_another_law_is_caught(smallest, monkeypatch, owner, name, broken, answers):
     monkeypatch.setattr(owner, name, broken)
-    counts, _ = triples(smallest, 1_500)
+    counts, _ = triples(smallest, answers)
     assert chi_square_excess(counts, exact_triples(smallest)) > 8
 
 

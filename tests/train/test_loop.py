@@ -7,29 +7,35 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from baleen.config import UserError
+from baleen.data.document import Document, Message
 from baleen.parallel.worker import Alone
 from baleen.train import checkpoint, loop
 from baleen.train.checkpoint import load_newest
 from baleen.train.display import Display
 from baleen.train.loop import train
 from baleen.train.rundir import Metrics, open_run, read_metrics
-from baleen.train.trainer import Trainer, max_violation
+from baleen.train.trainer import Trainer, environment, max_violation
 
 NOT_REPEATED = ("seconds", "tokens_per_second", "usd")
 
 
 class Listener(Display):
-    """Keeps the warnings."""
+    """Keeps what is said, and the warnings."""
 
     def __init__(self):
         super().__init__(quiet=True)
+        self.said: list[str] = []
         self.warnings: list[str] = []
+
+    def say(self, message):
+        self.said.append(message)
 
     def warn(self, message):
         self.warnings.append(message)
@@ -80,8 +86,9 @@ def test_resumed_equals_straight_bit_for_bit(tiny_recipe, tmp_path, train_keys, 
         broken, warnings = run(recipe, tmp_path / "broken", resume=steps != 1, max_steps=steps)
         assert warnings == []
     assert straight["step"] > 10 and straight["status"] == "done"  # the ramp makes more steps of fewer sequences
-    assert broken["weights_sha256"] == straight["weights_sha256"]
-    assert broken["heldout_bpb"] == straight["heldout_bpb"]
+    again, _ = run(recipe, tmp_path / "broken", resume=True)  # as after a kill behind the last step
+    for key in ("weights_sha256", "heldout_bpb", "loss", "max_violation_pooled"):
+        assert again[key] == broken[key] == straight[key]
     assert curves(tmp_path / "broken") == curves(tmp_path / "straight")
     assert [row["step"] for row in curves(tmp_path / "broken")] == list(range(1, straight["step"] + 1))
     a, b = last_checkpoint(tmp_path / "straight"), last_checkpoint(tmp_path / "broken")
@@ -241,6 +248,14 @@ def test_a_refused_recipe_leaves_neither_directory_nor_ledger(tiny_recipe, tmp_p
     assert not (tmp_path / "lab").exists()
 
 
+@pytest.mark.parametrize("kind, fault", [("typo", "no tracker 'typo'"), ("wandb", "needs the package wandb")])
+def test_a_refused_tracker_leaves_neither_directory_nor_ledger(tiny_recipe, tmp_path, monkeypatch, kind, fault):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=fault):
+        run(tiny_recipe(), tmp_path / "lab" / "run", track=kind)
+    assert not (tmp_path / "lab").exists()
+
+
 @pytest.mark.parametrize(
     "content, cure",
     [(b"", "is empty"), (b"\x00\x01" * 500, "is binary"), (b"too short", "too few to train on|fills only|fewer than")],
@@ -321,7 +336,19 @@ def test_another_thread_count_warns(tiny_recipe, tmp_path):
         _, warnings = run(tiny_recipe(), tmp_path / "run", resume=True, max_steps=2)
     finally:
         torch.set_num_threads(threads)
-    assert warnings == [f"this run will not repeat bit for bit: threads was {threads}, is {threads + 1}"]
+    assert warnings == [f"this run may not repeat bit for bit: threads was {threads}, is {threads + 1}"]
+
+
+def test_each_difference_of_the_environment_warns(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    run(recipe, tmp_path / "run", max_steps=1)
+    now = {**environment("fp32"), "layout": "one process"}
+    assert now.keys() == {"threads", "torch", "cpu", "precision", "kernels", "code", "layout"}
+    for key, value in now.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_environment", lambda _, key=key: {**now, key: "another"})
+            _, warnings = run(recipe, tmp_path / "run", resume=True, max_steps=1)
+        assert warnings == [f"this run may not repeat bit for bit: {key} was {value}, is another"]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_told(tiny_recipe, tmp_path, monkeypatch):
@@ -409,6 +436,28 @@ def test_a_run_leaves_what_design_promises(tiny_recipe, tmp_path):
     assert summary["loss"] == pytest.approx(sum(losses) / len(losses))
 
 
+SAMPLED = {"model": {"max_position_embeddings": 128}, "train": {"sample_every_seconds": 1e-6}}
+
+
+@pytest.mark.parametrize(
+    "openings, prompt", [(["whale " * 200, "a short song"], "a short song"), (["whale " * 200], "")]
+)
+def test_a_sample_asks_what_its_context_holds(tiny_recipe, corpus, tmp_path, monkeypatch, openings, prompt):
+    """Whatever conversations were held out, training goes on."""
+    monkeypatch.setattr(loop, "FIRST_SAMPLE_SECONDS", 0.0)
+    text = (corpus / "0.txt").read_text()
+    rows = [[{"role": "user", "content": f"{text} {n}"}, {"role": "assistant", "content": text}] for n in range(40)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    recipe = tiny_recipe(data={"sources": (str(chats),), "format": "chat"}, **SAMPLED)
+    prepared = loop._prepare
+    held_out = [Document.of_messages([Message("user", opening)], "") for opening in openings]
+    monkeypatch.setattr(loop, "_prepare", lambda *given: replace(prepared(*given), heldout=held_out))
+    run(recipe, tmp_path / "run", max_steps=2)
+    samples = [row["sample"] for row in curves(tmp_path / "run") if "sample" in row]
+    assert samples and all(sample.startswith(prompt) and "whale " * 9 not in sample for sample in samples)
+
+
 def test_the_exported_model_is_the_one_that_was_trained(tiny_recipe, tmp_path):
     from baleen.interop.load import load
 
@@ -439,8 +488,10 @@ def test_ctrl_c_ends_the_step_under_way_and_saves(tiny_recipe, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
         before = signal.getsignal(signal.SIGINT)
-        summary, _ = run(tiny_recipe(), tmp_path / "run")
+        listener = Listener()
+        summary = train(tiny_recipe(), tmp_path / "run", display=listener, go_on="ask again")
     assert (summary["status"], summary["step"]) == ("stopped", 4)
+    assert listener.said[-1] == "stopped at step 4 and saved; ask again"
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "model").exists()
     resumed, _ = run(tiny_recipe(), tmp_path / "run", resume=True)

@@ -89,3 +89,18 @@ def test_a_broken_package_is_not_called_missing(monkeypatch, tmp_path):
 def test_an_unknown_kind_is_named(tmp_path):
     with pytest.raises(UserError, match="'mlflow'.*tensorboard"):
         open_tracker("mlflow", tmp_path, CONFIG)
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_back_what_was_logged(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = open_tracker("tensorboard", tmp_path, CONFIG)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 2.0 / step, "lr": 1e-3})
+    tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "lr"]
+    loss = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert loss == [(step, pytest.approx(2.0 / step)) for step in (1, 2, 3)]
+    (recipe,) = events.Tensors("recipe/text_summary")
+    assert b"train.lr = 0.003" in recipe.tensor_proto.string_val[0]

@@ -71,7 +71,7 @@ def json_value(prompt: str, completion: str, answer: str) -> float:
     """1 if the answer is JSON of the same value as `answer`."""
     try:
         return float(json.loads(answer_of(completion) or "") == json.loads(answer))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of too many digits
         return 0.0
 
 

@@ -79,7 +79,7 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
     newest = work.saver.newest()
     if newest is not None:
         for difference in trainer.restore(newest):
-            work.display.warn(f"this stage will not repeat bit for bit: {difference}")
+            work.display.warn(f"this stage may not repeat bit for bit: {difference}")
     counters = trainer.counters
     wall, seconds, tokens = counters.wall_seconds, counters.seconds, counters.tokens
     metrics, started = work.metrics(counters.step), time.monotonic()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TRAINING = ("pretrain", "extend", "sft", "rl", "distill")
 NOT_RECORDED = "not recorded"
+IN_DATA = "in data"
 
 
 def cost_card(run_dir: Path | str, lab: Path | str | None = None, now: float | None = None) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def card_of(account: Account, run_id: str) -> dict[str, Any]:
         "earlier_rate_cards": rates[1:],
         "runs": len({s.run_id for s in whole}),
         "failed_usd": sum(s.usd for s in whole if failed(s)),
-        "stages": {name: _sum_or_none(s.usd for s in whole if s.stage == name) for name in STAGES},
+        "stages": _by_stage(whole),
         "purposes": {name: _sum_or_none(s.usd for s in whole if s.purpose == name) for name in PURPOSES},
         "recorded": {name: recorded.get(name, NOT_RECORDED) for name in CATEGORIES},
         "headline_leaves_out": headline_leaves_out(compute - headline, recorded),
@@ -196,6 +197,14 @@ def card_paragraph(card: dict[str, Any]) -> str:
     if missing:
         text += f"Not recorded, and so in neither price: {', '.join(missing)}."
     return text.rstrip()
+
+
+def _by_stage(stages: Sequence[StageRecord]) -> dict[str, float | str]:
+    """A tokenizer without a stage of its own was trained while the data were prepared."""
+    sums = {name: _sum_or_none(s.usd for s in stages if s.stage == name) for name in STAGES}
+    if sums["tokenizer"] == NOT_RECORDED != sums["data"]:
+        sums["tokenizer"] = IN_DATA
+    return sums
 
 
 def _energy_text(joules: float | None, how: str) -> str:

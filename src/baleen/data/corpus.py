@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -72,8 +73,9 @@ def _files(source: str, counts: Counter[str]) -> Iterator[tuple[Path, bool]]:
         yield root, True
     elif root.is_dir():
         for path in sorted(root.rglob("*"), key=lambda p: p.as_posix()):
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if hidden or not path.is_file() or any(_is_ours(folder) for folder in path.parents if folder != root):
+            inside = path.relative_to(root)  # the root itself was asked for, wherever it lies
+            hidden = any(part.startswith(".") for part in inside.parts)
+            if hidden or not path.is_file() or any(_is_ours(root / folder) for folder in inside.parents[:-1]):
                 continue
             if _kind(path) is None:
                 counts["files_other"] += 1
@@ -117,7 +119,7 @@ def _read_file(path: Path, named: bool, counts: Counter[str]) -> Iterator[Docume
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. A broken archive is a UserError wherever in the file it shows."""
+    """The file's bytes, decompressed. A broken or unreadable file is a UserError wherever in it that shows."""
     broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error, EOFError)
     try:
         if path.suffix.lower() == ".gz":
@@ -132,6 +134,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except broken as error:
         raise UserError(f"{path} cannot be decompressed ({error}): copy it again") from None
+    except OSError as error:  # pyarrow raises it for damaged pages as well
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path} cannot be read ({_one_line(error)}): copy it again, or make it readable") from None
 
 
 class _ZstdFile(io.RawIOBase):
@@ -175,7 +181,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also a number of too many digits
                 raise UserError(f"{where} is not valid JSON ({error}): write one object a line") from None
             empty = False
             yield _row_document(row, where)
@@ -202,8 +208,8 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     row_number += 1
                     yield _row_document(row, f"{path}:{row_number}")
-        except ArrowException as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from None
+        except (ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a readable parquet file: {_one_line(error)}") from None
 
 
 def _row_document(row: Any, where: str) -> Document:
@@ -223,6 +229,10 @@ def _message(turn: Any, where: str) -> Message:
     if role not in ROLES or not isinstance(content, str):
         raise UserError(f"{where}: a message needs a role ({', '.join(ROLES)}) and a content of type string")
     return Message(role, _whole(content))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _whole(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 
 from baleen.config import UserError
+
+HASHED_AT_ONCE = 2**20  # tokens, so that no copy of them all is made
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,15 @@ class PackedTokens:
     def __len__(self) -> int:
         return (len(self.flat_tokens) - 1) // self.seq_len
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Of the length and of 65,536 tokens spread evenly: an edit to the text moves all tokens behind it."""
-        sample = self.flat_tokens[:: 1 + len(self.flat_tokens) // 2**16]
-        return blake2b(sample.tobytes() + str(len(self.flat_tokens)).encode(), digest_size=12).hexdigest()
+        """Of the length and all tokens; of a GiB or more, of as many tokens spread evenly as make up to one."""
+        sample = self.flat_tokens[:: 1 + self.flat_tokens.nbytes // 2**30]
+        digest = blake2b(digest_size=12)
+        for start in range(0, len(sample), HASHED_AT_ONCE):
+            digest.update(sample[start : start + HASHED_AT_ONCE].tobytes())
+        digest.update(str(len(self.flat_tokens)).encode())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> np.ndarray:

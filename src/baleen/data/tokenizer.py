@@ -270,7 +270,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers' AutoTokenizer reads them."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / "tokenizer.json"))
+        # The library's own `save` raises a bare Exception when the disk is full.
+        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
         if self._template is not None:

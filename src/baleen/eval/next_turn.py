@@ -1,12 +1,14 @@
-"""Which of ten turns came next? A conversation's true next turn among nine from elsewhere, chosen by likelihood.
+"""Which of ten turns came next? A conversation's true next turn among nine from elsewhere, chosen in two ways.
 
-The likelihood is weighed against what it is after other histories: plain likelihood prefers "haha" after everything.
+By likelihood; and by gain, which weighs it against what it is after other histories, for plain likelihood prefers
+"haha" after everything.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from baleen.config import UserError
 from baleen.data.document import Document, Message
@@ -23,6 +25,11 @@ OTHERS = 3  # histories of other conversations that a turn is weighed against
 OTHER_TOKENS = 65  # of each, its last ones: whole pages of the engine's cache, which are read once, and one more
 
 
+class Accuracy(NamedTuple):
+    by_gain: float
+    by_likelihood: float
+
+
 def next_turn_accuracy(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -31,8 +38,8 @@ def next_turn_accuracy(
     contexts: int,
     window: int,
     seed: int = 0,
-) -> float:
-    """Share of `contexts` held-out places at which the true next turn gains most likelihood from the history.
+) -> Accuracy:
+    """Shares of `contexts` held-out places at which the true next turn is chosen.
 
     A turn's gain is log p(turn | history) less its mean over OTHERS histories of other conversations. The other nine
     are turns of other documents, spoken in the same role. Context and candidate together have at most `window` tokens;
@@ -41,8 +48,10 @@ def next_turn_accuracy(
     engine, rng = Engine(model, None), random.Random(seed)
     others = _other_histories(tokenizer, documents, rng)
     places = _places(documents, contexts, rng)
-    gains = [_gains(engine, tokenizer, chat, turn, turns, others, window) for chat, turn, turns in places]
-    return sum(own.index(max(own)) == 0 for own in gains) / len(gains)
+    scores = [_scores(engine, tokenizer, chat, turn, turns, others, window) for chat, turn, turns in places]
+    found = [[own.index(max(own)) == 0 for own in pair] for pair in scores]
+    by_gain, by_likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
+    return Accuracy(by_gain, by_likelihood)
 
 
 def _places(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[tuple[Chat, int, list[str]]]:
@@ -77,7 +86,7 @@ def _other_histories(
     return histories
 
 
-def _gains(
+def _scores(
     engine: Engine,
     tokenizer: Tokenizer,
     chat: Chat,
@@ -85,8 +94,8 @@ def _gains(
     candidates: list[str],
     others: dict[str, list[tuple[Chat, list[int]]]],
     window: int,
-) -> list[float]:
-    """How much likelier the history makes each candidate than other histories do, in nats."""
+) -> tuple[list[float], list[float]]:
+    """Of each candidate its gain, and log p after the history, in nats."""
     history, role = list(chat[:turn]), chat[turn].role
     before = tokenizer.encode_chat(history)
     encoded = [tokenizer.encode_chat([*history, Message(role, text)]) for text in candidates]
@@ -96,7 +105,8 @@ def _gains(
     engine.complete([Request(own, SamplingParams(max_tokens=1))])  # read once, then shared by the ten
     elsewhere = [ids[-OTHER_TOKENS:] for other, ids in others[role] if other is not chat][:OTHERS]
     after_own, *after_others = _log_likelihoods(engine, [own, *elsewhere], rows)
-    return [here - sum(there) / len(there) for here, *there in zip(after_own, *after_others, strict=True)]
+    gains = [here - sum(there) / len(there) for here, *there in zip(after_own, *after_others, strict=True)]
+    return gains, after_own
 
 
 def _log_likelihoods(engine: Engine, histories: Sequence[list[int]], rows: list[list[int]]) -> list[list[float]]:

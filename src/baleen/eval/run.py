@@ -54,9 +54,9 @@ def evaluate_run(
             cache_dir=run / "data",
             tokenizer=None if "model" in sections else loaded.tokenizer,  # trained on from a model that brought its own
         ).heldout
-    elif tasks:
-        documents = []
     else:
+        documents = []
+    if not documents and not tasks:
         raise UserError(f"{run} has no text of its own that was held out: name a file with --text")
     questions = {name: _questions(name, documents) for name in tasks if not name.startswith(HARNESS)}
     if samples > 1 and not any(isinstance(of_one[0], Program) for of_one in questions.values()):

@@ -75,7 +75,7 @@ def read_task(file: Path) -> list[Question]:
 def _question(line: str, where: str) -> Question:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise UserError(f"{where} is not valid JSON ({error}): write one object a line") from None
     kind = next((kind for key, kind in KINDS.items() if isinstance(row, dict) and key in row), None)
     if kind is None:

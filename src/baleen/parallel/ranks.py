@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import socket
@@ -102,6 +103,7 @@ class Ranks:
 ALONE = Ranks(0, 1)
 
 
+@functools.cache
 def fingerprint_of_code() -> str:
     """Of every source file of this package, and torch's version."""
     digest = hashlib.sha256(torch.__version__.encode())

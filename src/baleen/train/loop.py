@@ -8,6 +8,7 @@ import signal
 import time
 from collections import deque
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ from baleen.train.export import export_shards
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run
 from baleen.train.saver import Saver, TeamSaver
-from baleen.train.track import TrackerKind, open_tracker
+from baleen.train.track import TrackerKind, check_tracker, open_tracker
 from baleen.train.trainer import StepResult, Trainer, max_violation
 
 FIRST_SAMPLE_SECONDS = 15.0
+SAMPLE_TOKENS = 48
 STEPS_BETWEEN_LOADS = 50  # rows of metrics.jsonl with the load of every expert
 
 
@@ -53,20 +55,24 @@ def train(
     max_steps: int | None = None,
     track: TrackerKind = "none",
     display: Display | None = None,
+    go_on: str = "go on with --resume",
 ) -> dict[str, Any]:
     """Train a model from scratch, or go on where the newest whole checkpoint stands.
 
-    Ctrl-C and SIGTERM end the step under way, save and return. Returns {run, status ("done" | "stopped"), step, tokens,
-    train_seconds, loss, heldout_bpb, weights_sha256}. Raises UserError for bad input, having overwritten nothing.
+    Ctrl-C and SIGTERM end the step under way, save and return; `go_on` is what is said of how to continue. Returns
+    {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, heldout_bpb, max_violation_pooled,
+    weights_sha256}. Raises UserError for bad input, having overwritten nothing.
 
     Under torchrun every process calls this, and all get the same summary. Then nothing is sampled or held out on the
     way (heldout_bpb is None: see `baleen eval`), and weights_sha256 is over all ranks' parts.
     """
     with joined(recipe.parallel.timeout_seconds) as ranks, ExitStack() as claim:
         grid = check_layout(recipe, ranks)
-        ranks.lead(lambda: check_data(recipe.data))  # what is refused leaves neither directory nor cost
+        ranks.lead(lambda: check_tracker(track))  # what is refused leaves neither directory nor cost
+        ranks.lead(lambda: check_data(recipe.data))
         ranks.lead(lambda: claim.enter_context(open_run(run_dir, recipe, resume=resume)))
-        return _train(recipe, run_dir, ranks, grid, max_steps, track, display or Display(quiet=ranks.rank > 0))
+        display = display or Display(quiet=ranks.rank > 0)
+        return _train(recipe, run_dir, ranks, grid, max_steps, track, display, go_on)
 
 
 def _train(
@@ -77,6 +83,7 @@ def _train(
     max_steps: int | None,
     track: TrackerKind,
     display: Display,
+    go_on: str,
 ) -> dict[str, Any]:
     """`train` on one of several ranks: rank 0 keeps the run directory and the ledger."""
     tracker = open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump())
@@ -107,7 +114,7 @@ def _train(
         saved = run.save()
     if stopped:
         where = "and saved" if saved else f"and NOT saved; step {run.saver.saved_step} is the last that is"
-        display.say(f"stopped at step {run.trainer.counters.step} {where}; go on with --resume")
+        display.say(f"stopped at step {run.trainer.counters.step} {where}; {go_on}")
         return run.summary("stopped", None)
     with run_stage(recipe.cost, run_dir, "eval", ranks):
         heldout = run.heldout_bpb()
@@ -169,11 +176,13 @@ class _Run:
         newest = self.saver.newest()
         if newest is not None:
             for difference in self.trainer.restore(newest):
-                display.warn(f"this run will not repeat bit for bit: {difference}")
+                display.warn(f"this run may not repeat bit for bit: {difference}")
         self._before = self.trainer.counters.wall_seconds, self.trainer.counters.seconds, self.trainer.counters.tokens
         self._started = time.monotonic()
         self._next_sample = self._before[0] + FIRST_SAMPLE_SECONDS
         self._recent: deque[StepResult] = deque(maxlen=100)
+        if newest is not None:
+            self._recent.extend(StepResult.from_json(row) for row in newest.state.get("recent", ()))
         where = f"{worker.layout} on {device()}"
         display.say(f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {self.trainer.precision}, {where}")
 
@@ -231,16 +240,22 @@ class _Run:
 
     def _sample(self) -> str:
         """A short answer of the model as it is now, on its own random stream."""
-        tokenizer = self.prepared.tokenizer
-        opening = next((d.messages[0] for d in self.prepared.heldout if d.messages), None)
-        if opening is not None:
-            prompt, ids = opening.content, tokenizer.encode_chat([opening], add_generation_prompt=True)
-        else:
-            prompt, ids = "", [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-        params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=48, seed=self.recipe.train.seed)
-        text = Engine(self.trainer.model, tokenizer).complete([Request(ids, params)])[0].text.strip()
+        prompt, ids = self._opening
+        params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.recipe.train.seed)
+        text = Engine(self.trainer.model, self.prepared.tokenizer).complete([Request(ids, params)])[0].text.strip()
         self.display.sample(self.trainer.counters.step, prompt, text)
         return f"{prompt} {text}".strip()
+
+    @cached_property
+    def _opening(self) -> tuple[str, list[int]]:
+        """The first held-out message that leaves room for an answer, and its tokens; if none does, a mere beginning."""
+        tokenizer, room = self.prepared.tokenizer, self.recipe.model.max_position_embeddings - SAMPLE_TOKENS
+        for document in self.prepared.heldout:
+            if document.messages:
+                ids = tokenizer.encode_chat(document.messages[:1], add_generation_prompt=True)
+                if len(ids) <= room:
+                    return document.messages[0].content, ids
+        return "", [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
 
     def heldout_bpb(self) -> float | None:
         """Bits per byte on the held-out text; None if nothing was held out, or the model is spread over ranks."""
@@ -266,7 +281,9 @@ class _Run:
         self.saver.settle(wait=False)
         if self.trainer.counters.step != self.saver.saved_step:
             self._tick()
-            self.saver.save(self.trainer.checkpoint())
+            taken = self.trainer.checkpoint()
+            taken.state["recent"] = [result.to_json() for result in self._recent]  # the summary is of them
+            self.saver.save(taken)
 
     def agree(self, interruption: Interruption) -> bool:
         """Whether any rank is to stop. Clocks differ from rank to rank, and schedules may depend on them."""
@@ -328,7 +345,8 @@ class _Run:
 
     def _pooled_violation(self) -> float:
         """max_violation of the last 100 steps' loads added up: what is left of imbalance when chance averages out."""
-        loads = [result.loads for result in self._recent]  # fewer in steps that left the MTP layers out
+        # Those of a checkpoint are on the CPU; steps that left the MTP layers out have fewer.
+        loads = [[load.cpu() for load in result.loads] for result in self._recent]
         return max_violation([torch.stack(layer).sum(0) for layer in zip(*loads, strict=False)])
 
 

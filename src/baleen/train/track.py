@@ -24,19 +24,24 @@ class Tracker(Protocol):
         ...
 
 
+def check_tracker(kind: str) -> None:
+    """Raises UserError for a kind that `open_tracker` does not know, or whose package is not installed."""
+    if kind not in get_args(TrackerKind):
+        raise UserError(f"no tracker {kind!r}: take one of {', '.join(get_args(TrackerKind))}")
+    if kind != "none":
+        _package(kind)
+
+
 def open_tracker(kind: TrackerKind, run_dir: Path, config: Mapping[str, Any]) -> Tracker:
     """The tracker of that kind for the run in `run_dir`; `config` is the resolved recipe, shown beside the curves.
 
     `none` records nothing. TensorBoard writes into run_dir/tensorboard and trackio into its own folder, both on this
-    machine. wandb sends to its server. Raises UserError for another kind, or if its package is not installed.
+    machine. wandb sends to its server. Raises UserError as `check_tracker` does.
     """
+    check_tracker(kind)
     if kind == "none":
         return _NoTracker()
-    if kind == "tensorboard":
-        return _TensorBoard(run_dir, config)
-    if kind in ("trackio", "wandb"):
-        return _Wandb(kind, run_dir, config)
-    raise UserError(f"no tracker {kind!r}: take one of {', '.join(get_args(TrackerKind))}")
+    return _TensorBoard(run_dir, config) if kind == "tensorboard" else _Wandb(kind, run_dir, config)
 
 
 class _NoTracker:
@@ -49,8 +54,7 @@ class _NoTracker:
 
 class _TensorBoard:
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        tensorboard = _load("torch.utils.tensorboard", package="tensorboard")
-        self._writer = tensorboard.SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer = _package("tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
         lines = (f"    {key} = {value!r}" for key, value in _flat(config).items())  # indented: Markdown's verbatim
         self._writer.add_text("recipe", "\n".join(lines))
 
@@ -66,7 +70,7 @@ class _Wandb:
     """wandb, or trackio, which answers to the same calls."""
 
     def __init__(self, kind: Literal["trackio", "wandb"], run_dir: Path, config: Mapping[str, Any]) -> None:
-        package = _load(kind, package=kind)
+        package = _package(kind)
         own = {"dir": str(run_dir)} if kind == "wandb" else {}
         with redirect_stdout(sys.stderr):  # stdout is for results, and trackio prints its greetings there
             self._run = package.init(project="baleen", name=run_dir.resolve().name, config=_flat(config), **own)
@@ -79,14 +83,15 @@ class _Wandb:
             self._run.finish()
 
 
-def _load(module: str, package: str) -> Any:
+def _package(kind: str) -> Any:
+    module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module, package):
+        if error.name not in (module, kind):
             raise  # the package is there, and broken
         raise UserError(
-            f"--track {package} needs the package {package}: pip install 'baleen-lm[track]', or take --track none"
+            f"--track {kind} needs the package {kind}: pip install 'baleen-lm[track]', or take --track none"
         ) from None
 
 

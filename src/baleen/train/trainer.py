@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from baleen.config import UserError
 from baleen.data.loader import Batch, Loader
 from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
+from baleen.parallel.ranks import fingerprint_of_code
 from baleen.parallel.recompute import recompute
 from baleen.parallel.worker import Alone, MicroBatch, Worker
 from baleen.recipe import Recipe
@@ -52,6 +55,13 @@ class StepResult:
     def max_violation(self) -> float:
         """Largest over mean load less one, averaged over the MoE layers (arXiv 2408.15664)."""
         return max_violation(self.loads)
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"loads": [load.tolist() for load in self.loads]}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> StepResult:
+        return cls(**row | {"loads": [torch.tensor(load) for load in row["loads"]]})
 
 
 def max_violation(loads: list[Tensor]) -> float:
@@ -194,12 +204,20 @@ class Trainer:
         return {**environment(self.precision), "layout": self.worker.layout}
 
 
+def processor() -> str:
+    """The name of the CPU's model; its architecture where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    names = [line for line in file.read_text().splitlines() if line.startswith("model name")] if file.exists() else []
+    return names[0].partition(": ")[2] if names else platform.machine()
+
+
 def environment(precision: Precision) -> dict[str, Any]:
-    """What of the machine decides over the last bit of a step."""
+    """What of the machine and the build decides over the last bit of a step."""
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "precision": precision,
         "kernels": kernels(),
+        "code": fingerprint_of_code(),
     }
