@@ -109,6 +109,8 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, precision: str, m
     if arch.kv_lora_rank is not None:
         latents = (arch.q_lora_rank or 0) + arch.kv_lora_rank + arch.qk_rope_head_dim
         total += latents * (kept + linear) / split
+        if policy == "modules":  # the norm of the latent is made again, its copy beside the rotated key is not
+            total += (arch.kv_lora_rank + arch.qk_rope_head_dim) * kept / split
         # Rotation is as wide as the stream, the latents beside the rotated key with it, which are narrowed once more.
         rotated = 0 if policy == "modules" else heads * arch.qk_rope_head_dim / layout.tensor
         total += wide * (rotated + 2 * arch.kv_lora_rank + arch.qk_rope_head_dim)

@@ -95,16 +95,18 @@ def _formulas(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool, fp
 def _beside(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool) -> float:
     """Bytes that a rank keeps on a CPU beside what the plan counts of its layers, the mean over the pipeline.
 
-    PyTorch's attention there takes values as wide as keys, and o_proj a narrower copy of what comes out. Each loss, of
-    the trunk and of MTP, holds its gradients of the hidden states and of the head until the backward.
+    PyTorch's attention there takes values as wide as keys, and o_proj a narrower copy of what comes out; its norms keep
+    what they have scaled. Each loss, of the trunk and of MTP, holds its gradients of the hidden states and of the head
+    until the backward.
     """
-    modules, tokens = arch.num_nextn_predict_layers if mtp else 0, layout.micro_batch * seq_len
+    modules, tokens, d = arch.num_nextn_predict_layers if mtp else 0, layout.micro_batch * seq_len, arch.hidden_size
     heads, wide, width = arch.num_attention_heads, arch.qk_head_dim, arch.v_head_dim
     padded = heads * (wide + (0 if layout.recompute == "modules" else wide - width)) if wide > width else 0
-    losses = (1 + modules) * (tokens + arch.vocab_size) * arch.hidden_size
-    ends = (1 + modules) * tokens * arch.hidden_size  # the inputs of the last norms
-    joined = modules * tokens * 4 * arch.hidden_size  # MTP's two norms and their outputs side by side
-    return 4 * ((arch.num_hidden_layers + modules) * tokens * padded + losses + ends + joined) / layout.pipeline
+    scaled = 2 * d + (arch.q_lora_rank or 0) + (arch.kv_lora_rank or 0)
+    losses = (1 + modules) * (tokens + arch.vocab_size) * d
+    ends = (1 + modules) * tokens * 2 * d  # the last norms
+    joined = modules * tokens * 6 * d  # MTP's two norms, and their outputs side by side
+    return 4 * ((arch.num_hidden_layers + modules) * tokens * (padded + scaled) + losses + ends + joined) / layout.pipeline
 
 
 def _counts(parameters_in_all: int, ranks: Ranks) -> dict[str, float]:
