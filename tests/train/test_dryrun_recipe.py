@@ -15,6 +15,12 @@ from baleen.train import dryrun
 from baleen.train.dryrun import TOLERANCES, dry_run_recipe
 
 pytestmark = pytest.mark.slow
+V3 = ["norm", "up_projection", "swiglu"]
+# large enough that indices and the like are no 2 % of what is kept
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "q_lora_rank": 96, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "v_head_dim": 32, "num_hidden_layers": 6, "vocab_size": 1000,
+}  # fmt: skip
 
 
 def recipe(config, **parallel):
@@ -23,10 +29,14 @@ def recipe(config, **parallel):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"expert": 2}, {"pipeline": 2, "expert": 2}, {"zero": 0}, {"shard": 2, "expert": 2}, {"zero": 2}]
-)
+    "parallel",
+    [
+        {"expert": 2}, {"pipeline": 2, "expert": 2}, {"zero": 0}, {"shard": 2, "expert": 2}, {"zero": 2},
+        {"expert": 2, "recompute": V3}, {"pipeline": 2, "recompute": V3},
+    ],
+)  # fmt: skip
 def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
-    told = dry_run_recipe(recipe(tiny_config(num_hidden_layers=6), **parallel), 4)
+    told = dry_run_recipe(recipe(tiny_config(**WIDE), **parallel), 4)
     assert told["disagree"] == []
     for word, tolerance in TOLERANCES.items():
         held = told["cost"][word]
@@ -38,12 +48,17 @@ def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
     assert told["fullest_rank_bytes"] == static + under_way * fullest["kept"]
 
 
-@pytest.mark.parametrize("word", ["parameters", "all_to_all", "data"])
+def test_activations_without_a_formula_are_not_held(tiny_config):
+    told = dry_run_recipe(recipe(tiny_config(), recompute=["swiglu"]), 4)
+    assert "activations" not in told["cost"] and told["disagree"] == []
+
+
+@pytest.mark.parametrize("word", ["parameters", "all_to_all", "data", "activations"])
 def test_a_formula_that_is_off_ends_in_an_error(tiny_config, tmp_path, monkeypatch, word):
     formulas = dryrun._formulas
     monkeypatch.setattr(dryrun, "_formulas", lambda *a, **k: (f := formulas(*a, **k)) | {word: 1.05 * f[word]})
     file = tmp_path / "recipe.toml"
-    file.write_text(recipe(tiny_config(num_hidden_layers=6), expert=2).to_toml())
+    file.write_text(recipe(tiny_config(**WIDE), expert=2).to_toml())
     done = CliRunner().invoke(app, ["train", str(file), "--dry-run", "--world", "4", "--json"])
     assert done.exit_code == 1 and done.stderr.endswith(f"does not count as the ranks do: {word}\n")
     assert json.loads(done.stdout)["cost"][word]["relative_error"] == pytest.approx(0.05, abs=0.02)

@@ -29,7 +29,8 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
 
     cost: {parameters, weights, gradients, optimizer, all_to_all, data, activations: {formula, counted, relative_error}}
     by `cost plan`'s formulas and as counted. Parameters are the model's; all else is bytes of a rank, the mean: held in
-    a step, or leaving it for one micro-batch and its reduction (data: weights and gradients).
+    a step, kept for the backward of one micro-batch (activations; left out where the plan knows no formula, for a part
+    of what V3 recomputes), or leaving it for one and its reduction (data: weights and gradients).
     disagree: those that are off by more than TOLERANCES allow.
     fullest_rank_bytes: counted, with the activations of all micro-batches that the schedule has under way.
     Raises UserError for an impossible layout.
