@@ -12,7 +12,7 @@ from baleen.cost.memory import RankMemory, rank_memory
 from baleen.cost.step import StepTime, least_seconds, rooflines, step_time
 from baleen.cost.workload import Workload
 
-RISING_RECOMPUTATION: tuple[Recompute, ...] = ("none", "selective", "deepseek", "operators", "full")
+RISING_RECOMPUTATION: tuple[Recompute, ...] = ("none", "selective", "modules", "deepseek", "operators", "full")
 # More model parallelism than fits already only adds traffic and bubbles; this much more is still tried.
 WORTH_TRYING = 16
 

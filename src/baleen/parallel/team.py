@@ -57,9 +57,10 @@ class Team:
         self.rank, self.world = dist.get_rank(), mesh.grid.world
         self.data_rank, self.data_ranks = mesh.data_rank, mesh.grid.data
         self.parts: list[nn.Module] = self._cut(model)
+        is_empty = model.device.type == "meta"
         for part in self.parts:
             shard(part, mesh, parallel.zero)
-            if model.device.type == "meta":
+            if is_empty:
                 part.to_empty(device=device)
         self._whole = {name: p for part in self.parts for name, p in part.named_parameters()}
         self.parameters = {name: _local_parameter(p) for name, p in self._whole.items()}
