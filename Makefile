@@ -37,9 +37,11 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.slow slurm
 	$(BIN)/pytest -m slow
 
-# All of parallel/, the slow and the fast: layouts, checkpoints between them, kills, hangs, preemption by Slurm, dry runs.
+# All of parallel/, the slow and the fast: layouts, checkpoints between them, kills, hangs, preemption by Slurm, dry runs,
+# and where experts are placed.
 test-dist: $(VENV)/.dev slurm
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/parallel tests/train/test_dryrun_recipe.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/parallel tests/train/test_layout.py tests/train/test_dryrun_recipe.py \
+		tests/cost/test_placement.py tests/cost/test_load_trace.py
 
 # A scheduler for the slow tests, which start one of their own on loopback: Debian's packages.
 slurm:

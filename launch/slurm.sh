@@ -1,5 +1,5 @@
 #!/bin/bash
-# One training run under Slurm: sbatch launch/slurm.sh RECIPE RUN_DIRECTORY
+# One training run under Slurm: sbatch launch/slurm.sh RECIPE RUN_DIRECTORY [further options of `baleen train`]
 # Preempted or at its time limit, the job saves, is queued again and goes on from its last checkpoint.
 #SBATCH --job-name=baleen
 #SBATCH --nodes=2
@@ -26,4 +26,4 @@ srun --kill-on-bad-exit=1 bash -c '
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_ON_NODE}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --rdzv-endpoint "$head:${MASTER_PORT:-29500}" \
-    -m baleen -- train "$1" --run "$2" --resume
+    -m baleen -- train "$1" --run "$2" --resume "${@:3}"

@@ -319,7 +319,7 @@ def _print_json(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a UserError becomes one sentence on stderr and exit code 2."""
+    """Runs the command line; a UserError becomes one sentence on stderr and exit code 2, a RankLost one and 1."""
     try:
         app()
     except ValueError as error:
@@ -334,3 +334,10 @@ def main() -> None:
             raise
         print(f"error: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        from baleen.parallel.ranks import RankLost  # here, for it brings torch with it
+
+        if not isinstance(error, RankLost):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from baleen.cli import app
 from baleen.config import UserError
 from baleen.cost.load_trace import place_on_trace
 
@@ -47,3 +49,19 @@ def test_what_cannot_be_placed(run_of, tmp_path):
         place_on_trace(run_of((1, [FIRST]), (2, [FIRST])), gpus=4, nodes=2)
     with pytest.raises(UserError, match="the nearest number that does is 2"):
         place_on_trace(run_of((1, [FIRST]), (2, [FIRST])), gpus=3)
+
+
+def test_a_plan_takes_what_is_printed(run_of):
+    run = run_of((1, [FIRST]), (2, [SECOND]), (3, [FIRST]))
+    told = CliRunner().invoke(app, ["cost", "place", str(run), "--gpus", "2"], catch_exceptions=False)
+    command = told.stdout.strip().rpartition(": baleen ")[2]
+    assert command.startswith("cost plan ... --set routing_imbalance=1.")
+    _, chosen = command.split(" ... ")
+    plan = ["cost", "plan", "--model", "dsmoe16b", "--tokens", "100B", "--gpu", "h100", "--gpus", "8", "--json"]
+
+    def seconds(*options):
+        done = CliRunner().invoke(app, [*plan, *options], catch_exceptions=False)
+        return json.loads(done.stdout)["step_seconds"]
+
+    assert seconds("--set", "routing_imbalance=1") < seconds(*chosen.split())
+    assert seconds(*chosen.split()) < seconds("--set", "routing_imbalance=2")

@@ -1,6 +1,6 @@
 """What test_layouts.py starts: trains one small model in many layouts, and continues each in the others.
 
-    drive_layouts.py FOLDER fp64|fp32 LAYOUT...
+    drive_layouts.py FOLDER fp64|fp32|bf16 LAYOUT...
 
 A layout is a [parallel] section as JSON whose `world` says how many processes it takes. Prints one JSON object:
 {layout: [what each rank tells]}, where a rank tells {"rows": rows, "biases": {gate: numbers}, "restored": {source:
@@ -44,25 +44,27 @@ MODEL = {
 }  # fmt: skip
 TRAIN = {
     "tokens": 100 * SEQUENCES * 16, "batch_tokens": SEQUENCES * 16, "seq_len": 16, "lr": 1e-3, "clip_norm": 0.5,
-    "balance_loss_weight": 1e-2, "bias_update_speed": 0.01, "ema_decay": 0.9, "precision": "fp32",
+    "balance_loss_weight": 1e-2, "bias_update_speed": 0.01, "ema_decay": 0.9, "document_mask": True,
 }  # fmt: skip
 
 
-def trainer(layout: str, dtype: torch.dtype) -> Trainer:
+def trainer(layout: str, precision: str) -> Trainer:
     parallel = json.loads(layout)
     # pipelines fill with micro-batches; elsewhere two show what is done once a step
     micro_batch = 2 if "pipeline" in parallel else SEQUENCES // parallel["world"] // 2
-    train = {**TRAIN, "micro_batch_size": micro_batch}
+    train = {**TRAIN, "micro_batch_size": micro_batch, "precision": "bf16" if precision == "bf16" else "fp32"}
     recipe = Recipe.model_validate({"model": MODEL, "train": train, "parallel": parallel})
     world = recipe.parallel.world
     with torch.device("meta" if world > 1 else "cpu"):
-        model = Transformer(recipe.model).to(dtype)
+        model = Transformer(recipe.model).to(torch.float64 if precision == "fp64" else torch.float32)
     grid = make_grid(recipe.parallel, recipe.model, world)
     worker = Alone(model) if world == 1 else join(model, recipe.parallel, grid, torch.device("cpu"))
     worker.init_weights(0)
     rank, ranks = worker.data_rank, worker.data_ranks
-    tokens = np.random.default_rng(0).integers(0, 97, 16 * 400 + 1, dtype=np.int32)
-    loader = Loader(PackedTokens(16, tokens, np.zeros_like(tokens)), seed=0, rank=rank, world_size=ranks)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 97, 16 * 400 + 1, dtype=np.int32)
+    documents = np.cumsum(rng.random(len(tokens)) < 0.1, dtype=np.int32)  # of ten tokens each, the mean
+    loader = Loader(PackedTokens(16, tokens, documents), seed=0, rank=rank, world_size=ranks)
     return Trainer(recipe, worker, loader)
 
 
@@ -71,8 +73,8 @@ def step(it: Trainer) -> list[float]:
     return [told.loss, told.mtp_loss, told.balance_loss, told.grad_norm]
 
 
-def train(ranks: Ranks, folder: Path, layout: str, dtype: torch.dtype) -> dict:
-    it, rows, keys = trainer(layout, dtype), [], {"keep": 1, "warn": print}
+def train(ranks: Ranks, folder: Path, layout: str, precision: str) -> dict:
+    it, rows, keys = trainer(layout, precision), [], {"keep": 1, "warn": print}
     saver = TeamSaver(folder / layout, ranks=ranks, **keys) if ranks.world > 1 else Saver(folder / layout, **keys)
     for number in range(1, STEPS + 1):
         rows.append(step(it))
@@ -83,12 +85,12 @@ def train(ranks: Ranks, folder: Path, layout: str, dtype: torch.dtype) -> dict:
     return {"rows": rows, "biases": {place: gate.e_score_correction_bias.tolist() for place, gate in gates}}
 
 
-def continue_all(ranks: Ranks, folder: Path, layout: str, dtype: torch.dtype, sources: list[str]) -> dict:
+def continue_all(ranks: Ranks, folder: Path, layout: str, precision: str, sources: list[str]) -> dict:
     """Restores each of `sources` into one trainer, and goes on from the first, and from one other, for some steps.
 
     That other lies as far from the first as this layout from the last: all get their turn.
     """
-    it, told = trainer(layout, dtype), {"restored": {}, "continued": {}}
+    it, told = trainer(layout, precision), {"restored": {}, "continued": {}}
     turn, first = sources[-1 - sources.index(layout)], {}
     for source in sources:
         it.restore(checkpoint.load_newest(folder / source, print))
@@ -132,10 +134,9 @@ def _rank(rank: int, task, folder: Path, *arguments) -> None:
 
 
 def main(folder: Path, precision: str, layouts: list[str]) -> None:
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
-    told = {layout: on_ranks(train, folder, layout, dtype) for layout in layouts}
-    for layout in layouts if dtype == torch.float64 else []:
-        for rank, more in zip(told[layout], on_ranks(continue_all, folder, layout, dtype, layouts), strict=True):
+    told = {layout: on_ranks(train, folder, layout, precision) for layout in layouts}
+    for layout in layouts if precision == "fp64" else []:
+        for rank, more in zip(told[layout], on_ranks(continue_all, folder, layout, precision, layouts), strict=True):
             rank |= more
     print(json.dumps(told), flush=True)
 

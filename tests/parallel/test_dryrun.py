@@ -83,6 +83,23 @@ def test_what_a_step_of_three_micro_batches_sends(tiny_model, zero, reduced, gat
     assert sent["allgather_base"] == gathered * held
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_a_pipeline_reduces_once_and_has_a_buffer_for_each_micro_batch(torchrun, schedule):
+    """Of four processes, two and two a pipeline, in a step of four micro-batches: ZeRO-1 reduces what a rank has of the
+    weights once, and gathers it once. PyTorch's receive buffers are as the dry run has them."""
+    told = json.loads(torchrun(4, drive_traffic.__file__, schedule).stdout.splitlines()[-1])["ranks"]
+    config, micro_batches = ModelConfig(**drive_traffic.MODEL), drive_traffic.MICRO_BATCHES
+    parallel = ParallelConfig(pipeline=2, zero=1, schedule=schedule)
+    sequences = drive_traffic.B // micro_batches
+    counted = dry_run(config, parallel, OBJECTIVE, world=4, sequences=sequences, seq_len=drive_traffic.T)["ranks"]
+    for number, rank in enumerate(told):
+        assert rank["sent"]["reduce_scatter_base"] == pytest.approx(rank["whole"], rel=0.02)  # with padding
+        assert rank["sent"]["allgather_base"] == pytest.approx(rank["held"], rel=0.02)
+        expected = counted[number // 2]
+        assert rank["buffers"] == micro_batches * (expected["inputs"] + expected["returned"]) > 0
+        assert rank["sent"]["send"] == rank["sent"]["recv"] > 0
+
+
 def test_what_is_recomputed_is_not_kept(tiny_config):
     def kept(*kinds):
         parallel = ParallelConfig(recompute=kinds)

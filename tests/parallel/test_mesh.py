@@ -35,6 +35,9 @@ def test_v3_on_2048_ranks():
         ),
         ({"shard": 4, "expert": 8}, 8, "4 ranks that share one copy of the weights do not divide"),
         ({"world": 16}, 8, "made for 16 processes and 8 were started"),
+        # of 6 processes and 256 experts: 3 would divide the first and not the second
+        ({"expert": 4}, 6, "6 ranks that share one copy .* the nearest that does is parallel.expert = 2"),
+        ({"pipeline": 2, "zero": 2}, 8, "take parallel.zero=1, as V3 does, or 0"),
     ],
 )
 def test_what_does_not_divide_is_told_with_the_nearest_that_does(keys, world, says):

@@ -106,21 +106,50 @@ def test_ranks_that_were_started_differently_are_told_apart(torchrun, recipe_fil
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_on_one_rank_ends_the_run_and_the_last_good_checkpoint_stays(torchrun, recipe_file, tmp_path):
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_on_one_rank_ends_the_run_and_the_last_good_checkpoint_stays(torchrun, recipe_file, tmp_path, full):
     recipe, run = recipe_file(train={"micro_batch_size": 8}, parallel={"expert": 2}), tmp_path / "run"
     train(torchrun, 2, recipe, run, "--max-steps", "4")
-    # files of rank 1 may not grow over 16 KiB, and a checkpoint does
-    script = f"[ $RANK = 0 ] || ulimit -f 16; exec {sys.executable} -m baleen train $1 --run $2 --resume"
+    # its files may not grow over 16 KiB, and a checkpoint does
+    script = f"[ $RANK != {full} ] || ulimit -f 16; exec {sys.executable} -m baleen train $1 --run $2 --resume"
     done = torchrun(2, "bash", "-c", script, "bash", recipe, run, options=["--no-python"], check=False)
     assert done.returncode
     (error,) = errors_of(done)
-    assert "step-6 could not be saved (rank 1: [Errno 27] File too large); the one before it stays" in error
+    assert f"step-6 could not be saved (rank {full}: [Errno 27] File too large); the one before it stays" in error
     assert checkpoint.saved_steps(run / "checkpoints")[-1] == 4 and not list((run / "checkpoints").glob(".aside*"))
     assert json.loads(train(torchrun, 2, recipe, run, "--resume").stdout)["step"] == STEPS
 
 
 def errors_of(done):
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+STORE_IN_RANK_0 = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the launch templates have it
+
+
+@pytest.mark.parametrize("environment", [{}, STORE_IN_RANK_0])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("memory", "RuntimeError: DefaultCPUAllocator: can't allocate memory"),
+        ("user", "baleen.config.UserError: there is no such thing"),
+        ("disk", "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_of_one_fault_one_rank_speaks(torchrun, fault, says, environment):
+    done = torchrun(3, Path(__file__).with_name("drive_faults.py"), fault, check=False, **environment)
+    assert done.returncode
+    told = [line for line in done.stderr.splitlines() if re.match(r"\[rank\d\]: [a-zA-Z.]*Error: ", line)]
+    assert [says in line for line in told] == [True], done.stderr
+    assert "no longer answers" not in done.stderr
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"pipeline": 2, "schedule": "zbv"}])
+def test_gates_of_mtp_layers_that_are_left_out_have_no_load(torchrun, recipe_file, tmp_path, parallel):
+    recipe = recipe_file(train={"mtp_loss_weight": 0.0}, parallel=parallel)
+    train(torchrun, 2, recipe, tmp_path / "run", "--max-steps", "3")
+    for row in read_metrics(tmp_path / "run"):
+        assert row["mtp_loss"] == 0 and row["max_violation"] is not None and row["loss"] > 0
 
 
 def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
@@ -149,28 +178,36 @@ def test_ten_kills_leave_no_trace(torchrun, recipe_file, tmp_path):
     assert len(pieces) == 11 and pieces[-1].status == "done"
 
 
-def test_a_hanging_rank_is_named(recipe_file, tmp_path):
-    recipe = recipe_file(train={"tokens": 256 * 1000, "micro_batch_size": 8}, parallel={"timeout_seconds": 5})
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "baleen"]
+@pytest.mark.parametrize(
+    ("processes", "parallel", "number", "environment"),
+    [(2, {}, 1, {}), (4, {"expert": 2}, 1, {}), (2, {}, 0, STORE_IN_RANK_0)],
+)
+def test_a_hanging_rank_is_named(recipe_file, tmp_path, processes, parallel, number, environment):
+    """It alone, by one rank, whichever group the others wait for it in, and if it has the store they talk by."""
+    keys = {"tokens": 256 * 1000, "micro_batch_size": 4}
+    recipe, run = recipe_file(train=keys, parallel={**parallel, "timeout_seconds": 8}), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.Popen(
-        [*command, "--", "train", str(recipe), "--run", str(run)],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, "-m", "baleen", "--", "train", str(recipe), "--run", str(run)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2", **environment},
     )  # fmt: skip
     while process.poll() is None and len(read_metrics(run)) < 3:
         time.sleep(0.05)
-    hanging = workers_of(process.pid)[1]
+    hanging = workers_of(process.pid, processes)[number]
     os.kill(hanging, signal.SIGSTOP)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=240)[1]
     assert process.returncode
-    assert re.search(rf"rank \d \([^)]*process {hanging}\) no longer answers", err), err[-3000:]
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    named = rf"error: rank {number} \([^;]*process {hanging}\) no longer answers: it .*"
+    assert re.fullmatch(named, error), err[-3000:]
+    assert "RuntimeError" not in err and "RankLost" not in err, err[-3000:]
 
 
-def workers_of(agent):
+def workers_of(agent, processes=2):
     """Process ids of the ranks, in order."""
     while True:
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent)], capture_output=True, text=True).stdout
         found = sorted(int(pid) for pid in children.split())
-        if len(found) == 2:
+        if len(found) == processes:
             return found
         time.sleep(0.02)

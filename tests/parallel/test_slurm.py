@@ -133,7 +133,8 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_if_undisturbed(slurm, tor
     out = tmp_path / "job.out"
     of_one_node = ["--nodes=1", "--gpus-per-node=0", f"--output={out}", "--parsable"]
     environment = {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    low = slurm("sbatch", "--partition=low", *of_one_node, LAUNCH, recipe, run, **environment).strip()
+    further = ["--set", "cost.purpose=ablation"]
+    low = slurm("sbatch", "--partition=low", *of_one_node, LAUNCH, recipe, run, *further, **environment).strip()
     until(lambda: len(read_metrics(run)) >= 20, "steps of the job in the low partition")
     urgent = slurm("sbatch", "--partition=high", "--exclusive", "--parsable", "--wrap=sleep 1", "--output=/dev/null")
     until(lambda: slurm.job(urgent.strip())["JobState"] == "COMPLETED", "the job in the high partition")
@@ -151,6 +152,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_if_undisturbed(slurm, tor
     (undisturbed,) = (s for s in read_ledger(straight.parent).stages if s.stage == "pretrain")
     pieces = [s for s in read_ledger(run.parent).stages if s.stage == "pretrain"]
     assert [piece.status for piece in pieces] == ["interrupted", "done"]
+    assert {piece.purpose for piece in pieces} == {"ablation"}  # the script hands on what else it is given
     assert sum(piece.tokens for piece in pieces) == undisturbed.tokens == 256 * 200  # no step was lost
     # what the interruption cost: devices that were held while ranks saved, started again and loaded
     unproductive = [s.device_seconds - s.productive_device_seconds for s in (undisturbed, *pieces)]

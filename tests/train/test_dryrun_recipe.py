@@ -42,10 +42,16 @@ def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
         held = told["cost"][word]
         assert held["formula"] == pytest.approx(held["counted"], rel=tolerance, abs=0), word
         assert held["counted"] > 0 or (word == "all_to_all" and "expert" not in parallel)
-    (fullest,) = [max(told["ranks"], key=lambda rank: rank["step_weights"])]
-    static = fullest["step_weights"] + fullest["step_gradients"] + fullest["optimizer"]
     under_way = 5 / 2 if "pipeline" in parallel else 1  # DualPipeV: one more than the stages, of two a rank
-    assert told["fullest_rank_bytes"] == static + under_way * fullest["kept"]
+    handed_on = 64 * 32 * 4 if "pipeline" in parallel else 0  # a sequence's hidden states
+    for rank, at_ends in zip(told["ranks"], (1, 2), strict=False):  # the first rank has both ends of the pipeline
+        assert rank["inputs"] == rank["returned"] == at_ends * handed_on
+    held = [
+        rank["step_weights"] + rank["step_gradients"] + rank["optimizer"] + under_way * rank["kept"]
+        + (16 - under_way) * rank["inputs"] + 16 * rank["returned"]  # buffers for a step's 16 micro-batches
+        for rank in told["ranks"]
+    ]  # fmt: skip
+    assert told["fullest_rank_bytes"] == max(held)
 
 
 def test_activations_without_a_formula_are_not_held(tiny_config):
@@ -66,7 +72,14 @@ def test_a_formula_that_is_off_ends_in_an_error(tiny_config, tmp_path, monkeypat
 
 def test_a_batch_that_does_not_fill_the_pipeline_is_impossible(tiny_config):
     with pytest.raises(UserError, match="do not fill 4 ranks of dualpipev"):
-        dry_run_recipe(recipe(tiny_config(num_hidden_layers=8), pipeline=4, expert=1).model_copy(), 64)
+        dry_run_recipe(recipe(tiny_config(num_hidden_layers=8), pipeline=4, expert=1), 64)
+
+
+def test_what_training_would_refuse_is_refused(tiny_config):
+    asked = recipe(tiny_config())
+    odd = asked.model_copy(update={"train": asked.train.model_copy(update={"optimizer": "muon"})})
+    with pytest.raises(UserError, match="Muon needs whole matrices"):
+        dry_run_recipe(odd, 4)
 
 
 def test_v3_on_2048_ranks_within_ten_minutes_and_20_gb():

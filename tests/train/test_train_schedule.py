@@ -39,8 +39,10 @@ def test_learning_rate_of_v3(v3, tokens, lr):
 
 
 def test_batch_of_v3(v3):
-    assert [v3.batch_sequences(t) for t in (0, 469 * G, 14.8 * T)] == [3072, 15360, 15360]
-    assert v3.batch_sequences(469 * G / 2) == (3072 + 15360) // 2
+    """As published (3,072 to 15,360), but never less than fills our pipeline."""
+    assert [v3.batch_sequences(t) for t in (0, 469 * G, 14.8 * T)] == [4096, 15360, 15360]
+    for tokens in (40 * G, 150 * G, 469 * G / 2):
+        assert v3.batch_sequences(tokens) == round(3072 + (15360 - 3072) * tokens / (469 * G))
     sizes = [v3.batch_sequences(t) for t in range(0, 470 * G, 10 * G)]
     assert sizes == sorted(sizes)
 

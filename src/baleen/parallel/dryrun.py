@@ -43,6 +43,8 @@ class RankCount(NamedTuple):
     step_gradients: int
     optimizer: int  # AdamW's two moments
     kept: int  # for the backward of one micro-batch
+    inputs: int  # of its stages, from others and for one micro-batch; among what is kept
+    returned: int  # gradients of its stages' outputs, likewise
     traffic: dict[str, int]  # bytes handed to each kind of collective, for one micro-batch with its reduction
     leaving: dict[str, float]  # of them, what leaves the rank: a collective is sent as a ring sends it
 
@@ -112,6 +114,8 @@ def _count_fakes(
         weights = sum(p.numel() * p.element_size() for p in team.parameters.values())
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in team.parameters.values() if p.grad is not None)
         whole = sum(p.numel() * p.element_size() for part in team.parts for _, p in part.named_parameters())
+        handed_on = 4 * sequences * T * config.hidden_size  # bytes, from stage to stage
+        stages = [part for part in team.parts if isinstance(part, Stage)]
         count = RankCount(
             rank=rank,
             parameters=sum(p.numel() for p in team.parameters.values()),
@@ -121,6 +125,8 @@ def _count_fakes(
             step_gradients=whole if parallel.zero <= 1 else gradients,
             optimizer=2 * weights,
             kept=sum(size for storage, size in kept.items() if storage not in of_weights),
+            inputs=handed_on * sum(not stage.first for stage in stages),
+            returned=handed_on * sum(not stage.last for stage in stages),
             traffic=dict(traffic.bytes),
             leaving=dict(traffic.leaving),
         )
@@ -195,6 +201,8 @@ LEAVING = {
     "allgather_base": lambda n: n - 1,
     "reduce_scatter_base": lambda n: (n - 1) / n,
     "allreduce": lambda n: 2 * (n - 1) / n,
+    "send": lambda n: 1,  # from stage to stage
+    "recv": lambda n: 0,
 }
 
 

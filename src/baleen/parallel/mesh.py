@@ -10,6 +10,7 @@ Neighbours in rank order share a node, so what talks most (the experts' all-to-a
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from baleen.config import ModelConfig, UserError
+from baleen.parallel.stage import split_layers
 from baleen.recipe import ParallelConfig
 
 HYBRID = ("replicate", "shard")
@@ -45,7 +47,7 @@ class Grid(NamedTuple):
 
 
 def make_grid(parallel: ParallelConfig, model: ModelConfig, world: int) -> Grid:
-    """The grid of `world` ranks. Raises UserError, naming the nearest that works, where something does not divide."""
+    """The grid of `world` ranks. Raises UserError, naming the nearest that works, for an impossible layout."""
     if parallel.world and parallel.world != world:
         raise UserError(
             f"the recipe is made for {parallel.world} processes and {world} were started: start {parallel.world}, or "
@@ -54,16 +56,42 @@ def make_grid(parallel: ParallelConfig, model: ModelConfig, world: int) -> Grid:
     data = _divide(world, parallel.pipeline, "processes", "parallel.pipeline")
     shard = parallel.shard or data
     replicate = _divide(data, shard, "data-parallel ranks", "parallel.shard")
-    share = _divide(shard, parallel.expert, "ranks that share one copy of the weights", "parallel.expert")
-    _divide(model.n_routed_experts, parallel.expert, "routed experts", "parallel.expert")
+    both = gcd(shard, model.n_routed_experts)
+    share = _divide(shard, parallel.expert, "ranks that share one copy of the weights", "parallel.expert", both)
+    _divide(model.n_routed_experts, parallel.expert, "routed experts", "parallel.expert", both)
+    if parallel.pipeline > 1:
+        _check_pipeline(parallel, model)
     return Grid(parallel.pipeline, replicate, share, parallel.expert)
 
 
-def _divide(number: int, by: int, what: str, key: str) -> int:
+def _divide(number: int, by: int, what: str, key: str, all_divide: int = 0) -> int:
+    """all_divide: where `by` must divide more than `number`, their greatest common divisor."""
     if number % by:
-        near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - by))
+        whole = all_divide or number
+        near = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - by))
         raise UserError(f"{number} {what} do not divide by {key} = {by}: the nearest that does is {key} = {near}")
     return number // by
+
+
+def stages_of(parallel: ParallelConfig) -> int:
+    """Stages of the pipeline, over all its ranks."""
+    return parallel.pipeline * STAGES_PER_RANK[parallel.schedule]
+
+
+def least_micro_batches(parallel: ParallelConfig) -> int:
+    """Fewer of them PyTorch's schedule does not run."""
+    return 1 if parallel.pipeline == 1 or parallel.schedule == "zbv" else stages_of(parallel)
+
+
+def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.zero > 1:
+        raise UserError(
+            f"parallel.zero={parallel.zero} would move weights or gradients for every micro-batch of a pipeline: "
+            "take parallel.zero=1, as V3 does, or 0"
+        )
+    if model.tie_word_embeddings:
+        raise UserError("a model with tie_word_embeddings has one matrix at both ends: take parallel.pipeline=1")
+    split_layers(model, stages_of(parallel))
 
 
 class Mesh:

@@ -9,9 +9,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -21,11 +23,22 @@ import baleen
 from baleen.config import UserError
 
 T = TypeVar("T")
-LAST_WORD_SECONDS = 5.0  # how long ranks wait to hear from each other before one that is silent is named
+SPEAKING_SECONDS = 1.0  # that a rank which ends without a word leaves the one that speaks: torchrun then ends it too
+
+
+def last_word_seconds(timeout_seconds: float) -> float:
+    """How long ranks that gave up wait to hear from each other before one that is silent is named.
+
+    They began to wait up to a step apart, so it is a share of the time limit, which must be longer than many steps.
+    """
+    return max(5.0, timeout_seconds / 10)
 
 
 class RankLost(RuntimeError):
     """A rank that no longer answers: it hangs, was killed, or is cut off."""
+
+    def __init__(self, places: list[str]):
+        super().__init__(f"{'; '.join(places)} no longer answers: it hangs, was killed or is cut off")
 
 
 def started_world() -> int:
@@ -41,8 +54,14 @@ def node_size() -> int:
 class Ranks:
     """This process among `world`. Alone, everything is a no-op."""
 
-    def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, store: dist.Store | None = None):
+        """store: for words between all of them, with none of an earlier start's in it; None: there is only one."""
+        self.rank, self.world, self._store = rank, world, store
+
+    @property
+    def store(self) -> dist.Store:
+        assert self._store is not None, "one process has nobody to talk to"
+        return self._store
 
     def lead(self, task: Callable[[], T]) -> T | None:
         """Run `task` on rank 0, while the others wait; its result there, None elsewhere.
@@ -70,6 +89,17 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_talk())
         return tensor.tolist()
 
+    def first_word(self, about: str, word: str | None) -> str | None:
+        """What the lowest rank that has a word says, on all of them; None if none has. `about` is asked once."""
+        if self.world == 1:
+            return word
+        first = -int(self.largest([-float(self.world if word is None else self.rank)])[0])
+        if first == self.world:
+            return None
+        if word is not None and self.rank == first:
+            self.store.set(f"word/{about}", word)
+        return self.store.get(f"word/{about}").decode()
+
     def digest_of_all(self, digest: str) -> str:
         """One SHA-256 (as hex digits) over those of all ranks; alone, the own one."""
         if self.world == 1:
@@ -83,14 +113,13 @@ class Ranks:
         """Raises UserError, on rank 0, if another rank has other values: it names the first such rank."""
         if self.world == 1:
             return
-        store = _store()
         for name, value in what.items():
-            store.set(f"baleen/{name}/{self.rank}", value)
+            self.store.set(f"{name}/{self.rank}", value)
 
         def compare() -> None:
             for rank in range(1, self.world):
                 for name, value in what.items():
-                    other = store.get(f"baleen/{name}/{rank}").decode()
+                    other = self.store.get(f"{name}/{rank}").decode()
                     if other != value:
                         raise UserError(
                             f"rank {rank} has another {name} than rank 0 ({other} against {value}): start all "
@@ -117,7 +146,8 @@ def fingerprint_of_code() -> str:
 def joined(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the processes of this run. A rank silent for `timeout_seconds` is named by those that wait for it.
 
-    A fault that all ranks find prints once. Raises RankLost where one rank fails the others.
+    Of a fault one rank speaks, the first that finds it: there it is raised, and the others end without a word, with
+    exit code 2 for a user's mistake, else 1. Raises RankLost where one rank fails the others by its silence.
     """
     world = started_world()
     if world == 1:
@@ -127,47 +157,92 @@ def joined(timeout_seconds: float) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    ranks = Ranks(dist.get_rank(), world)
-    _store().set(f"baleen/place/{ranks.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    ranks = Ranks(dist.get_rank(), world, _fresh_store())
+    ranks.store.set(f"place/{ranks.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    rank_0 = _place(ranks, 0)  # now, for the store may be in that process, and go with it
     try:
         yield ranks
         dist.barrier()
-    except UserError:
-        if ranks.rank and _said("fault", 0, LAST_WORD_SECONDS):
-            sys.exit(2)  # rank 0 found the same fault and says so
-        _store().set(f"baleen/fault/{ranks.rank}", "")
-        raise
-    except RuntimeError as error:
-        _name_the_silent(ranks, error)
-        raise
+    except Exception as error:
+        told = _last_word(ranks, error, rank_0, last_word_seconds(timeout_seconds))
+        if told is None:
+            time.sleep(SPEAKING_SECONDS)
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        if told is error:
+            raise
+        raise told from None
     dist.destroy_process_group()
 
 
-def _name_the_silent(ranks: Ranks, error: RuntimeError) -> None:
-    """Every rank that noticed a failure says so; whoever does not, caused it. One of the others tells."""
-    store = _store()
-    store.set(f"baleen/noticed/{ranks.rank}", "")
-    deadline = time.monotonic() + LAST_WORD_SECONDS
-    answering = [r for r in range(ranks.world) if _said("noticed", r, max(0.0, deadline - time.monotonic()))]
-    silent = [r for r in range(ranks.world) if r not in answering]
-    if not silent:
-        return
-    if ranks.rank != min(answering):
-        sys.exit(1)
-    places = "; ".join(f"rank {r} ({store.get(f'baleen/place/{r}').decode()})" for r in silent)
-    raise RankLost(f"{places} no longer answers: it hangs, was killed or is cut off") from error
+def limit_waiting(timeout_seconds: float) -> None:
+    """In every group that this process is in: those of a mesh are made with PyTorch's own limit of 10 or 30 minutes."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def _said(word: str, rank: int, seconds: float) -> bool:
+def _fresh_store() -> dist.Store:
+    """With a prefix of this start: torchrun may keep its store over a restart, with what was said before in it."""
+    start = torch.tensor([time.time_ns()])
+    dist.broadcast(start, 0, group=_talk())
+    return dist.PrefixStore(f"baleen/{start.item()}", dist.distributed_c10d._get_default_store())
+
+
+def _last_word(ranks: Ranks, error: Exception, rank_0: str, seconds: float) -> Exception | None:
+    """What this rank has to tell of a failure: `error`, RankLost, or None where another rank tells."""
+    answer: Future[Exception | None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(_of_failure(ranks, error, seconds))
+        except RuntimeError:  # the store went with rank 0, whose end torchrun tells
+            answer.set_result(error if ranks.rank == 0 else None)
+
+    Thread(target=ask, daemon=True).start()  # asking a store in a process that is stopped never ends
     try:
-        _store().wait([f"baleen/{word}/{rank}"], timedelta(seconds=max(seconds, 0.01)))
+        return answer.result(2 * seconds)
+    except TimeoutError:
+        if not _is_of_others(error):
+            return error
+        return RankLost([rank_0]) if ranks.rank == 1 else None
+
+
+def _of_failure(ranks: Ranks, error: Exception, seconds: float) -> Exception | None:
+    store = ranks.store
+    if not _is_of_others(error):
+        return error if store.add("fault", 1) == 1 else None
+    if store.check(["fault"]):
+        return None
+    # whoever noticed a failure says so; whoever does not, caused it
+    store.set(f"noticed/{ranks.rank}", "")
+    deadline = time.monotonic() + seconds
+    silent = [r for r in range(ranks.world) if not _said(store, f"noticed/{r}", deadline)]
+    if store.add("fault", 1) > 1:
+        return None
+    return RankLost([_place(ranks, r) for r in silent]) if silent else error
+
+
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether it came of talking with other ranks. Gloo's errors are plain ones that name its source; pipelines wrap
+    what they meet."""
+    while error is not None:
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and any(name in str(error) for name in ("/gloo/", "NCCL")):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _said(store: dist.Store, word: str, deadline: float) -> bool:
+    try:
+        store.wait([word], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
         return True
-    except RuntimeError:
+    except dist.DistStoreError:
         return False
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()
+def _place(ranks: Ranks, rank: int) -> str:
+    return f"rank {rank} ({ranks.store.get(f'place/{rank}').decode()})"
 
 
 def _talk() -> dist.ProcessGroup | None:

@@ -102,8 +102,7 @@ class Stage(nn.Module):
     def __init__(self, model: Transformer, layers: range, *, first: bool, last: bool, lends_embedding: bool):
         super().__init__()
         config = model.config
-        if config.tie_word_embeddings:
-            raise UserError("a model with tie_word_embeddings has one matrix at both ends: take parallel.pipeline=1")
+        assert not config.tie_word_embeddings, "one matrix at both ends: make_grid refuses it"
         self.config, self.first, self.last = config, first, last
         self._layers = [str(i) for i in layers]
         self._mtp = [str(config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers)] if last else []

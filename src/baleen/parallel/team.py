@@ -12,13 +12,13 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from baleen.config import ModelConfig, UserError
+from baleen.config import ModelConfig
 from baleen.model.initial import fill, initial
 from baleen.model.moe import DeepseekMoE, Gate
 from baleen.model.transformer import Transformer
 from baleen.parallel.expert import ExpertParallel, shard_experts
-from baleen.parallel.mesh import STAGES_PER_RANK, Grid, Mesh
-from baleen.parallel.ranks import node_size
+from baleen.parallel.mesh import Grid, Mesh, stages_of
+from baleen.parallel.ranks import limit_waiting, node_size
 from baleen.parallel.shard import shard, synchronise
 from baleen.parallel.stage import Objective, Stage, Told, split_layers
 from baleen.parallel.state import copy_piece, offset_of
@@ -36,7 +36,9 @@ def join(model: Transformer, parallel: ParallelConfig, grid: Grid, device: torch
 
     Of a model on `meta` that part, and nothing else, is made on `device`: without numbers until `init_weights`.
     """
-    return take_part(model, parallel, Mesh(grid, (device or model.device).type), device)
+    team = take_part(model, parallel, Mesh(grid, (device or model.device).type), device)
+    limit_waiting(parallel.timeout_seconds)
+    return team
 
 
 def take_part(model: Transformer, parallel: ParallelConfig, mesh: Mesh, device: torch.device | None = None) -> Team:
@@ -133,7 +135,8 @@ class Team:
             dist.all_reduce(total)
         main, mtp, balance = losses.tolist()
         passed, reached = trips.tolist()
-        return Totals(main, mtp, balance, list(loads_GE), reached / passed if passed else None)
+        ran = int(loads_GE.any(1).sum())  # not MTP's gates, the last ones, where its loss has no weight
+        return Totals(main, mtp, balance, list(loads_GE[:ran]), reached / passed if passed else None)
 
     def _dispatchers(self) -> Iterator[ExpertParallel]:
         for module in (module for part in self.parts for module in part.modules()):
@@ -194,17 +197,13 @@ class PipelineTeam(Team):
 
     def _cut(self, model: Transformer) -> list[nn.Module]:
         parallel, ranks, rank = self.parallel, self.mesh.grid.pipeline, self.mesh.pipeline_rank
-        if parallel.zero > 1:
-            raise UserError(
-                f"parallel.zero={parallel.zero} would move weights or gradients for every micro-batch of a pipeline: "
-                "take parallel.zero=1, as V3 does, or 0"
-            )
-        self.stages = ranks * STAGES_PER_RANK[parallel.schedule]
+        assert parallel.zero <= 1, "make_grid refuses it"
+        self.stages = stages_of(parallel)
         folded = self.stages > ranks  # V-shaped: the last stage returns to the first rank
         self._copied_embedding = bool(model.config.num_nextn_predict_layers) and not folded
         self._dtype = model.lm_head.weight.dtype
         self._ends = self._groups_of_ends()
-        self._schedules: dict[tuple[int, ...], PipelineSchedule] = {}
+        self._made: tuple[tuple[int, ...], PipelineSchedule] | None = None
         layers = split_layers(model.config, self.stages)
         self.here = [rank, self.stages - 1 - rank] if folded else [rank]
         return [
@@ -243,10 +242,14 @@ class PipelineTeam(Team):
         return self._totals([([layer - dense for layer in s.gates], told) for s in self.parts for told in s.told])
 
     def _schedule(self, micro_batches: list[MicroBatch]) -> PipelineSchedule:
-        """The schedule for this many micro-batches of this shape."""
+        """The schedule for this many micro-batches of this shape.
+
+        Only the newest is kept: each has buffers for all that its stages receive in a step.
+        """
         B, width = micro_batches[0].tokens.shape
         key = (len(micro_batches), B, width)
-        if key not in self._schedules:
+        if self._made is None or self._made[0] != key:
+            self._made = None  # and its buffers, before there are new ones
             hidden = torch.empty(B, width - 1, self.config.hidden_size, dtype=self._dtype, requires_grad=True)
             tokens, loss = micro_batches[0].tokens, torch.empty((), dtype=self._dtype, requires_grad=True)
             stages = [
@@ -262,13 +265,14 @@ class PipelineTeam(Team):
                 for index, part in zip(self.here, self.parts, strict=True)
             ]
             kind = get_schedule_class(TORCH_SCHEDULES[self.parallel.schedule])
-            self._schedules[key] = kind(
+            made = kind(
                 stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
                 n_microbatches=len(micro_batches),
                 loss_fn=lambda loss, target: loss,
                 scale_grads=False,
             )
-        return self._schedules[key]
+            self._made = key, made
+        return self._made[1]
 
     def _add_up_embedding(self) -> None:
         """Both copies of the embedding get the sum of their gradients, and so stay alike."""

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,30 +136,41 @@ def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> Pat
 def load(folder: Path, step: int) -> Stored:
     """Raises TornCheckpoint unless every file is there and has the checksum it was written with."""
     directory = folder / f"step-{step}"
+    require_whole(directory, manifest(directory))
     try:
-        manifest = read_json(directory / MANIFEST)
-        for name, expected in manifest.items():
-            if not (directory / name).is_file():
-                raise TornCheckpoint(f"{directory / name} is missing")
-            if sha256(directory / name) != expected:
-                raise TornCheckpoint(f"{directory / name} is torn or altered: its checksum differs")
-        if "state.json" not in manifest:
-            raise TornCheckpoint(f"{directory / MANIFEST} does not list state.json")
-        if any(name.startswith(f"{SHARDS}/") for name in manifest):
-            return open_step(folder, step)
-        names = [name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")]
-        tensors = {name: safetensors.torch.load_file(directory / f"{name}.safetensors") for name in names}
-        return Checkpoint(step, tensors, read_json(directory / "state.json"))
-    except (UserError, safetensors.SafetensorError, AttributeError) as error:
+        return open_step(folder, step)
+    except (UserError, safetensors.SafetensorError) as error:
         raise TornCheckpoint(str(error)) from error
 
 
+def manifest(directory: Path) -> dict[str, str]:
+    """{file: sha256} of a checkpoint. Raises TornCheckpoint."""
+    try:
+        sums = read_json(directory / MANIFEST)
+    except UserError as error:
+        raise TornCheckpoint(str(error)) from error
+    if "state.json" not in sums:
+        raise TornCheckpoint(f"{directory / MANIFEST} does not list state.json")
+    return sums
+
+
+def require_whole(directory: Path, sums: Mapping[str, str]) -> None:
+    """Raises TornCheckpoint unless these files of a checkpoint are there and have these checksums."""
+    for name, expected in sums.items():
+        if not (directory / name).is_file():
+            raise TornCheckpoint(f"{directory / name} is missing")
+        if sha256(directory / name) != expected:
+            raise TornCheckpoint(f"{directory / name} is torn or altered: its checksum differs")
+
+
 def open_step(folder: Path, step: int) -> Stored:
-    """As `load`, of a checkpoint that another process has already found whole."""
+    """A checkpoint that was found whole."""
     directory = folder / f"step-{step}"
-    if not (directory / SHARDS).is_dir():
-        return load(folder, step)
-    return ShardedCheckpoint(step, directory / SHARDS, read_json(directory / "state.json"))
+    state = read_json(directory / "state.json")
+    if (directory / SHARDS).is_dir():
+        return ShardedCheckpoint(step, directory / SHARDS, state)
+    names = [name.removesuffix(".safetensors") for name in manifest(directory) if name.endswith(".safetensors")]
+    return Checkpoint(step, {n: safetensors.torch.load_file(directory / f"{n}.safetensors") for n in names}, state)
 
 
 def load_newest(folder: Path, warn) -> Stored | None:
@@ -170,10 +182,20 @@ def load_newest(folder: Path, warn) -> Stored | None:
         try:
             return load(folder, step)
         except TornCheckpoint as error:
-            warn(f"checkpoint step-{step} is passed over: {error}")
+            warn(passed_over(step, error))
     if saved_steps(folder):
-        raise UserError(f"no checkpoint in {folder} is whole: remove that folder to train from the start")
+        raise UserError(none_whole(folder))
     return None
+
+
+def passed_over(step: int, why: object) -> str:
+    """A warning."""
+    return f"checkpoint step-{step} is passed over: {why}"
+
+
+def none_whole(folder: Path) -> str:
+    """An error, of a folder with torn checkpoints alone."""
+    return f"no checkpoint in {folder} is whole: remove that folder to train from the start"
 
 
 def saved_steps(folder: Path) -> list[int]:

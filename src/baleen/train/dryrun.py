@@ -12,8 +12,9 @@ from baleen.cost.schedule import schedule
 from baleen.cost.simulator import Durations, execute
 from baleen.cost.traffic import data_bytes, expert_all_to_all
 from baleen.parallel.dryrun import dry_run
-from baleen.parallel.mesh import Grid, make_grid
+from baleen.parallel.mesh import Grid
 from baleen.recipe import ParallelConfig, Recipe
+from baleen.train.layout import check_layout
 from baleen.train.loss import Objective
 
 # How far a formula may lie from the count.
@@ -32,19 +33,21 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
     a step, kept for the backward of one micro-batch (activations; left out where the plan knows no formula, for a part
     of what V3 recomputes), or leaving it for one and its reduction (data: weights and gradients).
     disagree: those that are off by more than TOLERANCES allow.
-    fullest_rank_bytes: counted, with the activations of all micro-batches that the schedule has under way.
-    Raises UserError for an impossible layout.
+    fullest_rank_bytes: counted, with the activations of all micro-batches that the schedule has under way, and buffers
+    for what the stages of a pipeline receive in a step.
+    Raises UserError for a recipe that training on so many ranks would refuse.
     """
     train, parallel, arch = recipe.train, recipe.parallel, from_model_config(recipe.model)
     objective, sequences = Objective(train.mtp_loss_weight, train.balance_loss_weight, "fp32"), train.micro_batch_size
-    sequences = max(1, sequences)
-    grid = make_grid(parallel, recipe.model, world)
-    micro_batches = max(1, train.batch_tokens // (train.seq_len * grid.data * sequences))
+    grid = check_layout(recipe, world)
+    rows = max(1, train.batch_tokens // (train.seq_len * grid.data))
+    sequences = sequences or rows
+    micro_batches = max(1, rows // sequences)
     under_way = _micro_batches_under_way(parallel, grid, micro_batches)
     found = dry_run(recipe.model, parallel, objective, world=world, sequences=sequences, seq_len=train.seq_len)
     ranks = found["ranks"]
     held = [
-        sum(rank[name] for name in STATIC.values()) + rank["kept"] * count
+        sum(rank[name] for name in STATIC.values()) + rank["kept"] * count + _received(rank, micro_batches, count)
         for rank, count in zip(ranks, under_way, strict=True)
     ]
     kinds = len(parallel.recompute)
@@ -127,6 +130,14 @@ def _counts(parameters_in_all: int, ranks: Ranks) -> dict[str, float]:
 
 def _error(formula: float, counted: float) -> float:
     return formula / counted - 1 if counted else float(formula > 0)
+
+
+def _received(rank: dict[str, Any], micro_batches: int, under_way: float) -> float:
+    """Bytes that PyTorch's stages receive into: for each micro-batch of the step, from its beginning to the next one's.
+
+    The inputs of those under way are among what they keep.
+    """
+    return rank["inputs"] * (micro_batches - under_way) + rank["returned"] * micro_batches
 
 
 def _micro_batches_under_way(parallel: ParallelConfig, grid: Grid, micro_batches: int) -> list[float]:

@@ -28,7 +28,7 @@ from baleen.infer.sampler import SamplingParams
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.model.transformer import Transformer
-from baleen.parallel.mesh import Grid, make_grid
+from baleen.parallel.mesh import Grid
 from baleen.parallel.ranks import ALONE, Ranks, fingerprint_of_code, joined
 from baleen.parallel.state import SHARDS
 from baleen.parallel.team import join
@@ -36,6 +36,7 @@ from baleen.parallel.worker import Alone
 from baleen.recipe import CostConfig, Recipe
 from baleen.train.display import Display
 from baleen.train.export import export_shards
+from baleen.train.layout import check_layout
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run
 from baleen.train.saver import Saver, TeamSaver
@@ -67,7 +68,9 @@ def train(
     way (heldout_bpb is None: see `baleen eval`), and weights_sha256 is over all ranks' parts.
     """
     with joined(recipe.parallel.timeout_seconds) as ranks, ExitStack() as claim:
-        grid = check_layout(recipe, ranks)
+        if ranks.world > 1:
+            ranks.require_equal({"recipe": recipe.to_toml(), "version of the code": fingerprint_of_code()})
+        grid = check_layout(recipe, ranks.world)
         ranks.lead(lambda: check_tracker(track))  # what is refused leaves neither directory nor cost
         ranks.lead(lambda: check_data(recipe.data))
         ranks.lead(lambda: claim.enter_context(open_run(run_dir, recipe, resume=resume)))
@@ -121,28 +124,6 @@ def _train(
     with run_stage(recipe.cost, run_dir, "export", ranks):
         run.export(heldout)
     return run.summary("done", heldout)
-
-
-def check_layout(recipe: Recipe, ranks: Ranks) -> Grid:
-    """The grid of ranks. Raises UserError if it does not divide, or if the ranks were started differently."""
-    train = recipe.train
-    if ranks.world > 1:
-        ranks.require_equal({"recipe": recipe.to_toml(), "version of the code": fingerprint_of_code()})
-    grid = make_grid(recipe.parallel, recipe.model, ranks.world)
-    if ranks.world == 1:
-        return grid
-    sequences, at_once = train.batch_tokens // train.seq_len, grid.data * max(1, train.micro_batch_size)
-    if sequences % at_once:
-        near = max(1, round(sequences / at_once)) * at_once * train.seq_len
-        raise UserError(
-            f"train.batch_tokens={train.batch_tokens} are {sequences} sequences, which do not divide over {grid.data} "
-            f"data-parallel ranks with train.micro_batch_size={train.micro_batch_size}: take {near}"
-        )
-    if train.eval_every:
-        raise UserError("train.eval_every is for one process: set it to 0 and use `baleen eval` on the run's model")
-    if train.optimizer == "muon" and recipe.parallel.zero:
-        raise UserError("Muon needs whole matrices: take parallel.zero=0, or train.optimizer=adamw")
-    return grid
 
 
 class _Run:

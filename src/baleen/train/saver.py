@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from baleen.config import UserError
 from baleen.parallel.ranks import Ranks
 from baleen.parallel.state import SHARDS, begin_save, shard_file
 from baleen.train import checkpoint
@@ -63,12 +64,31 @@ class TeamSaver(Saver):
         self._pending: tuple[Checkpoint, Future[Any]] | None = None
 
     def newest(self) -> Stored | None:
-        found = self.ranks.lead(lambda: checkpoint.load_newest(self.folder, self.warn))
-        step = int(self.ranks.largest([-1.0 if found is None else found.step])[0])
-        if step < 0:
-            return None
-        self.saved_step = step
-        return found or checkpoint.open_step(self.folder, step)
+        """Every rank reads a share of the files: a checkpoint of terabytes would keep the others waiting for one."""
+        lead = self.ranks.rank == 0
+        steps = checkpoint.saved_steps(self.folder) if lead else []
+        torn = False
+        while (step := int(self.ranks.largest([steps.pop() if steps else -1])[0])) >= 0:
+            fault = self.ranks.first_word(f"step-{step}", self._fault_of_share(step))
+            if fault is None:
+                self.saved_step = step
+                return checkpoint.open_step(self.folder, step)
+            torn = True
+            if lead:
+                self.warn(checkpoint.passed_over(step, fault))
+        if torn:  # on all ranks, of which one speaks
+            raise UserError(checkpoint.none_whole(self.folder))
+        return None
+
+    def _fault_of_share(self, step: int) -> str | None:
+        """What is torn among the files of a checkpoint that this rank looks at."""
+        directory = self.folder / f"step-{step}"
+        try:
+            files = sorted(checkpoint.manifest(directory).items())
+            checkpoint.require_whole(directory, dict(files[self.ranks.rank :: self.ranks.world]))
+        except checkpoint.TornCheckpoint as error:
+            return str(error)
+        return None
 
     def save(self, taken: Checkpoint) -> None:
         self.settle(wait=True)

@@ -47,6 +47,12 @@ class Schedules:
 
     def batch_sequences(self, tokens: float, multiple: int = 1) -> int:
         """Sequences of the next step, to the nearest multiple, at least one."""
-        train = self.recipe.train
-        sequences = train.batch_tokens * self.curves["batch_tokens"](tokens) / train.seq_len
+        return self._sequences(self.curves["batch_tokens"](tokens), multiple)
+
+    def smallest_batch(self, multiple: int = 1) -> int:
+        """Sequences of the smallest step: at a knot, for between two of them a curve neither rises nor falls alone."""
+        return self._sequences(min(factor for _, factor, _ in self.curves["batch_tokens"].knots), multiple)
+
+    def _sequences(self, factor: float, multiple: int) -> int:
+        sequences = self.recipe.train.batch_tokens * factor / self.recipe.train.seq_len
         return multiple * max(1, round(sequences / multiple))

@@ -22,6 +22,7 @@ from baleen.parallel.worker import Alone, MicroBatch, Worker
 from baleen.recipe import Recipe
 from baleen.train.checkpoint import Checkpoint, Stored
 from baleen.train.fp8 import use_fp8
+from baleen.train.layout import sequences_at_once
 from baleen.train.loss import Objective
 from baleen.train.optimizer import Optimizer
 from baleen.train.precision import Precision, resolve_precision
@@ -83,8 +84,7 @@ class Trainer:
         self.schedules = Schedules(recipe)
         self.precision: Precision = resolve_precision(recipe.train.precision, self.worker.device)
         if self.precision == "fp8":
-            if self.worker.world > 1:
-                raise UserError("train.precision=fp8 is for one process: take bf16, or parallel.dispatch=fp8 with it")
+            assert self.worker.world == 1, "check_layout refuses it"
             use_fp8(self.model)
         self.counters = Counters()
         self.ema = {n: t.detach().clone() for n, t in self.worker.tensors().items()} if recipe.train.ema_decay else {}
@@ -136,9 +136,7 @@ class Trainer:
 
     @property
     def _sequences_at_once(self) -> int:
-        """Batches of several ranks are multiples of this, so that all of them run as many micro-batches of one size."""
-        ranks = self.worker.data_ranks
-        return 1 if self.worker.world == 1 else ranks * max(1, self.recipe.train.micro_batch_size)
+        return 1 if self.worker.world == 1 else sequences_at_once(self.recipe, self.worker.data_ranks)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """This rank's sequences by micro-batches, each with its share of the learnt targets of the whole batch."""
