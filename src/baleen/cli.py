@@ -244,7 +244,7 @@ def report(run: RunArgument) -> None:
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face deepseek_v3 directory.")],
+    source: Annotated[Path, typer.Argument(help="A Hugging Face deepseek_v3 directory or a deepseek2 GGUF file.")],
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     dtype: DtypeOption = None,
 ) -> None:
@@ -258,15 +258,22 @@ def import_(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Argument(help="A new directory, or a new file OUT.gguf.")],
-    to: Annotated[str, typer.Option(help="hf: for transformers, vLLM and SGLang; gguf: for llama.cpp.")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf: for transformers, vLLM, SGLang (if exactly upcycled, transformers alone); gguf: for llama.cpp."
+        ),
+    ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="hf: fp32, bf16, fp16, fp8 or fp8-ue8m0; gguf: f32, f16, bf16 or q8_0.")
     ] = None,
 ) -> None:
     """Hand a model on to other engines."""
-    from baleen.interop.convert import export_checkpoint
+    from baleen.interop.convert import export_checkpoint, serving_caveat
 
     print(export_checkpoint(run, out, to=to, dtype=dtype))
+    if to == "hf" and (caveat := serving_caveat(out)):
+        print(f"warning: {caveat}", file=sys.stderr)
 
 
 @app.command()

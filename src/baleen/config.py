@@ -34,6 +34,8 @@ T = TypeVar("T", bound=BaseModel)
 MAX_KEYS_LISTED = 12
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]  # of a network: a product of two is an int64
+SizeOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -48,9 +50,9 @@ class RopeScaling(Strict):
 
     rope_type: Literal["yarn"] = "yarn"
     factor: float = Field(gt=1.0)
-    original_max_position_embeddings: Positive
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    original_max_position_embeddings: Size
+    beta_fast: float = Field(32.0, gt=0.0, lt=1e6)
+    beta_slow: float = Field(1.0, gt=0.0, lt=1e6)
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
@@ -70,7 +72,7 @@ class LongRope(Strict):
     rope_type: Literal["longrope"] = "longrope"
     factor: float = Field(default=1.0, ge=1.0, le=1.0)
     attention_factor: float = Field(default=1.0, ge=1.0, le=1.0)
-    original_max_position_embeddings: Positive
+    original_max_position_embeddings: Size
     short_factor: tuple[Annotated[float, Field(gt=0.0)], ...]
     long_factor: tuple[Annotated[float, Field(gt=0.0)], ...]
 
@@ -84,36 +86,36 @@ class LongRope(Strict):
 class ModelConfig(Strict):
     """Shape of a DeepSeek-V3 network. Symbols of arXiv 2412.19437 stand beside each key."""
 
-    vocab_size: Positive = 129280
-    hidden_size: Positive = 7168  # d
-    intermediate_size: Positive = 18432
-    moe_intermediate_size: Positive = 2048
-    num_hidden_layers: Positive = 61  # L
-    num_attention_heads: Positive = 128  # n_h
-    q_lora_rank: Positive | None = 1536  # d_c'; null: a plain q_proj
-    kv_lora_rank: Positive = 512  # d_c
-    qk_nope_head_dim: Positive = 128  # d_h
-    qk_rope_head_dim: Positive = 64  # d_h^R
-    v_head_dim: Positive = 128  # d_h
+    vocab_size: Size = 129280
+    hidden_size: Size = 7168  # d
+    intermediate_size: Size = 18432
+    moe_intermediate_size: Size = 2048
+    num_hidden_layers: Size = 61  # L
+    num_attention_heads: Size = 128  # n_h
+    q_lora_rank: Size | None = 1536  # d_c'; null: a plain q_proj
+    kv_lora_rank: Size = 512  # d_c
+    qk_nope_head_dim: Size = 128  # d_h
+    qk_rope_head_dim: Size = 64  # d_h^R
+    v_head_dim: Size = 128  # d_h
     n_routed_experts: Annotated[int, Field(ge=1, le=65536)] = 256  # N_r
-    n_shared_experts: Count = 1  # N_s
-    num_experts_per_tok: Positive = 8  # K_r
-    n_group: Positive = 8
-    topk_group: Positive = 4  # M
-    first_k_dense_replace: Count = 3
+    n_shared_experts: SizeOrZero = 1  # N_s
+    num_experts_per_tok: Size = 8  # K_r
+    n_group: Size = 8
+    topk_group: Size = 4  # M
+    first_k_dense_replace: SizeOrZero = 3
     routed_scaling_factor: float = Field(2.5, gt=0.0)
     norm_topk_prob: bool = True
-    num_nextn_predict_layers: Count = 1  # D
-    max_position_embeddings: Positive = 4096
-    rope_theta: float = Field(10000.0, gt=0.0)
+    num_nextn_predict_layers: SizeOrZero = 1  # D
+    max_position_embeddings: Size = 4096
+    rope_theta: float = Field(10000.0, gt=0.0, lt=1e30)  # raised to powers in float32
     rope_scaling: Annotated[RopeScaling | LongRope, Field(discriminator="rope_type")] | None = None
     rope_interleave: bool = True
     rms_norm_eps: float = Field(1e-6, gt=0.0)
     initializer_range: float = Field(0.006, gt=0.0)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    bos_token_id: Count = 0
-    eos_token_id: Count = 1
+    bos_token_id: SizeOrZero = 0
+    eos_token_id: SizeOrZero = 1
 
     @field_validator("q_lora_rank", "rope_scaling", mode="before")
     @classmethod
@@ -129,6 +131,8 @@ class ModelConfig(Strict):
     def _shapes(self) -> ModelConfig:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: rotary pairs need an even number")
+        if isinstance(self.rope_scaling, RopeScaling) and self.rope_theta <= 1.0:
+            raise ValueError(f"rope_theta is {self.rope_theta}: YaRN stretches wavelengths, which need one above 1")
         if isinstance(self.rope_scaling, LongRope) and len(self.rope_scaling.short_factor) * 2 != self.qk_rope_head_dim:
             raise ValueError(
                 f"longrope has {len(self.rope_scaling.short_factor)} factors; "
@@ -237,8 +241,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     unknown = sorted(set(raw) - set(known) - set(HF_CONSTANTS) - HF_IGNORED)
     if unknown:
         raise UserError(f"config.json has keys that Baleen does not know: {', '.join(map(ascii, unknown))}")
-    if "num_mtp_layers" in raw:
-        known.setdefault("num_nextn_predict_layers", raw["num_mtp_layers"])
+    known.setdefault("num_nextn_predict_layers", raw.get("num_mtp_layers", 0))  # who has MTP layers says so
     known["rope_theta"] = theta
     known["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     for key in ("n_group", "topk_group"):

@@ -132,6 +132,8 @@ def test_truncated_missing_and_repeated_shards(tmp_path, tiny_model):
     [
         ({"model_type": "deepseek_v2"}, "deepseek_v2"),
         ({"hidden_size": 64}, "hidden_size"),
+        ({"vocab_size": 10**18}, "vocab_size"),
+        ({"num_attention_heads": 2**30, "qk_nope_head_dim": 2**30}, "more layers or weights"),
         ({"num_hidden_layers": 10**9}, "more layers"),
         ({"n_routed_experts": 60_000, "n_group": 1, "topk_group": 1}, "more layers"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from baleen.config import UserError
+from baleen.data.tokenizer import train_tokenizer
 from baleen.interop.convert import export_checkpoint, import_checkpoint
 from baleen.interop.huggingface import load_model, save_model
+from baleen.interop.load import load
+from baleen.interop.shards import put_in_place
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 
 FILE = "model.safetensors"
@@ -102,6 +106,52 @@ def test_refusals_write_nothing(tmp_path, tiny_model):
     assert (tmp_path / "taken/mine.txt").read_text() == "precious"
 
 
+def test_what_goes_with_the_weights(tmp_path, tiny_model):
+    save_model(tiny_model(), tmp_path / "model")
+    companions = {"LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "tiktoken.model", "tokenization_moonshot.py"}
+    for name in (*companions, "modeling_deepseek.py", "optimizer.pt"):
+        (tmp_path / "model" / name).write_text(name)
+    import_checkpoint(tmp_path / "model", tmp_path / "new")
+    weights = {"config.json", "generation_config.json", FILE}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == companions | weights
+    with pytest.raises(UserError, match="convert_tiktoken_to_fast"):
+        load(tmp_path / "new")
+
+
+@pytest.mark.parametrize("out", ["file/new", "file/deep/new.gguf", "/proc/new", "/proc/new.gguf"])
+def test_where_nothing_can_be_made(tmp_path, tiny_model, out):
+    save_model(
+        tiny_model(vocab_size=290),
+        tmp_path / "model",
+        tokenizer=train_tokenizer(["the whale and the krill " * 20], 290),
+    )
+    (tmp_path / "file").write_text("precious")
+    to = "gguf" if out.endswith("gguf") else "hf"
+    with pytest.raises(UserError, match="cannot be made .*name another place"):
+        export_checkpoint(tmp_path / "model", tmp_path / out, to=to)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
+
+
+def test_a_model_is_never_lost(tmp_path, monkeypatch):
+    """What took its place cannot, so it comes back; and what a kill between the two renames left is found again."""
+    for name in ("model", "aside", ".model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "whose").write_text(name)
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, to: refuse() if path.name == "aside" else rename(path, to))
+        with pytest.raises(OSError, match="refused"):
+            put_in_place(tmp_path / "aside", tmp_path / "model")
+    assert (tmp_path / "model/whose").read_text() == "model"
+    rename(tmp_path / "model", tmp_path / ".model.old")
+    put_in_place(tmp_path / "aside", tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (tmp_path / "model/whose").read_text() == "aside"
+
+
+def refuse():
+    raise OSError(5, "refused")
+
+
 def test_float16_must_hold_every_value(tmp_path, tiny_model):
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
@@ -114,27 +164,47 @@ def test_float16_must_hold_every_value(tmp_path, tiny_model):
 STREAM = """
 import sys
 from pathlib import Path
-from baleen.interop.convert import import_checkpoint
+from baleen.interop.convert import export_checkpoint
 def high_water():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
-large, out, dtype = sys.argv[1:]
-import_checkpoint(large, out + "-first", dtype=dtype or None)  # brings in the libraries' own pages
+large, out, to, dtype = sys.argv[1:]
+export_checkpoint(large, out + f"-first.{to}", to=to, dtype=dtype or None)  # brings in the libraries' own pages
 Path("/proc/self/clear_refs").write_text("5")
 before = high_water()
-import_checkpoint(large, out, dtype=dtype or None)
+export_checkpoint(large, out + f".{to}", to=to, dtype=dtype or None)
 print(high_water() - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
-@pytest.mark.parametrize("dtype", [pytest.param("", marks=pytest.mark.slow), "bf16"])
-def test_memory_stays_under_the_largest_shard_and_one_expert(tmp_path, tiny_model, dtype):
-    shape = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
-    save_model(tiny_model(**shape), tmp_path / "large", max_shard_bytes=9 * 2**20)
+@pytest.mark.parametrize(
+    ("source", "to", "dtype"),
+    [
+        ("fp32", "hf", "bf16"),
+        pytest.param("fp32", "hf", "", marks=pytest.mark.slow),
+        pytest.param("fp8", "hf", "", marks=pytest.mark.slow),
+        pytest.param("bf16", "hf", "fp8", marks=pytest.mark.slow),
+        pytest.param("fp32", "gguf", "f32", marks=pytest.mark.slow),
+        pytest.param("bf16", "gguf", "q8_0", marks=pytest.mark.slow),
+        pytest.param("fp8", "gguf", "q8_0", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_stays_under_the_largest_shard_and_one_expert(tmp_path, tiny_model, source, to, dtype):
+    width = {"fp32": 4, "bf16": 2, "fp8": 1}[source]
+    sides, layers, experts_a_shard = (1, 2, 1.5) if width == 4 else (2, 3, 3)  # narrow weights are widened to compute
+    shape = {"hidden_size": 1024 * sides, "moe_intermediate_size": 512 * sides, "num_hidden_layers": layers}
+    expert = 3 * shape["hidden_size"] * shape["moe_intermediate_size"] * width
+    save_model(
+        tiny_model(vocab_size=290, num_nextn_predict_layers=0, **shape),
+        tmp_path / "large",
+        tokenizer=train_tokenizer(["the whale and the krill " * 20], 290),
+        dtype=torch.float32 if width == 4 else torch.bfloat16,
+        fp8="fp32" if width == 1 else None,
+        max_shard_bytes=int(experts_a_shard * expert),
+    )
     shards = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
-    expert = 3 * 1024 * 512 * 4
     assert sum(shards) > 3 * (max(shards) + expert)
-    arguments = [str(tmp_path / name) for name in ("large", "out")]
-    out = subprocess.run([sys.executable, "-c", STREAM, *arguments, dtype], capture_output=True, text=True)
+    arguments = [str(tmp_path / "large"), str(tmp_path / "out"), to, dtype]
+    out = subprocess.run([sys.executable, "-c", STREAM, *arguments], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert int(out.stdout) < max(shards) + expert

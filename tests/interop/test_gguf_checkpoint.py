@@ -16,6 +16,7 @@ from baleen.interop.load import load
 
 TEXT = "the whale and the krill, 12 of them\n"
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707)
+V3 = {"deepseek2.block_count": 61, "deepseek2.expert_count": 256}
 VARIANTS = {
     "v3": {},
     "no q_lora, tied": {"q_lora_rank": None, "tie_word_embeddings": True},
@@ -108,8 +109,10 @@ def test_its_tokenizer_comes_back(tmp_path, exported):
         (lambda f, t: t["blk.2.ffn_up_exps.weight"].fill(np.nan), "blk.2.ffn_up_exps.weight .*NaN"),
         (lambda f, t: f.update({"deepseek2.expert_gating_func": 1}), "softmax"),
         (lambda f, t: f.update({"deepseek2.nextn_predict_layers": 1}), "MTP"),
+        (lambda f, t: f.pop("deepseek2.expert_group_count") and f.update(V3), "8 groups"),
+        (lambda f, t: f.update({"deepseek2.embedding_length": 2**30}), "more layers or weights"),
         (lambda f, t: f.update({"deepseek2.block_count": 10**6}), "more layers"),
-        (lambda f, t: f.update({"deepseek2.expert_count": 60_000}), "more layers or experts"),
+        (lambda f, t: f.update({"deepseek2.expert_count": 60_000}), "more layers or weights"),
         (lambda f, t: f.update({"deepseek2.expert_count": 9}), "n_group"),
         (lambda f, t: f.update({"deepseek2.expert_count": "many"}), "expert_count = 'many'"),
         (lambda f, t: f.update({"deepseek2.rope.scaling.type": "linear"}), "linear"),
@@ -117,6 +120,7 @@ def test_its_tokenizer_comes_back(tmp_path, exported):
         (lambda f, t: f.update({"general.architecture": "llama"}), "baleen upcycle"),
         (lambda f, t: f.update({"general.architecture": "gpt2"}), "gpt2"),
         (lambda f, t: f.update({"tokenizer.ggml.pre": "tekken"}), "tekken"),
+        (lambda f, t: f.update({"tokenizer.ggml.merges": [1, 2]}), "not text"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_written(tmp_path, exported, change, words):

@@ -1,5 +1,7 @@
 """GGUF out: llama.cpp computes what we compute, and what it would compute wrongly is refused."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -84,6 +86,27 @@ def test_template_and_special_tokens(tmp_path, exported):
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
     assert fields["tokenizer.ggml.tokens"][290:] == [f"[UNUSED_{id}]" for id in range(290, 300)]
     assert "generation" not in fields["tokenizer.chat_template"].replace("add_generation_prompt", "")
+
+
+def test_deepseeks_own_kind_of_tokenizer_json(tmp_path, tiny_model):
+    """An empty sequence of normalizers, V3's groups of digits, and a bos that tokenizer_config.json alone announces."""
+    save_model(tiny_model(vocab_size=290), tmp_path / "model", tokenizer=train_tokenizer([TEXT * 20], 290))
+    file, settings = tmp_path / "model/tokenizer.json", tmp_path / "model/tokenizer_config.json"
+    description, config = json.loads(file.read_text()), json.loads(settings.read_text())
+    description["normalizer"] = {"type": "Sequence", "normalizers": []}
+    description["post_processor"] = {
+        "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True
+    }  # fmt: skip
+    description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,3}"
+    file.write_text(json.dumps(description))
+    for said in (True, False):
+        settings.write_text(json.dumps(config | {"add_bos_token": said}))
+        export_checkpoint(tmp_path / "model", tmp_path / f"{said}.gguf", to="gguf")
+        fields = GGUFFile(tmp_path / f"{said}.gguf").fields
+        assert fields["tokenizer.ggml.add_bos_token"] is said and fields["tokenizer.ggml.pre"] == "deepseek-v3"
+    file.write_text(json.dumps(description | {"normalizer": {"type": "NFC"}}))
+    with pytest.raises(UserError, match="no byte-level BPE"):
+        export_checkpoint(tmp_path / "model", tmp_path / "nfc.gguf", to="gguf")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GGUF in: every block format the library writes, Llama rows un-permuted, its tokenizer, and headers that lie."""
+"""GGUF in: every block format that the library reads, Llama rows un-permuted, its tokenizer, and headers that lie."""
 
 import json
 import random
@@ -35,9 +35,9 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def llama_gguf(tmp_path):
     """Makes tmp_path/llama.gguf of a random Llama with matrices in the given format; returns the Llama."""
 
-    def make(kind=KINDS.F32, skip=(), change=None) -> LlamaForCausalLM:
+    def make(kind=KINDS.F32, skip=(), change=None, settings=None, extra=None) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SETTINGS)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**SETTINGS | (settings or {}))).eval()
         writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
         writer.add_block_count(2)
         writer.add_context_length(128)
@@ -76,6 +76,8 @@ def llama_gguf(tmp_path):
             array = change(theirs, array) if change else array
             wanted = kind if array.ndim == 2 and array.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else KINDS.F32
             writer.add_tensor(theirs, gguf.quants.quantize(array.copy(), wanted), raw_dtype=wanted)
+        if extra:
+            extra(writer, model)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -85,14 +87,47 @@ def llama_gguf(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1])
+@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1])
 def test_tensors_come_back_within_their_format(tmp_path, llama_gguf, kind):
     model = llama_gguf(kind)
     source = open_llama(tmp_path / "llama.gguf")
-    tolerance = {KINDS.F32: 0.0, KINDS.F16: 1e-3, KINDS.Q8_0: 8e-3, KINDS.Q4_0: 0.15, KINDS.Q4_1: 0.15}[kind]
+    tolerance = {"F32": 0.0, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 8e-3, "Q4_0": 0.15, "Q4_1": 0.15}[kind.name]
     for name, tensor in model.state_dict().items():
         error = (source.read(name) - tensor).abs().max()
         assert error <= tolerance * tensor.abs().max()
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q2_K, KINDS.Q3_K, KINDS.Q4_K, KINDS.Q5_K, KINDS.Q6_K])
+def test_k_formats_by_random_blocks(tmp_path, kind):
+    """The library reads them and cannot write them."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(256, size=(3, 4, 2 * block_bytes), dtype=np.uint8)
+    raw &= 0xBF  # whatever two bytes are a scale, they are no float16 of infinity or NaN
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "deepseek2")
+    writer.add_tensor("before", np.ones(7, np.float32))
+    writer.add_tensor("blocks", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "k.gguf")
+    whole = file.read("blocks")
+    assert whole.shape == (3, 4, 2 * block) and whole.std() > 0
+    assert torch.equal(whole[1], file.read("blocks", 1))
+    np.testing.assert_array_equal(whole.numpy(), gguf.quants.dequantize(raw, kind))
+    if kind == KINDS.Q4_K:
+        np.testing.assert_allclose(whole[2, 3, block:].numpy(), decoded_q4_k(raw[2, 3, block_bytes:]), rtol=1e-6)
+
+
+def decoded_q4_k(block: np.ndarray) -> np.ndarray:
+    """256 numbers as llama.cpp's block_q4_K has them: 8 groups of 32 with a scale and a minimum of 6 bits each."""
+    d, dmin = block[:4].view(np.float16).astype(np.float32)
+    packed, nibbles = block[4:16].astype(int), block[16:].reshape(4, 32)
+    scales, minima = list(packed[:4] & 63), list(packed[4:8] & 63)
+    scales += [packed[8 + j] & 15 | packed[j] >> 6 << 4 for j in range(4)]
+    minima += [packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4 for j in range(4)]
+    groups = [half for row in nibbles for half in (row & 15, row >> 4)]
+    return np.concatenate([d * s * g - dmin * m for s, m, g in zip(scales, minima, groups, strict=True)])
 
 
 def test_upcycled_from_gguf_equals_the_source(tmp_path, llama_gguf):
@@ -104,6 +139,49 @@ def test_upcycled_from_gguf_equals_the_source(tmp_path, llama_gguf):
         reference = model(ids).logits
         logits = ours.logits(ours(ids).hidden_BTd)
     assert (logits - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_factors_of_a_scaled_rope_are_read(tmp_path, llama_gguf):
+    def factors(writer, model):
+        plain = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+
+    model = llama_gguf(settings={"rope_parameters": LLAMA3}, extra=factors)
+    assert model.model.rotary_emb.inv_freq[-1] < 1e-4 < 10000.0 ** (-14 / 16)
+    upcycle(tmp_path / "llama.gguf", tmp_path / "v3")
+    ours, ids = load_model(tmp_path / "v3"), torch.arange(100)[None]
+    with torch.no_grad():
+        reference = model(ids).logits
+        logits = ours.logits(ours(ids).hidden_BTd)
+    assert (logits - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (lambda w, _: w.add_rope_dimension_count(8), "part of each head"),
+        (lambda w, _: w.add_tensor("rope_freqs.weight", np.ones(5, np.float32)), "rope_freqs.weight .*8 rotary pairs"),
+        (lambda w, _: w.add_tensor("rope_freqs.weight", np.zeros(8, np.float32)), "not positive"),
+        (lambda w, _: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope scaling"),
+    ],
+)
+def test_ropes_that_cannot_be_upcycled(tmp_path, llama_gguf, extra, words):
+    llama_gguf(extra=extra)
+    with pytest.raises(UserError, match=words):
+        upcycle(tmp_path / "llama.gguf", tmp_path / "v3")
+    assert not (tmp_path / "v3").exists()
+
+
+def test_both_end_tokens_are_kept(tmp_path, llama_gguf):
+    llama_gguf(extra=lambda writer, _: writer.add_eot_token_id(3))
+    upcycle(tmp_path / "llama.gguf", tmp_path / "v3")
+    assert json.loads((tmp_path / "v3/generation_config.json").read_text())["eos_token_id"] == [1, 3]
 
 
 def test_its_tokenizer_is_read(tmp_path, llama_gguf):
@@ -168,8 +246,10 @@ print(refused, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 ATTEMPT = """
 from baleen.interop.llama import open_llama
+from baleen.interop.upcycle import upcycled_config
 def attempt():
     source = open_llama(path)
+    upcycled_config(source)
     for name in source.shape.tensors():
         source.read(name)
     source.tokenizer()

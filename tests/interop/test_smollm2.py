@@ -1,5 +1,7 @@
 """The model that comes with a package: refused if altered; upcycled, it is the source to the last digit of its bpb."""
 
+import subprocess
+import sys
 from pydoc_data.topics import topics
 
 import pytest
@@ -31,9 +33,24 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         load("smollm2")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder for the tests that upcycle: a minute and 1.2 GB, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.mark.slow
-def test_upcycled_smollm2_is_the_source_and_knows_paris(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_chat_by_the_command_line_knows_paris(cache):
+    command = [sys.executable, "-m", "baleen", "chat", "smollm2", "--prompt", "What is the capital of France?"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+@pytest.mark.slow
+def test_upcycled_smollm2_is_the_source_and_knows_paris(cache):
     loaded = load("smollm2")
     source = open_llama(smollm2._packaged_file())
     shape = source.shape
@@ -62,7 +79,7 @@ def test_upcycled_smollm2_is_the_source_and_knows_paris(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_portable_smollm2_is_nearly_the_source_and_llama_cpp_knows_paris(tmp_path):
+def test_portable_smollm2_is_nearly_the_source_and_llama_cpp_knows_paris(cache, tmp_path):
     library = pytest.importorskip("llama_cpp")
     upcycle(smollm2._packaged_file(), tmp_path / "portable", portable=True, experts=2, slices=4, shared=2)
     export_checkpoint(tmp_path / "portable", tmp_path / "portable.gguf", to="gguf", dtype="q8_0")

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from transformers import DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from baleen.config import UserError
@@ -12,12 +14,13 @@ from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.huggingface import load_model
 from baleen.interop.latent import norm_constants, plain_theta
 from baleen.interop.llama import open_llama
-from baleen.interop.upcycle import upcycle
+from baleen.interop.upcycle import upcycle, upcycled_config
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 
 
 @pytest.fixture
@@ -55,8 +58,17 @@ def furthest(logits: torch.Tensor, reference: torch.Tensor) -> float:
         ({"num_key_value_heads": 1, "tie_word_embeddings": True}, {"experts": 4, "slices": 2, "shared": 1}),
         ({"num_key_value_heads": 6, "rope_parameters": LLAMA3}, {"mtp": 2}),
         ({"num_key_value_heads": 2, "head_dim": 8}, {"experts": 1, "slices": 3}),
+        ({"rope_parameters": LINEAR}, {}),
     ],
-    ids=["dense", "experts", "whole copies", "one key head, tied", "llama3 rope, every head its own", "small heads"],
+    ids=[
+        "dense",
+        "experts",
+        "whole copies",
+        "one key head, tied",
+        "llama3 rope, every head its own",
+        "small heads",
+        "linear rope",
+    ],  # fmt: skip
 )
 def test_logits_equal_the_sources(tmp_path, llama, changes, options):
     source = llama(**changes)
@@ -182,6 +194,14 @@ def test_what_the_form_cannot_express_is_refused(tmp_path, llama):
         ({"attention_bias": True}, {}, "bias"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, {}, "yarn"),
         ({"num_hidden_layers": 4}, {}, "lacks"),
+        ({"partial_rotary_factor": 0.5}, {}, "part of each head"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, {}, "rope: factor: Field required"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, {}, "rope: factor: Input should be a valid number"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1}}, {}, "must be below high_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 1e29, "rope_type": "linear", "factor": 1e29}}, {}, "not positive"),
+        ({"hidden_size": "48"}, {}, "hidden_size: Input should be a valid integer"),
+        ({"eos_token_id": []}, {}, "eos_token_id"),
+        ({"eos_token_id": 290}, {}, "outside the vocabulary"),
         ({"num_hidden_layers": 2}, {}, "does not have"),
         ({"intermediate_size": 64}, {}, "shape"),
         ({}, {"experts": 2, "slices": 5}, "does not divide"),
@@ -194,3 +214,73 @@ def test_what_the_form_cannot_express_is_refused(tmp_path, llama):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["llama"]
     with pytest.raises(UserError, match="neither"):
         open_llama(tmp_path / "nowhere")
+
+
+def test_every_end_token_sampling_and_licences_are_kept(tmp_path, llama):
+    llama(eos_token_id=[1, 5])
+    source = tmp_path / "llama"
+    written = json.loads((source / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [1, 5]
+    for name in ("LICENSE-MODEL", "LICENSE-CODE", "NOTICE.txt"):
+        (source / name).write_text(name)
+    upcycle(source, tmp_path / "one")
+    generation = json.loads((tmp_path / "one/generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [1, 5])
+    assert load_model(tmp_path / "one").config.eos_token_id == 1
+    assert {p.name for p in (tmp_path / "one").glob("[LN]*")} == {"LICENSE-MODEL", "LICENSE-CODE", "NOTICE.txt"}
+
+    said = {"eos_token_id": [1, 5, 9], "bos_token_id": 0, "temperature": 0.6, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(said | {"_from_model_config": True}))
+    upcycle(source, tmp_path / "two")
+    assert json.loads((tmp_path / "two/generation_config.json").read_text()) == said
+    (source / "generation_config.json").unlink()
+    upcycle(source, tmp_path / "three")
+    assert json.loads((tmp_path / "three/generation_config.json").read_text())["eos_token_id"] == [1, 5]
+    (source / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id"):
+        open_llama(source)
+
+
+def test_a_llama_in_shards(tmp_path, llama):
+    source = llama()
+    folder = tmp_path / "llama"
+    (folder / "model.safetensors").unlink()
+    source.save_pretrained(folder, max_shard_size="50KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    read = open_llama(folder).read
+    assert all(torch.equal(read(name), tensor) for name, tensor in source.state_dict().items())
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(UserError, match=rf"{shards[1].name} repeats model\..*, which {shards[0].name} holds"):
+        open_llama(folder)
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 300), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(-1, 300), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.sampled_from([10**40, -(10**400), 1e308, 2**31 - 1, 5e-324]),
+)  # fmt: skip
+ROPE_KEYS = sorted({*LLAMA3, "type", "partial_rotary_factor"})
+ROPE = st.dictionaries(st.sampled_from(ROPE_KEYS), JUNK, max_size=3).map(lambda changes: LLAMA3 | changes)
+
+
+def test_any_config_json_is_read_or_refused(tmp_path, llama):
+    llama()
+    file = tmp_path / "llama/config.json"
+    plain, read = json.loads(file.read_text()), []
+    values = {key: JUNK for key in (*plain, "rope_scaling", "rope_theta", "partial_rotary_factor")}
+    values |= {"rope_parameters": ROPE | JUNK, "rope_scaling": ROPE | JUNK}
+
+    @settings(max_examples=500, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(sorted(values)).flatmap(lambda key: st.tuples(st.just(key), values[key])))
+    @example(("model_type", []))
+    def attempt(change):
+        file.write_text(json.dumps(plain | dict([change])))
+        try:
+            upcycled_config(open_llama(tmp_path / "llama"), mtp=1)
+            read.append(change)
+        except UserError as error:
+            assert str(error).strip() and "\n" not in str(error)
+
+    attempt()
+    assert 20 < len(read) < 400  # nulls and numbers that may be; the others are refused

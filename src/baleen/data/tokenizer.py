@@ -282,7 +282,10 @@ class Tokenizer:
         """A tokenizer of ours, or any Hugging Face fast tokenizer. Raises UserError if files are missing or broken."""
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"{path} is missing: Baleen loads fast tokenizers, which are kept in that file")
+            cure = ""
+            if (directory / "tiktoken.model").is_file():  # Moonlight, Kimi K2
+                cure = "; transformers' convert_tiktoken_to_fast makes one of tiktoken.model"
+            raise UserError(f"{path} is missing: Baleen loads fast tokenizers, which are kept in that file{cure}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

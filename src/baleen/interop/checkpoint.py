@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import ModelConfig, UserError, model_config_from_hf, read_json
-from baleen.interop.names import EMBEDDING, HEAD, Layout
+from baleen.interop.names import EMBEDDING, HEAD, Layout, weights_in
 from baleen.interop.shards import INDEX, SINGLE, Shard, Spec, pieces
 from baleen.model.fp8 import E4M3, dequantize_blocks, scale_shape
 
@@ -123,10 +123,8 @@ class Checkpoint:
         """A config.json that lies must not make us count to a billion."""
         cfg = self.config
         held = sum(spec.nbytes for _, spec in self._headers.values())
-        moe_layers = max(cfg.num_layers_with_mtp - cfg.first_k_dense_replace, 0)
-        experts = moe_layers * cfg.n_routed_experts * 3 * cfg.hidden_size * cfg.moe_intermediate_size
-        if cfg.num_layers_with_mtp > len(self._headers) or experts > held:
-            raise UserError(f"{self.directory}: config.json announces more layers or experts than the files can hold")
+        if cfg.num_layers_with_mtp > len(self._headers) or weights_in(cfg) > 2 * held:  # less is told by name
+            raise UserError(f"{self.directory}: config.json announces more layers or weights than the files can hold")
 
     def _check_names(self) -> None:
         cfg, expected, stacks = self.config, self.layout.places, self.layout.stacks

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from baleen.config import UserError, read_json
+from baleen.config import LongRope, UserError, model_config_from_hf, read_json
 from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.gguf_checkpoint import GGUFCheckpoint
 from baleen.interop.gguf_export import export_gguf
@@ -17,7 +17,7 @@ from baleen.interop.shards import Spec, new_directory, replaced_when_complete
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8 = {"fp8": "fp32", "fp8-ue8m0": "ue8m0"}  # --dtype -> format of the scales
-LLAMA_FAMILY = {"llama", "mistral"}
+LLAMA_FAMILY = ("llama", "mistral")
 
 
 def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
@@ -53,8 +53,8 @@ def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None 
 def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Path:
     """A run's model -> a directory for transformers, vLLM and SGLang (`hf`) or a file for llama.cpp (`gguf`).
 
-    Returns `out`. Raises UserError, and writes nothing, for an unknown target, if `out` is not empty, and as
-    `import_checkpoint` and `export_gguf` do.
+    Returns `out`; see `serving_caveat`. Raises UserError, and writes nothing, for an unknown target, if `out` is not
+    empty, and as `import_checkpoint` and `export_gguf` do.
     """
     if to == "hf":
         return import_checkpoint(model_path(run), out, dtype=dtype)
@@ -64,3 +64,14 @@ def export_checkpoint(run: str | Path, out: str | Path, *, to: str = "hf", dtype
             raise UserError(f"{path} is a GGUF file already: to change its dtype, `baleen import` it first")
         return export_gguf(path, Path(out), dtype=dtype or "f32")
     raise UserError(f"--to {to} is unknown: take hf or gguf")
+
+
+def serving_caveat(directory: Path) -> str:
+    """What other engines may get silently wrong of a model directory, and the cure; empty if nothing is known."""
+    config = model_config_from_hf(read_json(directory / "config.json"))
+    if not config.attention_bias and not isinstance(config.rope_scaling, LongRope):
+        return ""
+    return (
+        "this model has attention biases or longrope, as exactly upcycled ones do: vLLM skips unknown biases silently, "
+        "and longrope is unproven there and in SGLang, so serve it by transformers, or upcycle with --portable"
+    )

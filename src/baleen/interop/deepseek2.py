@@ -92,7 +92,7 @@ class GGUFLayout:
         return [Part(f"blk.{layer}.{LAYER[inner]}")]
 
     def split(self, name: str, tensor: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """A tensor of ours -> those of the file."""
+        """A tensor of ours -> those of the file, in the same dtype or, rescaled, in float32."""
         cfg, parts = self.config, self.parts(name)
         if name.endswith(KV_B):
             w_HXR = tensor.unflatten(0, (cfg.num_attention_heads, -1))
@@ -133,10 +133,10 @@ class GGUFLayout:
         if scale == 1.0:
             return tensor
         if name.endswith("q_a_proj.weight"):
-            return tensor * scale
+            return tensor.float() * scale
         if name.endswith("kv_a_proj_with_mqa.weight"):
             latent, rope = tensor.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim])
-            return torch.cat((latent * scale, rope))
+            return torch.cat((latent.float() * scale, rope.float()))
         return tensor
 
 

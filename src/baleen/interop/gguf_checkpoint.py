@@ -16,14 +16,18 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.interop.deepseek2 import ARCHITECTURE, SIGMOID, GGUFLayout
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.gguf_tokenizer import tokenizer_from_gguf
+from baleen.interop.names import weights_in
 from baleen.interop.shards import Spec
+
+V3_TRUNK = 61, 256  # layers and experts of V3 and R1
 
 
 class GGUFCheckpoint:
     """`config` and tensors of a file whose names, shapes and settings agree. Opening it reads the header only.
 
     Raises UserError, naming the file or the tensor, for a damaged file, a missing, unknown or misshapen tensor, another
-    architecture, gates that are not sigmoids, or MTP layers, which Baleen does not read from GGUF.
+    architecture, gates that are not sigmoids, V3 without its expert groups, or MTP layers, which Baleen does not read
+    from GGUF.
     """
 
     dtype = torch.float32
@@ -56,10 +60,8 @@ class GGUFCheckpoint:
         """Settings that lie must not make us count to a billion."""
         cfg = self.config
         held = sum(math.prod(info.shape) for info in self.file.tensors.values())
-        moe_layers = max(cfg.num_hidden_layers - cfg.first_k_dense_replace, 0)
-        experts = moe_layers * cfg.n_routed_experts * 3 * cfg.hidden_size * cfg.moe_intermediate_size
-        if cfg.num_hidden_layers > len(self.file.tensors) or experts > held:
-            raise UserError(f"{self.file.path} announces more layers or experts than it holds")
+        if cfg.num_hidden_layers > len(self.file.tensors) or weights_in(cfg) > 2 * held:  # less is told by name
+            raise UserError(f"{self.file.path} announces more layers or weights than it holds")
 
     def _check_tensors(self) -> None:
         shapes, found = self.layout.shapes(), self.file.tensors
@@ -81,6 +83,11 @@ def _config(file: GGUFFile) -> ModelConfig:
         raise UserError(f"{file.path} gates its experts by softmax, as V2 did; Baleen builds V3's sigmoid")
     if get("nextn_predict_layers", int, 0):
         raise UserError(f"{file.path} has MTP layers, which Baleen does not read from GGUF: take the safetensors")
+    if (get("block_count"), get("expert_count")) == V3_TRUNK and get("expert_group_count", int, 0) == 0:
+        raise UserError(
+            f"{file.path} does not say expert_group_count, as files of before late 2025, and without its 8 groups "
+            "V3 computes something else: convert the safetensors again with a newer llama.cpp"
+        )
     rope = get("rope.dimension_count")
     try:
         return ModelConfig.model_validate(

@@ -7,21 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from torch import Tensor
 
 from baleen.config import UserError
 from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.deepseek2 import ARCHITECTURE, GGUFLayout, settings
 from baleen.interop.gguf_file import gguf_library
 from baleen.interop.gguf_tokenizer import tokenizer_settings
+from baleen.interop.shards import made_or_refused
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 FLOAT16_LIMIT = 65520.0  # what rounds to infinity
 LARGEST = {"F16": FLOAT16_LIMIT, "Q8_0": 127 * FLOAT16_LIMIT}  # q8_0: a block's largest over 127 is its float16 scale
 KEPT_WIDE = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # the router decides in float32
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+CHUNK = 2**18  # elements converted at a time
 
 
 def export_gguf(directory: Path, out: Path, *, dtype: str = "f32") -> Path:
@@ -31,15 +34,16 @@ def export_gguf(directory: Path, out: Path, *, dtype: str = "f32") -> Path:
     whole blocks of q8_0 in float16. Written aside, then renamed.
 
     Raises UserError, and writes nothing, for a model that llama.cpp cannot load or would compute wrongly, a tokenizer
-    that it does not know, a value that the type cannot hold, and if `out` exists.
+    that it does not know, a value that the type cannot hold, and if `out` exists or cannot be made.
     """
     gguf = gguf_library()
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown for GGUF: take one of {', '.join(DTYPES)}")
     if out.suffix != ".gguf":
         raise UserError(f"{out} is no name for a GGUF file: end it in .gguf")
-    if out.exists():
-        raise UserError(f"{out} exists already: name a new file")
+    with made_or_refused(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: name a new file")
     checkpoint = Checkpoint(directory)
     config = checkpoint.config
     layout = GGUFLayout(config)
@@ -51,8 +55,8 @@ def export_gguf(directory: Path, out: Path, *, dtype: str = "f32") -> Path:
         with aside.open("r+b") as file:
             for name, tensor in checkpoint.tensors():
                 if name in wanted:
-                    for part, piece in layout.split(name, tensor.float()):
-                        target.write(file, part.name, part.expert, piece.contiguous().numpy())
+                    for part, piece in layout.split(name, tensor):
+                        target.write(file, part.name, part.expert, piece)
             file.flush()
             os.fsync(file.fileno())
     return out
@@ -80,14 +84,17 @@ class _Target:
             at += self._padded(self._nbytes(name, shape))
         os.truncate(path, at)
 
-    def write(self, file: Any, name: str, index: int | None, values: np.ndarray) -> None:
-        """A whole tensor, or the part that `index` counts along its first dimension."""
+    def write(self, file: BinaryIO, name: str, index: int | None, tensor: Tensor) -> None:
+        """A whole tensor, or the part that `index` counts along its first dimension; a few rows at a time, so that
+        their float32 and their blocks take little memory."""
         kind = self._kinds[name]
-        if np.abs(values).max() >= LARGEST.get(kind.name, math.inf):
-            raise UserError(f"{name} holds values that {kind.name.lower()} cannot: take bf16 or f32")
-        data = self._gguf.quants.quantize(values, kind)
-        file.seek(self._offsets[name] + (index or 0) * data.nbytes)
-        data.tofile(file)
+        file.seek(self._offsets[name] + (index or 0) * self._nbytes(name, tuple(tensor.shape)))
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        for piece in rows.split(max(1, CHUNK // rows.shape[1])):
+            values = piece.float().contiguous().numpy()
+            if np.abs(values).max() >= LARGEST.get(kind.name, math.inf):
+                raise UserError(f"{name} holds values that {kind.name.lower()} cannot: take bf16 or f32")
+            file.write(self._gguf.quants.quantize(values, kind).tobytes())
 
     def _kind(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         kinds = self._gguf.GGMLQuantizationType
@@ -124,7 +131,9 @@ def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
 def _aside(out: Path) -> Iterator[Path]:
     """A path beside `out` that takes its place when the block ends without an error, and vanishes after one."""
     aside = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with made_or_refused(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
     try:
         yield aside
         aside.rename(out)

@@ -43,9 +43,11 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     split = "gpt-2" if split == "default" else split
     if split not in PRE_TOKENIZERS:
         raise UserError(f"{file.path} splits text as {split!r}; Baleen knows {', '.join(PRE_TOKENIZERS)}")
-    tokens = file.field("tokenizer.ggml.tokens", list)
+    tokens, merged = (file.field(f"tokenizer.ggml.{key}", list) for key in ("tokens", "merges"))
+    if not all(isinstance(text, str) for text in (*tokens, *merged)):
+        raise UserError(f"{file.path} has a tokenizer whose tokens or merges are not text")
     types = file.field("tokenizer.ggml.token_type", list)
-    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in merged]
     if len(types) != len(tokens) or any(len(pair) != 2 for pair in merges) or len(set(tokens)) != len(tokens):
         raise UserError(f"{file.path} has a tokenizer whose lists do not fit each other")
     try:
@@ -79,7 +81,7 @@ def tokenizer_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
     tokenizer = Tokenizer.load(directory)
     description = read_json(directory / "tokenizer.json")
     model, added = description["model"], {token["id"]: token for token in description["added_tokens"]}
-    if model["type"] != "BPE" or description.get("normalizer"):
+    if model["type"] != "BPE" or not _changes_nothing(description.get("normalizer")):
         raise UserError(f"{directory} has no byte-level BPE tokenizer, the only kind that Baleen writes to GGUF")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{directory} has a tokenizer of {tokenizer.vocab_size} tokens for a model of {vocab_size}")
@@ -93,7 +95,7 @@ def tokenizer_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.tokens": [names.get(id, f"[UNUSED_{id}]") for id in range(vocab_size)],
         "tokenizer.ggml.token_type": [kinds.get(id, UNUSED) for id in range(vocab_size)],
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": "SpecialToken" in json.dumps(description.get("post_processor")),
+        "tokenizer.ggml.add_bos_token": _adds_bos(description, directory),
     }
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     out |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
@@ -102,6 +104,17 @@ def tokenizer_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
         template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", tokenizer.template)
         out["tokenizer.chat_template"] = template
     return out
+
+
+def _changes_nothing(normalizer: dict[str, Any] | None) -> bool:
+    """DeepSeek's own tokenizer.json has an empty sequence of normalizers."""
+    return not normalizer or (normalizer["type"] == "Sequence" and not normalizer["normalizers"])
+
+
+def _adds_bos(description: dict[str, Any], directory: Path) -> bool:
+    """As tokenizer_config.json says, for DeepSeek's tokenizer.json does not; else whether a template adds one."""
+    said = read_json(directory / "tokenizer_config.json").get("add_bos_token")
+    return said if isinstance(said, bool) else "SpecialToken" in json.dumps(description.get("post_processor"))
 
 
 def _name_of(description: dict[str, Any], directory: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -20,10 +20,11 @@ from baleen.model.fp8 import E4M3, WEIGHT_BLOCK, quantize_blocks, scale_shape
 from baleen.model.transformer import Transformer
 
 ScaleFormat = Literal["fp32", "ue8m0"]
-# What goes with the weights when a checkpoint is copied from folder to folder.
+# What goes with the weights when a checkpoint is copied from folder to folder, as patterns of names.
+LICENCES = ("LICENSE*", "NOTICE*")  # V3 has LICENSE-MODEL and LICENSE-CODE
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json", "tiktoken.model", "LICENSE", "README.md",
+    "generation_config.json", "tiktoken.model", "tokenization_*.py", "README.md", *LICENCES,
 )  # fmt: skip
 DTYPE_WORDS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -133,11 +134,12 @@ def write_weights(
                 writer.write(target, tensor)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, template, generation settings and licence of a checkpoint."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANIONS) -> None:
+    """Tokenizer, template, generation settings and licence of a checkpoint; of a file that is one, nothing."""
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +14,7 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.interop.checkpoint import PLAIN_DTYPES, weight_files
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.gguf_tokenizer import tokenizer_from_gguf
+from baleen.interop.llama_config import generation_settings, llama_config
 from baleen.interop.shards import Shard
 
 # The layer's tensors: Hugging Face name -> GGUF name.
@@ -34,6 +34,7 @@ OUTER = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+FACTORS = "rope_freqs.weight"  # of a GGUF file: what divides the frequency of each rotary pair
 
 
 class LlamaShape(NamedTuple):
@@ -66,6 +67,7 @@ class LlamaShape(NamedTuple):
 class LlamaSource(Protocol):
     shape: LlamaShape
     frequencies: Tensor  # angle per position of each rotary pair, float32 [d/2]
+    generation: Mapping[str, Any]  # for generation_config.json: every end token, and sampling if the source has it
 
     def read(self, name: str) -> Tensor:
         """A tensor by its Hugging Face name; rotary pair j of a head is rows (j, j + d/2)."""
@@ -100,38 +102,47 @@ class HFLlama:
             raise UserError(f"{directory} has biases or a sliding window, which the converted form cannot express")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("quantization_config"):
             raise UserError(f"{directory} is quantised or has another activation than silu")
-        heads = _whole(raw, "num_attention_heads", directory)
-        hidden = _whole(raw, "hidden_size", directory)
-        eos = raw.get("eos_token_id", 1)
+        where = str(directory / "config.json")
+        config = llama_config(raw, where)
+        heads = config.num_attention_heads
         self.shape = LlamaShape(
-            vocab_size=_whole(raw, "vocab_size", directory),
-            hidden_size=hidden,
-            intermediate_size=_whole(raw, "intermediate_size", directory),
-            num_hidden_layers=_whole(raw, "num_hidden_layers", directory),
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            bos_token_id=raw.get("bos_token_id") or 0,
-            eos_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
+            num_key_value_heads=config.num_key_value_heads or heads,
+            head_dim=config.head_dim or config.hidden_size // heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id[0],
         )
-        self.frequencies = _frequencies(raw, self.shape.head_dim, directory)
+        self.generation: Mapping[str, Any] = generation_settings(directory, config)
+        rope = config.rope(where)
         self._files: dict[str, Path] = {}
+        held: dict[str, tuple[int, ...]] = {}
         for file in weight_files(directory):
             with Shard(file) as shard:
                 specs = shard.specs
             for name, spec in specs.items():
+                if name in self._files:
+                    raise UserError(f"{file} repeats {name}, which {self._files[name].name} holds")
                 if spec.dtype not in PLAIN_DTYPES:
                     raise UserError(f"{name} in {file} is {spec.dtype}: give the model in float32, bfloat16 or float16")
                 self._files[name] = file
-        _check(self.shape, {name: Path(file).name for name, file in self._files.items()}, directory)
+                held[name] = spec.shape
+        _check(self.shape, held, directory)
+        plain = plain_frequencies(rope.rope_theta, self.shape.head_dim)
+        self.frequencies = _positive(rope.scaled(plain), directory)
 
     def read(self, name: str) -> Tensor:
         with Shard(self._files[name]) as shard:
             tensor = shard.read(name)
-        return _of_shape(tensor.float(), name, self.shape, self.directory)
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} in {self._files[name]} holds NaN or infinite values")
+        return tensor.float()
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.directory)
@@ -165,19 +176,27 @@ class GGUFLlama:
             bos_token_id=file.field("tokenizer.ggml.bos_token_id", int, 0),
             eos_token_id=file.field("tokenizer.ggml.eos_token_id", int, 0),
         )
+        eos, eot = self.shape.eos_token_id, file.field("tokenizer.ggml.eot_token_id", int, self.shape.eos_token_id)
+        self.generation: Mapping[str, Any] = {"eos_token_id": [eos, eot] if eot != eos else eos}
         if file.field("llama.rope.scaling.type", str, "none") != "none":
             raise UserError(f"{path} has a rope scaling that Baleen does not read from GGUF")
-        factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else torch.ones(1)
-        theta = file.field("llama.rope.freq_base", float, 10000.0)
-        self.frequencies = plain_frequencies(theta, self.shape.head_dim) / factors
-        _check(self.shape, {self._hf_name(name): name for name in file.tensors if name != "rope_freqs.weight"}, path)
+        if file.field("llama.rope.dimension_count", int, self.shape.head_dim) != self.shape.head_dim:
+            raise UserError(f"{path} turns only part of each head (rope.dimension_count): Baleen upcycles whole ones")
+        held = {self._hf_name(name): info.shape for name, info in file.tensors.items() if name != FACTORS}
+        _check(self.shape, held, path)
+        frequencies = plain_frequencies(file.field("llama.rope.freq_base", float, 10000.0), self.shape.head_dim)
+        if FACTORS in file.tensors:
+            if file.tensors[FACTORS].shape != frequencies.shape:
+                raise UserError(f"{FACTORS} in {path} has another shape than the {len(frequencies)} rotary pairs")
+            frequencies /= file.read(FACTORS)
+        self.frequencies = _positive(frequencies, path)
 
     def read(self, name: str) -> Tensor:
         tensor = self.file.read(self._gguf_name(name))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             pairs = tensor.view(-1, self.shape.head_dim // 2, 2, tensor.shape[-1])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        return _of_shape(tensor, name, self.shape, self.file.path)
+        return tensor
 
     def tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file)
@@ -211,33 +230,14 @@ def plain_frequencies(theta: float, head_dim: int) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def _frequencies(raw: Mapping[str, Any], head_dim: int, where: Path) -> Tensor:
-    """With Llama 3's scaling: long waves are stretched by `factor`, short ones kept, those between interpolated."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    frequencies = plain_frequencies(theta, head_dim)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / rope["factor"]
-    if kind != "llama3":
-        raise UserError(f"{where} has rope_type {kind!r}: Baleen upcycles default, linear and llama3")
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    context = rope["original_max_position_embeddings"]
-    turns = context * frequencies / (2 * math.pi)  # over the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+def _positive(frequencies: Tensor, where: Path) -> Tensor:
+    if not (frequencies.isfinite() & (frequencies > 0)).all():
+        raise UserError(f"{where} has rope settings whose frequencies are not positive numbers")
+    return frequencies
 
 
-def _whole(raw: Mapping[str, Any], key: str, where: Path) -> int:
-    if not isinstance(raw.get(key), int) or raw[key] < 1:
-        raise UserError(f"{where / 'config.json'} has {key} = {raw.get(key)!r}: Baleen needs a positive whole number")
-    return raw[key]
-
-
-def _check(shape: LlamaShape, held: Mapping[str, str], where: Path) -> None:
-    """Raises UserError unless the names are exactly those of the shape, which must be one that makes sense."""
+def _check(shape: LlamaShape, held: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raises UserError unless names and shapes are exactly those asked for, which must make sense."""
     if min(shape.num_key_value_heads, shape.head_dim, shape.hidden_size, shape.num_hidden_layers) < 1:
         raise UserError(f"{where} has a dimension below 1")
     if shape.num_attention_heads % shape.num_key_value_heads or shape.head_dim % 2:
@@ -247,18 +247,12 @@ def _check(shape: LlamaShape, held: Mapping[str, str], where: Path) -> None:
         )
     if shape.num_hidden_layers > len(held):
         raise UserError(f"{where} announces {shape.num_hidden_layers} layers, more than it has tensors")
-    names = shape.tensors().keys()
-    for name, place in held.items():
-        if name not in names and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-            raise UserError(f"{where} holds {place if place.startswith('blk') else name}, which a Llama does not have")
-    if missing := [name for name in names if name not in held]:
+    expected = shape.tensors()
+    for name, found in held.items():
+        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            raise UserError(f"{where} holds {name}, which a Llama does not have")
+        if found != expected.get(name, found):
+            asked = f"its settings ask for {list(expected[name])}"
+            raise UserError(f"{name} in {where} has shape {list(found)}; {asked}")
+    if missing := [name for name in expected if name not in held]:
         raise UserError(f"{where} lacks {missing[0]}")
-
-
-def _of_shape(tensor: Tensor, name: str, shape: LlamaShape, where: Path) -> Tensor:
-    expected = shape.tensors()[name]
-    if tuple(tensor.shape) != expected:
-        raise UserError(f"{name} in {where} has shape {list(tensor.shape)}; its settings ask for {list(expected)}")
-    if not tensor.isfinite().all():
-        raise UserError(f"{name} in {where} holds NaN or infinite values")
-    return tensor

@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from baleen.config import ModelConfig
+from baleen.cost.architecture import from_model_config
+from baleen.cost.flops import mtp_parameters, parameters
 from baleen.model.transformer import Transformer
 
 CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"  # float32 in every checkpoint
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def weights_in(config: ModelConfig) -> int:
+    """How many numbers a checkpoint of this shape holds, its MTP layers included.
+
+    Counted, not built: torch cannot even name the shapes that a config.json may lie about.
+    """
+    arch = from_model_config(config)
+    return parameters(arch)["total"] + mtp_parameters(arch)
 
 
 class Place(NamedTuple):

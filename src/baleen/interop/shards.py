@@ -6,6 +6,7 @@ of every tensor, which is checked on reading; other readers ignore it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -46,13 +47,25 @@ class Spec(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@contextmanager
+def made_or_refused(out: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names `out`; of a full disk the command line speaks itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{out} cannot be made ({error}): name another place") from None
+
+
 def new_directory(out: str | Path) -> Path:
     """`out` if it does not exist or is empty. Raises UserError otherwise."""
     out = Path(out)
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if out.exists():
-        raise UserError(f"{out} exists already: name a new folder")
+    with made_or_refused(out):
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if out.exists():
+            raise UserError(f"{out} exists already: name a new folder")
     return out
 
 
@@ -60,21 +73,31 @@ def new_directory(out: str | Path) -> Path:
 def replaced_when_complete(directory: Path) -> Iterator[Path]:
     """A fresh folder beside `directory` that takes its place when the block ends without an error.
 
-    After an error nothing is left of it, and `directory` is as it was.
+    After an error nothing is left of it, and `directory` is as it was. Raises UserError if there can be no such folder.
     """
     directory = directory.absolute()
-    aside, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = directory.with_name(f".{directory.name}.partial")
+    with made_or_refused(directory):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
     try:
         yield aside
-        if directory.exists():
-            directory.rename(old)
-        aside.rename(directory)
+        put_in_place(aside, directory)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not directory.exists():
+        raise
+
+
+def put_in_place(aside: Path, directory: Path) -> None:
+    """`aside` becomes `directory`, and what was there goes only then: between the two renames it is `.NAME.old`."""
+    old = directory.with_name(f".{directory.name}.old")
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    try:
+        aside.rename(directory)
+    except BaseException:
+        if old.exists():
             old.rename(directory)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baleen.config import LongRope, ModelConfig, UserError
+from baleen.config import ModelConfig, UserError, validated
 from baleen.interop.calibration import calibrate
-from baleen.interop.huggingface import model_from_stream, write_generation, write_weights
+from baleen.interop.huggingface import LICENCES, copy_companions, model_from_stream, write_generation, write_weights
 from baleen.interop.latent import (
     EXACT,
     Form,
@@ -82,7 +82,8 @@ def upcycle(
     tokenizer = llama.tokenizer()
     with replaced_when_complete(out) as aside:
         write_weights(aside, config, upcycled_stream(llama, config, seed, _attentions(llama, form)), specs)
-        write_generation(aside, config)
+        write_generation(aside, config, llama.generation)
+        copy_companions(Path(source), aside, LICENCES)
         tokenizer.save(aside)
     return out
 
@@ -96,7 +97,10 @@ def upcycled_config(
     mtp: int = 0,
     form: Form = EXACT,
 ) -> ModelConfig:
-    """The shape of the V3 form. Raises UserError if the feed-forward width does not divide, or for a wrong rank."""
+    """The shape of the V3 form.
+
+    Raises UserError if the feed-forward width does not divide, for a wrong rank, and for what no V3 model can have.
+    """
     source = llama.shape
     n, d, width = source.num_key_value_heads, source.head_dim, source.intermediate_size
     if slices == 0 and (experts > 1 or shared > 0):
@@ -110,11 +114,14 @@ def upcycled_config(
         raise UserError(f"value rank {rank}: the source has {n * d} coordinates of values; take 1 to {n * d}")
     constants = 1 if form.portable else len(norm_constants(rank))
     factors = tuple(_inverse(llama.frequencies).tolist()) * n
-    own = LongRope(
-        original_max_position_embeddings=source.max_position_embeddings, short_factor=factors, long_factor=factors
-    )
+    own = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": source.max_position_embeddings,
+        "short_factor": factors,
+        "long_factor": factors,
+    }
     layers, grouped = source.num_hidden_layers, slices > 1 and experts > 1
-    return ModelConfig(
+    shape = dict(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
         intermediate_size=width,
@@ -144,6 +151,7 @@ def upcycled_config(
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
     )
+    return validated(ModelConfig, shape, "the V3 form of the source")
 
 
 Attention = Callable[[int, ModelConfig, Projections], dict[str, Tensor]]  # of a layer, by name within it

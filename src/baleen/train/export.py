@@ -18,7 +18,7 @@ from torch import Tensor
 from baleen.config import ModelConfig, model_config_to_hf
 from baleen.interop.huggingface import DTYPE_WORDS, SavesTokenizer, write_generation, write_json
 from baleen.interop.names import EMBEDDING, Layout, Place
-from baleen.interop.shards import INDEX, ShardWriter, Spec
+from baleen.interop.shards import INDEX, ShardWriter, Spec, put_in_place
 from baleen.parallel.ranks import Ranks
 
 SHARDING = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says what a shard's pieces are pieces of
@@ -71,7 +71,7 @@ def export_shards(
     tokenizer: SavesTokenizer,
     card: str,
 ) -> None:
-    """As `save_model`, from a checkpoint's shards. Called by all ranks; what was in `directory` is replaced."""
+    """As `save_model`, from a checkpoint's shards. Called by all ranks; what was in `directory` stays until then."""
     stored, layout = StoredGroup(shards, group), Layout(config)
     aside = directory.with_name(f".{directory.name}.partial")
     ranks.lead(lambda: _fresh(aside))
@@ -91,8 +91,7 @@ def export_shards(
         write_generation(aside, config, {})
         tokenizer.save(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
+        put_in_place(aside, directory)
 
     ranks.largest([0.0])  # all have written
     ranks.lead(join_parts)
