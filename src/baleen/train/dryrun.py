@@ -110,7 +110,8 @@ def _beside(arch: Architecture, layout: Layout, seq_len: int, *, mtp: bool) -> f
     losses = (1 + modules) * (tokens + arch.vocab_size) * d
     ends = (1 + modules) * tokens * 2 * d  # the last norms
     joined = modules * tokens * 6 * d  # MTP's two norms, and their outputs side by side
-    return 4 * ((arch.num_hidden_layers + modules) * tokens * (padded + scaled) + losses + ends + joined) / layout.pipeline
+    layers = (arch.num_hidden_layers + modules) * tokens * (padded + scaled)
+    return 4 * (layers + losses + ends + joined) / layout.pipeline
 
 
 def _counts(parameters_in_all: int, ranks: Ranks) -> dict[str, float]:
