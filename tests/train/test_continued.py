@@ -21,7 +21,7 @@ from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk
 from baleen.train.own_text import assistant_opening, beginnings
 from baleen.train.rundir import Metrics
-from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants
+from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
 
 @pytest.fixture
@@ -170,6 +170,20 @@ def test_closest_experts(tiny_model):
         experts.down_proj[3] = experts.down_proj[5]
     assert closest_experts(model.trunk_layers) == pytest.approx(1.0)
     assert closest_experts(model.mtp_layers) < 0.5 and closest_experts(()) is None
+
+
+def test_noise_parts_copies_by_a_known_cosine(tiny_model):
+    model = tiny_model(hidden_size=128, moe_intermediate_size=96)
+    layers = model.trunk_layers
+    experts = layers[2].mlp.experts
+    with torch.no_grad():
+        for stack in experts.parameters():
+            stack[1:] = stack[:1]
+    before = experts.down_proj.clone()
+    part_experts(layers, 0.0, seed=0)
+    assert torch.equal(experts.down_proj, before) and closest_experts(layers) == pytest.approx(1.0)
+    part_experts(layers, 0.2, seed=0)
+    assert closest_experts(layers) == pytest.approx(1 / 1.04, abs=0.003)
 
 
 def test_prompts_end_where_the_assistant_begins(tmp_path):

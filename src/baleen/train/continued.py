@@ -37,7 +37,7 @@ from baleen.train.own_text import own_text
 from baleen.train.precision import Precision, computing_in, keep_freed_memory, resolve_precision
 from baleen.train.rundir import Metrics, open_run, require_one_process
 from baleen.train.schedule import Curve
-from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants
+from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
 Only = Literal["all", "mtp"]
 
@@ -102,6 +102,7 @@ def _train_on(
         run = _Run(recipe, run_dir, loaded, texts, only, stage, display)
         if only == "all" and not run.counters.step:
             run.counters.heldout_bpb_before = run.heldout_bpb(prepared)
+            part_experts(run.trained_layers, recipe.train.expert_noise, recipe.train.seed)
         status = run.train(max_steps)
     if status == "stopped":
         display.say(f"stopped at step {run.counters.step} and saved; go on with --resume")
@@ -259,7 +260,8 @@ class _Run:
             return gates[len(gates) - mtp :]
         return gates if train.mtp_loss_weight else gates[: len(gates) - mtp]
 
-    def _trained_layers(self) -> list[DecoderLayer]:
+    @property
+    def trained_layers(self) -> list[DecoderLayer]:
         model = self.model
         learn_mtp = self.only == "mtp" or self.recipe.train.mtp_loss_weight
         return [*(model.trunk_layers if self.only == "all" else ()), *(model.mtp_layers if learn_mtp else ())]
@@ -295,7 +297,7 @@ class _Run:
             "agreement": self.agreement if self.only == "mtp" and math.isfinite(self.agreement) else None,
             "heldout_bpb_before": self.counters.heldout_bpb_before,
             "heldout_bpb": heldout_bpb,
-            "closest_experts": closest_experts(self._trained_layers()),
+            "closest_experts": closest_experts(self.trained_layers),
         }
 
     def _save(self) -> None:

@@ -50,6 +50,7 @@ class ContinuedConfig(Strict):
     bias_update_speed: NotNegative = 0.001
     balance_loss_weight: NotNegative = 1e-4
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # inputs of routers times 1 +- this, so copies part
+    expert_noise: NotNegative = 0.0  # on routed experts before the first step of all, a share of their weights' spread
     document_mask: bool = True  # attend within a document only
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: Count = 0  # steps; 0: only at the end

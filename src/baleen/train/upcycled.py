@@ -49,6 +49,21 @@ def _jittered(training: bool, args: tuple[Tensor, ...], amount: float) -> tuple[
 
 
 @torch.no_grad()
+def part_experts(layers: Iterable[DecoderLayer], amount: float, seed: int) -> None:
+    """Add noise to the routed experts, `amount` times the spread of each matrix's own weights.
+
+    Fine-tuning moves weights by a hundredth of their size, so copies that are only trained on stay alike for long;
+    sparse upcycling re-initialises some of them (arXiv 2502.19261). cos = 1 / (1 + amount²) is left of two copies.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        for stack in layer.mlp.experts.parameters() if isinstance(layer.mlp, DeepseekMoE) else ():
+            for expert in stack:
+                noise = torch.empty(expert.shape, device="cpu").normal_(generator=generator)
+                expert += amount * expert.std() * noise.to(expert)
+
+
+@torch.no_grad()
 def closest_experts(layers: Iterable[DecoderLayer]) -> float | None:
     """The largest cosine between two experts of one of the layers, over all their weights: 1.0 where one is a copy.
 
