@@ -58,11 +58,16 @@ def transformers_twin(model):
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_logits_and_gradients(tiny_model, changes):
     model = tiny_model(**changes)
+    for gate in model.gates:  # now s + b is negative: a mask of 0 would bring experts of other groups back
+        gate.e_score_correction_bias -= 0.8
     twin = transformers_twin(model)
     ids = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(2, 50, 97, generator=torch.Generator().manual_seed(2))
 
-    ours = model.logits(model(ids).hidden_BTd)
+    output = model(ids)
+    for gate, routing in zip(model.gates, output.routings, strict=False):
+        assert ((routing.scores_NE + gate.e_score_correction_bias).gather(1, routing.indices_NK) < 0).any()
+    ours = model.logits(output.hidden_BTd)
     theirs = twin(ids).logits
     assert difference(ours, theirs) <= 2e-5
 
@@ -132,13 +137,19 @@ def test_transformers_without_groups_is_wrong():
     """transformers crashes on n_group null, which older configs have; we read null as one group."""
     from baleen.config import model_config_from_hf
 
-    raw = {"model_type": "deepseek_v3", "n_group": None, "topk_group": None, "n_shared_experts": None, "vocab_size": 97}
-    config = model_config_from_hf(raw)
+    null = {"n_group": None, "topk_group": None}
+    config = model_config_from_hf({"model_type": "deepseek_v3", **null, "n_shared_experts": None})
     assert (config.n_group, config.topk_group, config.n_shared_experts) == (1, 1, 0)
-    with pytest.raises(Exception):  # noqa: B017 - whatever it raises, it cannot run
-        small = {"hidden_size": 8, "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 4}
-        twin = DeepseekV3ForCausalLM(DeepseekV3Config(**{**raw, **small}))
-        twin(torch.zeros(1, 4, dtype=torch.long))
+
+    def run(**groups):
+        small = {"vocab_size": 97, "hidden_size": 8, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        twin = DeepseekV3ForCausalLM(DeepseekV3Config(**small, **experts, **groups, experts_implementation="eager"))
+        return twin(torch.zeros(1, 4, dtype=torch.long)).logits
+
+    assert run(n_group=1, topk_group=1).shape == (1, 4, 97)
+    with pytest.raises(TypeError, match="unsupported operand .* for //: 'int' and 'NoneType'"):
+        run(**null)
 
 
 def test_transformers_mask_is_ours():

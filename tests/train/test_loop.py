@@ -445,10 +445,9 @@ SAMPLED = {"model": {"max_position_embeddings": 128}, "train": {"sample_every_se
 def test_a_sample_asks_what_its_context_holds(tiny_recipe, corpus, tmp_path, monkeypatch, openings, prompt):
     """Whatever conversations were held out, training goes on."""
     monkeypatch.setattr(loop, "FIRST_SAMPLE_SECONDS", 0.0)
-    text = (corpus / "0.txt").read_text()
-    rows = [[{"role": "user", "content": f"{text} {n}"}, {"role": "assistant", "content": text}] for n in range(40)]
+    turns = [[{"role": "user", "content": file.read_text()}] for file in corpus.iterdir()]
     chats = tmp_path / "chats.jsonl"
-    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     recipe = tiny_recipe(data={"sources": (str(chats),), "format": "chat"}, **SAMPLED)
     prepared = loop._prepare
     held_out = [Document.of_messages([Message("user", opening)], "") for opening in openings]

@@ -44,7 +44,7 @@ def test_training_on_a_folder_of_ones_own_text(corpus, tmp_path):
 SMALL = {
     "model.vocab_size": 1024, "model.hidden_size": 64, "model.num_hidden_layers": 2, "model.intermediate_size": 128,
     "model.moe_intermediate_size": 32, "model.q_lora_rank": 32, "model.kv_lora_rank": 32, "data.heldout_fraction": 0.02,
-    "train.checkpoint_every": 10,
+    "train.checkpoint_every": 10, "train.sample_every_seconds": 0,
 }  # fmt: skip
 
 
