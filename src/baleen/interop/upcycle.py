@@ -81,7 +81,8 @@ def upcycle(
     llama = open_llama(source)
     form = Form(portable, value_rank)
     config = upcycled_config(llama, experts=experts, slices=slices, shared=shared, mtp=mtp, form=form)
-    specs = {name: Spec(DTYPES[dtype], Layout(config).shape(name)) for name in Layout(config).originals()}
+    layout = Layout(config)
+    specs = {name: Spec(DTYPES[dtype], layout.shape(name)) for name in layout.originals()}
     tokenizer = llama.tokenizer()
     with replaced_when_complete(out) as aside:
         write_weights(aside, config, upcycled_stream(llama, config, seed, _attentions(llama, form)), specs)
