@@ -154,7 +154,7 @@ def chat_(
 
     from baleen.config import UserError
     from baleen.data.document import Message
-    from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat
+    from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat, params_of
     from baleen.infer.engine import Engine
     from baleen.infer.parse import opens_reasoning
     from baleen.infer.thinking import ThinkingBudget
@@ -175,6 +175,8 @@ def chat_(
         loaded = load(run)
         engine = Engine(loaded.model, loaded.tokenizer)
         partner = Local(engine)
+        if votes == 1:  # a vote needs answers that differ
+            params = params_of(loaded.path)
         if thinking_budget is not None:
             tokenizer = loaded.tokenizer
             prompt_ids = tokenizer.encode_chat([Message("user", "")], add_generation_prompt=True)

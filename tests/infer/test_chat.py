@@ -12,7 +12,7 @@ from rich.console import Console
 from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.data.tokenizer import Tokenizer, train_tokenizer
-from baleen.infer.chat import Chat, Local, answer_by_vote, answer_once, printable, recent
+from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, params_of, printable, recent
 from baleen.infer.engine import Engine, Request, Stats
 from baleen.infer.parse import words_of
 from baleen.infer.sampler import SamplingParams
@@ -53,6 +53,13 @@ def expected(engine, messages, params=GREEDY):
     params = SamplingParams(temperature=params.temperature, max_tokens=params.max_tokens, stop_ids=stop_ids)
     ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
     return printable(engine.complete([Request(ids, params)])[0].text)
+
+
+def test_a_model_may_ask_for_its_likeliest_token(tmp_path):
+    assert params_of(tmp_path) == params_of(tmp_path / "model.gguf") == CHAT_PARAMS
+    for said, temperature in [(False, 0.0), (True, CHAT_PARAMS.temperature)]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": said}))
+        assert params_of(tmp_path).temperature == temperature
 
 
 def words(text):

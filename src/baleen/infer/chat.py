@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from baleen.config import UserError
+from baleen.config import UserError, read_json
 from baleen.data.corpus import Message
 from baleen.infer.answers import Vote, majority
 from baleen.infer.engine import Engine, Generation, Request, Speculate, Stats
@@ -90,6 +90,13 @@ class _LocalReply:
 def opening_of(engine: Engine, prompt_ids: list[int]) -> str:
     """What of the answer the chat template has written already: the opening of its thought, or nothing."""
     return f"{THINK}\n" if opens_reasoning(engine.tokenizer, prompt_ids) else ""
+
+
+def params_of(model: Path) -> SamplingParams:
+    """How the model at this path talks: greedily if its generation_config.json says so, else by CHAT_PARAMS."""
+    file = model / "generation_config.json"
+    greedy = file.is_file() and read_json(file).get("do_sample") is False
+    return replace(CHAT_PARAMS, temperature=0.0) if greedy else CHAT_PARAMS
 
 
 def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:

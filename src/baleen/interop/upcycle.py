@@ -22,8 +22,10 @@ with weight 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +64,7 @@ def upcycle(
     value_rank: int | None = None,
     dtype: str = "fp32",
     seed: int = 0,
+    generation: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write the V3 form of a Llama-family model (Hugging Face directory or GGUF file) to `out`, which is returned.
 
@@ -69,7 +72,7 @@ def upcycle(
     that always run; I must be a multiple of S + G. mtp: MTP layers, fresh but for a copy of the last block; to be
     trained with the trunk frozen. portable: plain rope and no biases, nearly the same function; value_rank: coordinates
     of the values in the latent, fewer than n·d for a smaller cache and a little loss. dtype: fp32 or bf16 (float16
-    cannot hold the constants). seed: of router and MTP.
+    cannot hold the constants). seed: of router and MTP. generation: further keys of generation_config.json.
     Raises UserError, and writes nothing, for what the form cannot express and if `out` is not empty.
     """
     out = new_directory(out)
@@ -78,11 +81,12 @@ def upcycle(
     llama = open_llama(source)
     form = Form(portable, value_rank)
     config = upcycled_config(llama, experts=experts, slices=slices, shared=shared, mtp=mtp, form=form)
-    specs = {name: Spec(DTYPES[dtype], Layout(config).shape(name)) for name in Layout(config).originals()}
+    layout = Layout(config)
+    specs = {name: Spec(DTYPES[dtype], layout.shape(name)) for name in layout.originals()}
     tokenizer = llama.tokenizer()
     with replaced_when_complete(out) as aside:
         write_weights(aside, config, upcycled_stream(llama, config, seed, _attentions(llama, form)), specs)
-        write_generation(aside, config, llama.generation)
+        write_generation(aside, config, {**llama.generation, **generation})
         copy_companions(Path(source), aside, LICENCES)
         tokenizer.save(aside)
     return out
