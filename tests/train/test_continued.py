@@ -31,7 +31,8 @@ def base(tmp_path, tiny_model, corpus):
     def make(**changes):
         model = tiny_model(vocab_size=290, **changes)
         texts = [file.read_text() for file in sorted(corpus.iterdir())]
-        save_model(model, tmp_path / "base", tokenizer=train_tokenizer(texts, 290))
+        generation = {"do_sample": False}
+        save_model(model, tmp_path / "base", tokenizer=train_tokenizer(texts, 290), generation=generation)
         return model
 
     return make
@@ -60,6 +61,7 @@ def test_only_the_mtp_layers_change(tmp_path, base, recipe):
     after = load_model(tmp_path / "run/model")
     changed = {name for name, a in before.state_dict().items() if not torch.equal(a, after.state_dict()[name])}
     assert changed and all(name.startswith("model.layers.3.") for name in changed)
+    assert '"do_sample": false' in (tmp_path / "run/model/generation_config.json").read_text()  # as the base says
     assert summary["status"] == "done" and summary["step"] == 8 and 0 <= summary["agreement"] <= 1
     assert sorted(p.name for p in (tmp_path / "run/data/own-text").iterdir()) == ["document_ids.npy", "tokens.npy"]
 

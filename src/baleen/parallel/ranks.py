@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 import baleen
 from baleen.config import UserError
@@ -54,12 +55,12 @@ def node_size() -> int:
 class Ranks:
     """This process among `world`. Alone, everything is a no-op."""
 
-    def __init__(self, rank: int, world: int, store: dist.Store | None = None):
+    def __init__(self, rank: int, world: int, store: Store | None = None):
         """store: for words between all of them, with none of an earlier start's in it; None: there is only one."""
         self.rank, self.world, self._store = rank, world, store
 
     @property
-    def store(self) -> dist.Store:
+    def store(self) -> Store:
         assert self._store is not None, "one process has nobody to talk to"
         return self._store
 
@@ -180,11 +181,11 @@ def limit_waiting(timeout_seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def _fresh_store() -> dist.Store:
+def _fresh_store() -> Store:
     """With a prefix of this start: torchrun may keep its store over a restart, with what was said before in it."""
     start = torch.tensor([time.time_ns()])
     dist.broadcast(start, 0, group=_talk())
-    return dist.PrefixStore(f"baleen/{start.item()}", dist.distributed_c10d._get_default_store())
+    return PrefixStore(f"baleen/{start.item()}", dist.distributed_c10d._get_default_store())
 
 
 def _last_word(ranks: Ranks, error: Exception, rank_0: str, seconds: float) -> Exception | None:
@@ -233,7 +234,7 @@ def _is_of_others(error: BaseException | None) -> bool:
     return False
 
 
-def _said(store: dist.Store, word: str, deadline: float) -> bool:
+def _said(store: Store, word: str, deadline: float) -> bool:
     try:
         store.wait([word], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
         return True

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from baleen.config import UserError
+from baleen.config import UserError, read_json
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Stage
@@ -137,6 +137,8 @@ class _Run:
     ):
         self.recipe, self.run_dir, self.only, self.stage, self.display = recipe, run_dir, only, stage, display
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        generation = loaded.path / "generation_config.json"
+        self.generation = read_json(generation) if generation.is_file() else {}
         self.loaders = [Loader(text, seed=recipe.train.seed) for text in texts]
         if only == "mtp":
             freeze_trunk(self.model)
@@ -281,9 +283,10 @@ class _Run:
             sources=self.recipe.data.sources,
             cost=card_paragraph(cost_card(self.run_dir)),
         )
-        save_model(self.model, self.run_dir / "model", tokenizer=self.tokenizer, card=card)
+        rest = {"tokenizer": self.tokenizer, "generation": self.generation, "card": card}
+        save_model(self.model, self.run_dir / "model", **rest)
         if self.only == "mtp" and self.recipe.base == smollm2.NAME:
-            save_model(self.model, smollm2.drafting_directory(), tokenizer=self.tokenizer, card=card)
+            save_model(self.model, smollm2.drafting_directory(), **rest)
             self.display.say(f"`baleen chat {smollm2.NAME}` drafts with it from now on")
 
     def summary(self, status: str, heldout_bpb: float | None) -> dict[str, Any]:
