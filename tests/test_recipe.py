@@ -95,7 +95,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
         {"rope_scaling": YARN},
         {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
         {"rope_scaling": {**YARN, "mscale": 0.707}},
-        {"rms_norm_eps": 1e-300, "rope_theta": 1e30, "initializer_range": 0.1 + 0.2},
+        {"rms_norm_eps": 1e-300, "rope_theta": 1e29, "initializer_range": 0.1 + 0.2},
     ],
 )
 def test_null_and_floats_go_round(model, tmp_path):

@@ -10,7 +10,6 @@ from baleen.config import ModelConfig, UserError
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 from baleen.model.grouped import grouped_linear_loop
 from baleen.model.transformer import Transformer
-from baleen.parallel.worker import Alone
 from baleen.train.fp8 import (
     AFTER_ATTENTION,
     COLUMN_TILE,
@@ -25,8 +24,8 @@ from baleen.train.fp8 import (
     to_e5m6,
     use_fp8,
 )
+from baleen.train.layout import check_layout
 from baleen.train.loop import train
-from baleen.train.trainer import Trainer
 
 SHAPES = [([130], 256, 128), ([5, 0, 131], 200, 70), ([0, 0], 128, 128), ([1], 1, 1)]  # rows a group, inputs, outputs
 
@@ -196,8 +195,5 @@ def test_a_run_in_fp8_learns_as_one_in_fp32(tiny_recipe, tmp_path):
 
 
 def test_several_processes_are_refused(tiny_recipe):
-    recipe = tiny_recipe(train={"precision": "fp8"})
-    worker = Alone(Transformer(recipe.model))
-    worker.world = 2
     with pytest.raises(UserError, match="one process"):
-        Trainer(recipe, worker, None)  # type: ignore[arg-type]
+        check_layout(tiny_recipe(train={"precision": "fp8"}), 2)

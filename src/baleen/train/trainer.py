@@ -62,7 +62,8 @@ class StepResult:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> StepResult:
-        return cls(**row | {"loads": [torch.tensor(load) for load in row["loads"]]})
+        rest = {key: value for key, value in row.items() if key != "loads"}
+        return cls(**rest, loads=[torch.tensor(load) for load in row["loads"]])
 
 
 def max_violation(loads: list[Tensor]) -> float:
