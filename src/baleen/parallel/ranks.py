@@ -27,12 +27,13 @@ T = TypeVar("T")
 SPEAKING_SECONDS = 1.0  # that a rank which ends without a word leaves the one that speaks: torchrun then ends it too
 
 
-def last_word_seconds(timeout_seconds: float) -> float:
+def last_word_seconds(error: Exception, timeout_seconds: float) -> float:
     """How long ranks that gave up wait to hear from each other before one that is silent is named.
 
-    They began to wait up to a step apart, so it is a share of the time limit, which must be longer than many steps.
+    Out of patience, they began to wait up to a step apart: a share of the time limit, which must be longer than many
+    steps. Cut off from a rank that has ended, all notice at once.
     """
-    return max(5.0, timeout_seconds / 10)
+    return max(5.0, timeout_seconds / 10) if "timed out" in str(error).lower() else 5.0
 
 
 class RankLost(RuntimeError):
@@ -165,7 +166,7 @@ def joined(timeout_seconds: float) -> Iterator[Ranks]:
         yield ranks
         dist.barrier()
     except Exception as error:
-        told = _last_word(ranks, error, rank_0, last_word_seconds(timeout_seconds))
+        told = _last_word(ranks, error, rank_0, last_word_seconds(error, timeout_seconds))
         if told is None:
             time.sleep(SPEAKING_SECONDS)
             sys.exit(2 if isinstance(error, UserError) else 1)
