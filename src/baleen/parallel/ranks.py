@@ -33,7 +33,8 @@ def last_word_seconds(error: Exception, timeout_seconds: float) -> float:
     Out of patience, they began to wait up to a step apart: a share of the time limit, which must be longer than many
     steps. Cut off from a rank that has ended, all notice at once.
     """
-    return max(5.0, timeout_seconds / 10) if "timed out" in str(error).lower() else 5.0
+    is_late = any("timed out" in str(cause).lower() for cause in _causes(error))
+    return max(5.0, timeout_seconds / 10) if is_late else 5.0
 
 
 class RankLost(RuntimeError):
@@ -223,16 +224,20 @@ def _of_failure(ranks: Ranks, error: Exception, seconds: float) -> Exception | N
     return RankLost([_place(ranks, r) for r in silent]) if silent else error
 
 
-def _is_of_others(error: BaseException | None) -> bool:
-    """Whether it came of talking with other ranks. Gloo's errors are plain ones that name its source; pipelines wrap
-    what they meet."""
+def _is_of_others(error: BaseException) -> bool:
+    """Whether it came of talking with other ranks. Gloo's errors are plain ones that name its source."""
+    return any(
+        isinstance(cause, dist.DistError)
+        or (isinstance(cause, RuntimeError) and any(name in str(cause) for name in ("/gloo/", "NCCL")))
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came of: pipelines wrap what they meet."""
     while error is not None:
-        if isinstance(error, dist.DistError):
-            return True
-        if isinstance(error, RuntimeError) and any(name in str(error) for name in ("/gloo/", "NCCL")):
-            return True
+        yield error
         error = error.__cause__
-    return False
 
 
 def _said(store: Store, word: str, deadline: float) -> bool:
