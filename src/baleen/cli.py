@@ -293,8 +293,11 @@ def upcycle(
     """Turn a Llama-family model into a V3-architecture one that computes the same function."""
     from baleen.interop.upcycle import upcycle as convert
 
-    shape = {"experts": experts, "slices": slices, "shared": shared, "mtp": mtp}
-    print(convert(source, out, **shape, portable=portable, value_rank=value_rank, dtype=dtype))
+    made = convert(
+        source, out, experts=experts, slices=slices, shared=shared, mtp=mtp,
+        portable=portable, value_rank=value_rank, dtype=dtype,
+    )  # fmt: skip
+    print(made)
 
 
 @app.command()
