@@ -43,7 +43,7 @@ def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
         assert held["formula"] == pytest.approx(held["counted"], rel=tolerance, abs=0), word
         assert held["counted"] > 0 or (word == "all_to_all" and "expert" not in parallel)
     under_way = 5 / 2 if "pipeline" in parallel else 1  # DualPipeV: one more than the stages, of two a rank
-    handed_on = 64 * 32 * 4 if "pipeline" in parallel else 0  # a sequence's hidden states
+    handed_on = 64 * WIDE["hidden_size"] * 4 if "pipeline" in parallel else 0  # a sequence's hidden states
     for rank, at_ends in zip(told["ranks"], (1, 2), strict=False):  # the first rank has both ends of the pipeline
         assert rank["inputs"] == rank["returned"] == at_ends * handed_on
     held = [
