@@ -11,13 +11,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from baleen.config import Count, Fraction, ModelConfig, Momentum, NotNegative, Positive, Strict, UserError, validated
 
 T = TypeVar("T", bound=BaseModel)
 
-Knot = tuple[NotNegative | str, NotNegative] | tuple[NotNegative | str, NotNegative, Literal["linear", "cosine"]]
+
+def _with_shape(knot: Any) -> Any:
+    return (*knot, "linear") if isinstance(knot, list | tuple) and len(knot) == 2 else knot
+
+
+Knot = Annotated[tuple[NotNegative | str, NotNegative, Literal["linear", "cosine"]], BeforeValidator(_with_shape)]
+LEVEL: tuple[Knot, ...] = ((0, 1.0, "linear"),)
 
 
 class DataConfig(Strict):
@@ -68,10 +74,10 @@ class ScheduleConfig(Strict):
     `when` counts tokens, or is a share of train.tokens written as "60%". Two knots at one place make a jump.
     """
 
-    lr: tuple[Knot, ...] = ((0, 1.0),)
-    batch_tokens: tuple[Knot, ...] = ((0, 1.0),)
-    bias_update_speed: tuple[Knot, ...] = ((0, 1.0),)
-    mtp_loss_weight: tuple[Knot, ...] = ((0, 1.0),)
+    lr: tuple[Knot, ...] = LEVEL
+    batch_tokens: tuple[Knot, ...] = LEVEL
+    bias_update_speed: tuple[Knot, ...] = LEVEL
+    mtp_loss_weight: tuple[Knot, ...] = LEVEL
 
     @field_validator("*", mode="after")
     @classmethod

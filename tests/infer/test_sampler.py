@@ -7,6 +7,8 @@ import torch
 from chi_square import chi_square_excess
 
 from baleen.config import UserError
+from baleen.infer import sampler
+from baleen.infer.native.library import native_library
 from baleen.infer.sampler import Place, SamplingParams, _keys, choose, gumbel
 
 
@@ -117,6 +119,25 @@ def test_the_ends_of_the_noise_are_finite():
     one = torch.full((3000, 4), -math.inf)
     one[:, 2] = 0.0
     assert set(choose(one, [Place(SamplingParams(), 0, (), i) for i in range(3000)]).tolist()) == {2}
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 16, 276, 1003])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
+def test_the_native_draw_is_its_twins(monkeypatch, vocab, spread):
+    """Token for token, at flat and at peaked distributions, with forbidden tokens, in rows of a padded matrix."""
+    logits = torch.randn(2000, vocab + 7, generator=torch.Generator().manual_seed(vocab)) * spread
+    logits[:, 3::5] = -math.inf
+    logits = logits[:, :vocab]
+    places = [Place(SamplingParams(temperature=0.3 + r % 5), r * 7919, (), r) for r in range(len(logits))]
+    asked = []
+    monkeypatch.setattr(sampler, "native_library", lambda: asked.append(1) or native_library())
+    fast = choose(logits, places)
+    assert asked
+    monkeypatch.setattr(sampler, "native_library", lambda: None)
+    assert torch.equal(fast, choose(logits, places))
+    monkeypatch.undo()
+    forbidden = choose(torch.full((2, vocab), -math.inf), places[:2])
+    assert torch.equal(forbidden, torch.zeros(2, dtype=torch.long))
 
 
 def test_logits_are_not_changed():

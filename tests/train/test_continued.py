@@ -19,7 +19,7 @@ from baleen.recipe import DataConfig
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk
-from baleen.train.own_text import assistant_opening, beginnings
+from baleen.train.own_text import beginnings
 from baleen.train.rundir import Metrics
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
@@ -196,7 +196,7 @@ def test_prompts_end_where_the_assistant_begins(tmp_path):
     data = DataConfig(sources=(str(tmp_path / "chats.jsonl"),), format="chat")
     prepared = prepare(data, vocab_size=290, seq_len=16, seed=0, cache_dir=tmp_path / "cache", tokenizer=tokenizer)
     prompts = beginnings(tokenizer, prepared.train, OwnTextConfig(prompts=5), seed=0)
-    assert len(prompts) == 5 and assistant_opening(tokenizer) == [tokenizer.assistant_id]
+    assert len(prompts) == 5 and tokenizer.assistant_opening == [tokenizer.assistant_id]
     for prompt in prompts:
         text = tokenizer.decode(prompt, skip_special=False)
         assert text.startswith("<|begin_of_sentence|><|user|>whale") and text.endswith("<|assistant|>")

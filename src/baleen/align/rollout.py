@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from baleen.align.judge import Judge
@@ -117,12 +119,25 @@ def draw(model: Transformer, requests: Sequence[Request]) -> list[tuple[list[Log
     numbers = {engine.submit(request): number for number, request in enumerate(requests)}
     logprobs: list[list[Logprob]] = [[] for _ in requests]
     truncated = [False] * len(requests)
-    while engine.has_work:
-        for event in engine.step():
-            number = numbers[event.request]
-            logprobs[number] += event.logprobs or ()
-            truncated[number] = event.finish_reason == "length"
+    with collections_paused():
+        while engine.has_work:
+            for event in engine.step():
+                number = numbers[event.request]
+                logprobs[number] += event.logprobs or ()
+                truncated[number] = event.finish_reason == "length"
     return list(zip(logprobs, truncated, strict=True))
+
+
+@contextlib.contextmanager
+def collections_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: with thousands of tuples a step they take a seventh of a rollout, for nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:

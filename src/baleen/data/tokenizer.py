@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -215,19 +217,35 @@ class Tokenizer:
         """Many conversations at once, on all cores."""
         return self._encode_prompts([_Prompt([_as_dict(message) for message in chat]) for chat in chats])
 
+    @cached_property
+    def assistant_opening(self) -> list[int]:
+        """The tokens that open a turn of the assistant, as the template has them; empty without a template."""
+        if self.template is None:
+            return []
+        question, answer = Message("user", "?"), Message("assistant", "!")
+        closed, said = self.encode_chats([[question], [question, answer]])
+        opened = self.encode_chat([question], add_generation_prompt=True)
+        return os.path.commonprefix([opened, said])[len(closed) :] if opened[: len(closed)] == closed else []
+
     def assistant_mask(self, ids: Sequence[int]) -> list[int]:
         """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.
 
-        Raises UserError if the tokenizer has no token that opens an assistant turn.
+        A turn is what follows `assistant_opening`. Raises UserError if the template has nothing of the kind, or
+        nothing in it that a user could not have typed.
         """
-        if self.assistant_id is None:
+        opening = self.assistant_opening
+        if not set(opening) & set(self._control.ids.values()):
             raise UserError(
-                "the tokenizer has no assistant token: the assistant's words cannot be told from the user's"
+                "the chat template opens the assistant's turns with no control token: its words cannot be told from "
+                "the user's"
             )
-        mask, inside = [], False
-        for id in ids:
-            mask.append(int(inside))
-            inside = id == self.assistant_id or (inside and id != self.eos_id)
+        mask = [0] * len(ids)
+        at = find(ids, opening)
+        while at >= 0:
+            start = at + len(opening)
+            end = next((i for i in range(start, len(ids)) if ids[i] == self.eos_id), len(ids) - 1) + 1
+            mask[start:end] = [1] * (end - start)
+            at = find(ids, opening, end)
         return mask
 
     def _render(self, prompt: _Prompt) -> str:
@@ -373,6 +391,12 @@ def _token_of_config(backend: tokenizers.Tokenizer, path: Path, key: str) -> str
     id = read_json(path).get(key) if path.is_file() else None
     id = id[0] if isinstance(id, list) and id else id
     return backend.id_to_token(id) if isinstance(id, int) else None
+
+
+def find(ids: Sequence[int], part: Sequence[int], start: int = 0) -> int:
+    """The first place from `start` on at which `part` begins in `ids`; -1 if there is none."""
+    part = list(part)
+    return next((i for i in range(start, len(ids) - len(part) + 1) if list(ids[i : i + len(part)]) == part), -1)
 
 
 def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:

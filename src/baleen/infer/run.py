@@ -28,7 +28,7 @@ class Span(NamedTuple):
     is_last: bool  # after them a token is drawn
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Run:
     job: Job
     request: Request
@@ -93,17 +93,17 @@ class Run:
             true = min(self.span.count - len(drafts) + kept, len(job.tokens) - job.computed)
             self.span = self.span._replace(count=true)
         scored = is_first and params.prompt_logprobs is not None
-        return Event(
+        return Event(  # by position, as one is made for every token
             job.id,
             text,
             tuple(drawn[:used]),
             min(used, kept),
             reason,
-            drafted=len(drafts),
-            cached_tokens=job.cached,
-            logprobs=tuple(logprobs[:used]) if drawn and params.logprobs is not None else None,
-            prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
-            routes=self._routes(experts) if params.trace else None,
+            len(drafts),
+            job.cached,
+            tuple(logprobs[:used]) if drawn and params.logprobs is not None else None,
+            tuple(self.prompt_logprobs) if scored else None,
+            self._routes(experts) if params.trace else None,
         )
 
     def window(self) -> Window:

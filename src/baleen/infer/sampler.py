@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import UserError
+from baleen.infer.native.library import native_library
 
 NUCLEUS = 256  # candidates looked at first for top-k and top-p: sorting a whole vocabulary is slow and rarely needed
 _MASK = (1 << 64) - 1
@@ -136,6 +137,11 @@ def _greedy(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
 
 def _draw_from_all(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     """Gumbel-max over the vocabulary, less what min_p forbids."""
+    is_wide = logits_RZ.dtype == torch.float32 and not logits_RZ.is_cuda
+    library = native_library() if is_wide and logits_RZ.stride(1) == 1 else None
+    if library is not None and not any(place.params.min_p for place in places):
+        temperatures_R = torch.tensor([place.params.temperature for place in places])
+        return library.draw(logits_RZ, temperatures_R, _keys(places, logits_RZ.device))
     scaled_RZ = _scaled(logits_RZ, places)
     ids_Z = torch.arange(scaled_RZ.shape[1], dtype=torch.int32, device=scaled_RZ.device)
     scores_RZ = gumbel(_keys(places, scaled_RZ.device), ids_Z) + scaled_RZ

@@ -14,7 +14,7 @@ class Busy(Exception):
     """The queue is full: the request may be sent again later."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Job:
     """A request as the scheduler sees it: its tokens, how many of them the cache holds, and in which pages."""
 

@@ -41,7 +41,11 @@ class ContinuedConfig(Strict):
     micro_batch_size: Count = 0  # sequences a forward; 0: the whole batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     lr: float = Field(gt=0.0)
-    lr_schedule: Annotated[tuple[Knot, ...], Field(min_length=1)] = (("0%", 0.0), ("5%", 1.0), ("100%", 0.0, "cosine"))
+    lr_schedule: Annotated[tuple[Knot, ...], Field(min_length=1)] = (
+        ("0%", 0.0, "linear"),
+        ("5%", 1.0, "linear"),
+        ("100%", 0.0, "cosine"),
+    )
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: NotNegative = 0.1

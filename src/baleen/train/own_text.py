@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from baleen.data.document import Message
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
-from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer import Tokenizer, find
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 from baleen.model.transformer import Transformer
@@ -50,30 +49,16 @@ def beginnings(tokenizer: Tokenizer, packed: PackedTokens, config: OwnTextConfig
     ids, tokens = packed.flat_document_ids, packed.flat_tokens
     starts = np.flatnonzero(np.diff(ids, prepend=-1))
     chosen = np.random.default_rng(seed).permutation(len(starts))[: config.prompts]
-    opening = assistant_opening(tokenizer)
+    opening = tokenizer.assistant_opening
     prompts = []
     for index in sorted(chosen):
         stop = starts[index + 1] if index + 1 < len(starts) else len(tokens)
         document = tokens[starts[index] : stop].tolist()
-        at = _find(document, opening) if opening else -1
+        at = find(document, opening) if opening else -1
         prompt = document[: at + len(opening)] if at >= 0 else document[: config.prompt_tokens]
         if len(prompt) < packed.seq_len:
             prompts.append(prompt)
     return prompts
-
-
-def assistant_opening(tokenizer: Tokenizer) -> list[int]:
-    """The tokens with which the chat template lets the assistant speak; empty without a template."""
-    if tokenizer.template is None:
-        return []
-    question = [Message("user", "?")]
-    closed, opened = (tokenizer.encode_chat(question, add_generation_prompt=add) for add in (False, True))
-    return opened[len(closed) :] if opened[: len(closed)] == closed else []
-
-
-def _find(document: Sequence[int], part: Sequence[int]) -> int:
-    length = len(part)
-    return next((i for i in range(len(document) - length + 1) if document[i : i + length] == part), -1)
 
 
 def _answered(

@@ -65,6 +65,7 @@ class Library:
         dll.baleen_open.restype, dll.baleen_open.argtypes = c_void_p, [c_void_p]
         dll.baleen_step.argtypes = [c_void_p, c_void_p]
         dll.baleen_close.argtypes = [c_void_p]
+        dll.baleen_draw.argtypes = [c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32]
         for i, struct in enumerate((Model, Layer, Step)):
             assert dll.baleen_size(i) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.h"
         self._dll = dll
@@ -73,6 +74,15 @@ class Library:
     def open(self, model: Model) -> int:
         """A forward of this model, which keeps its buffers from step to step."""
         return self._dll.baleen_open(ctypes.byref(model))
+
+    def draw(self, logits_RZ: Tensor, temperatures_R: Tensor, keys_R2: Tensor) -> Tensor:
+        """Tokens int64 [R] by `sampler.gumbel`; logits float32 with rows in one piece each, keys int32 [R, 2]."""
+        R, Z = logits_RZ.shape
+        assert logits_RZ.dtype == torch.float32 and logits_RZ.stride(1) == 1 and keys_R2.is_contiguous()
+        tokens_R = torch.empty(R, dtype=torch.long)
+        self._dll.baleen_draw(logits_RZ.data_ptr(), logits_RZ.stride(0), R, Z, temperatures_R.data_ptr(),
+                              keys_R2.data_ptr(), tokens_R.data_ptr(), torch.get_num_threads())  # fmt: skip
+        return tokens_R
 
     def matrix_bytes(self, inputs: int, outputs: int, format: int) -> int:
         return self._dll.baleen_matrix_bytes(inputs, outputs, format)

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "buffers.h"
+#include "draw.h"
 #include "moe.h"
 #include "pack.h"
 #include "step.h"
@@ -299,4 +300,16 @@ void* baleen_open(const Model* model) { return new Forward(*model); }
 void baleen_step(void* forward, const Step* step) { ((Forward*)forward)->run(*step); }
 
 void baleen_close(void* forward) { delete (Forward*)forward; }
+
+// One token a row of logits: [rows] temperatures, keys and tokens; `step` floats from row to row.
+void baleen_draw(const float* logits, int64_t step, int rows, int vocab, const float* temperatures, const Key* keys,
+                 int64_t* tokens, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> bounds(vocab);
+#pragma omp for
+        for (int r = 0; r < rows; r++)
+            tokens[r] = draw(logits + r * step, vocab, temperatures[r], keys[r], bounds.data());
+    }
+}
 }
