@@ -159,7 +159,7 @@ class Pipeline:
     def base(self) -> Loaded:
         """recipe.base, or a new network from its seed with a tokenizer of the tasks' own words."""
         if self.recipe.base:
-            return load(self.recipe.base, device=device())
+            return load(self.recipe.base, device=device(), to_train=True)
         assert self.recipe.model is not None
         model = Transformer(self.recipe.model).to(device())
         model.init_weights(self.seed)

@@ -24,13 +24,20 @@ class Loaded(NamedTuple):
     path: Path  # of the model's own directory or file
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    to_train: bool = False,
+) -> Loaded:
     """The model at `path`: a run directory (its model/), a Hugging Face directory, a GGUF file, or `smollm2`.
 
-    The model is in evaluation mode; `dtype` None: as on disk, float32 from GGUF. Raises UserError where there is
-    nothing to load.
+    The model is in evaluation mode; `dtype` None: as on disk, float32 from GGUF. to_train: `smollm2` as it came, not
+    with an MTP layer that has been trained here, so that a recipe begins where it began before. Raises UserError where
+    there is nothing to load.
     """
-    path = model_path(path)
+    path = model_path(path, to_train=to_train)
     if path.suffix == GGUF:
         checkpoint = GGUFCheckpoint(path)
         model = model_from_stream(checkpoint.config, checkpoint.tensors(), dtype or checkpoint.dtype, device)
@@ -38,10 +45,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     return Loaded(load_model(path, dtype=dtype, device=device).eval(), Tokenizer.load(path), path)
 
 
-def model_path(path: str | Path) -> Path:
+def model_path(path: str | Path, *, to_train: bool = False) -> Path:
     """Where the weights of RUN are. Raises UserError for what is neither a run nor a model."""
     if str(path) == smollm2.NAME and not Path(path).exists():
-        return smollm2.smollm2_directory()
+        return smollm2.smollm2_directory(drafting=not to_train)
     path = Path(path)
     if (path / "model" / "config.json").is_file():
         return path / "model"

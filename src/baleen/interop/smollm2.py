@@ -15,12 +15,14 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def smollm2_directory() -> Path:
-    """The upcycled model, made on the first call (a minute, 1.2 GB); once its MTP layer has been trained, with that.
+def smollm2_directory(*, drafting: bool) -> Path:
+    """The upcycled model, made on the first call (a minute, 1.2 GB); with `drafting` and once its MTP layer has been
+    trained, with that.
 
     Raises UserError if the package is missing or its file is not the one that was released.
     """
-    for made in (drafting_directory(), out := cached_directory()):
+    out = cached_directory()
+    for made in (drafting_directory(), out) if drafting else (out,):
         if (made / "config.json").is_file():
             return made
     source = _packaged_file()

@@ -64,7 +64,7 @@ def train_on(
     require_one_process(f"--only {only}")
     display = display or Display()
     keep_freed_memory()
-    loaded = load(recipe.base, dtype=torch.float32, device=device())
+    loaded = load(recipe.base, dtype=torch.float32, device=device(), to_train=True)
     if recipe.context is not None:
         loaded = loaded._replace(model=with_context(loaded.model, recipe.context))
     if recipe.train.seq_len > loaded.model.config.max_position_embeddings:
