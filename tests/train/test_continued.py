@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from baleen.config import UserError
+from baleen.data.packing import PackedTokens
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer import train_tokenizer
 from baleen.interop import smollm2
@@ -63,7 +65,12 @@ def test_only_the_mtp_layers_change(tmp_path, base, recipe):
     assert changed and all(name.startswith("model.layers.3.") for name in changed)
     assert '"do_sample": false' in (tmp_path / "run/model/generation_config.json").read_text()  # as the base says
     assert summary["status"] == "done" and summary["step"] == 8 and 0 <= summary["agreement"] <= 1
-    assert sorted(p.name for p in (tmp_path / "run/data/own-text").iterdir()) == ["document_ids.npy", "tokens.npy"]
+    own = PackedTokens.open(tmp_path / "run/data/own-text", 16)
+    starts = np.flatnonzero(np.diff(own.flat_document_ids, prepend=-1))
+    assert own.flat_loss_mask is not None
+    for start, stop in zip(starts, [*starts[1:], len(own.flat_tokens)], strict=True):  # prompt, then what is learnt
+        length = stop - start
+        assert own.flat_loss_mask[start:stop].tolist() == ([0] * 8 + [1] * length)[:length]
 
 
 def test_smollm2_drafts_once_its_mtp_layer_has_been_trained(tmp_path, base, recipe, monkeypatch):
@@ -96,6 +103,31 @@ def test_an_mtp_layer_learns_what_the_trunk_will_say(base):
         equal = (model.logits(ahead).argmax(-1) == model.logits(hidden[:, 1:]).argmax(-1)).double().mean()
     assert first.agreement < 0.1 and equal > 0.3 and abs(loss.agreement - equal) < 0.1
     assert all(p.grad is None for name, p in model.named_parameters() if "layers.3" not in name)
+
+
+def test_only_masked_in_tokens_are_learnt_to_draft(base):
+    """Two depths: layer k's draft of t_{i+k+1} counts where the mask says so, the one beyond the input included."""
+    model = base(num_nextn_predict_layers=2)
+    freeze_trunk(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(290, (3, 12), generator=generator)
+    mask = torch.randint(2, (3, 13), generator=generator)
+    documents = torch.zeros_like(tokens)
+    loss = draft_loss(model, tokens, documents, mask)
+    with torch.no_grad():
+        trunk = hidden = model(tokens, document_ids_BT=documents).hidden_BTd
+        losses = []
+        for k in (1, 2):
+            hidden = model.predict_ahead(
+                k - 1, hidden[:, :-1], tokens[:, k:], document_ids_BT=documents[:, k:]
+            ).hidden_BTd
+            said, words = (model.logits(h).log_softmax(-1) for h in (hidden, trunk[:, k:]))
+            places = [(b, i) for b in range(3) for i in range(12 - k) if mask[b, i + k + 1]]
+            losses.append(sum(-(words[p].exp() * said[p]).sum() for p in places) / len(places))
+    torch.testing.assert_close(loss.total.detach(), torch.stack(losses).mean())
+    nothing = draft_loss(model, tokens, documents, torch.zeros_like(mask))
+    nothing.total.backward()
+    assert nothing.total == 0 and nothing.agreement == 0
 
 
 def test_distillation_equals_its_twin():
@@ -190,12 +222,14 @@ def test_noise_parts_copies_by_a_known_cosine(tiny_model):
 
 def test_prompts_end_where_the_assistant_begins(tmp_path):
     turns = '[{{"role": "user", "content": "whale {i}"}}, {{"role": "assistant", "content": "krill"}}]'
-    lines = ['{"messages": ' + turns.format(i=i) + "}" for i in range(60)]
+    lines = ['{"messages": ' + turns.format(i=i // 2) + "}" for i in range(60)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     tokenizer = train_tokenizer(["whale krill 0123456789 " * 30], 284)
     data = DataConfig(sources=(str(tmp_path / "chats.jsonl"),), format="chat")
     prepared = prepare(data, vocab_size=290, seq_len=16, seed=0, cache_dir=tmp_path / "cache", tokenizer=tokenizer)
     prompts = beginnings(tokenizer, prepared.train, OwnTextConfig(prompts=5), seed=0)
+    everything = beginnings(tokenizer, prepared.train, OwnTextConfig(prompts=100), seed=0)
+    assert prompts == everything[:5] and 15 < len(everything) == len(set(map(tuple, everything))) <= 30
     assert len(prompts) == 5 and tokenizer.assistant_opening == [tokenizer.assistant_id]
     for prompt in prompts:
         text = tokenizer.decode(prompt, skip_special=False)

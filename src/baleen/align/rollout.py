@@ -130,7 +130,7 @@ def draw(model: Transformer, requests: Sequence[Request]) -> list[tuple[list[Log
 
 @contextlib.contextmanager
 def collections_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: with thousands of tuples a step they take a seventh of a rollout, for nothing."""
+    """No garbage collection meanwhile: thousands of tuples a step bring on so many that they take a seventh of it."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

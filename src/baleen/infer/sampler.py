@@ -137,9 +137,9 @@ def _greedy(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
 
 def _draw_from_all(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     """Gumbel-max over the vocabulary, less what min_p forbids."""
-    is_wide = logits_RZ.dtype == torch.float32 and not logits_RZ.is_cuda
-    library = native_library() if is_wide and logits_RZ.stride(1) == 1 else None
-    if library is not None and not any(place.params.min_p for place in places):
+    fits = logits_RZ.dtype == torch.float32 and logits_RZ.device.type == "cpu" and logits_RZ.stride(1) == 1
+    library = native_library() if fits and not any(place.params.min_p for place in places) else None
+    if library is not None:
         temperatures_R = torch.tensor([place.params.temperature for place in places])
         return library.draw(logits_RZ, temperatures_R, _keys(places, logits_RZ.device))
     scaled_RZ = _scaled(logits_RZ, places)

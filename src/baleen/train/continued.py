@@ -198,10 +198,12 @@ class _Run:
         loads: list[Tensor] = []
         for start in range(0, B, size):
             rows = slice(start, start + size)
-            tokens, documents = (t[rows].to(self.model.device) for t in (batch.tokens, batch.document_ids))
+            parts = (batch.tokens, batch.document_ids, batch.loss_mask)
+            tokens, documents, mask = (None if t is None else t[rows].to(self.model.device) for t in parts)
+            assert tokens is not None and documents is not None
             share = len(tokens) / B
             with computing_in(self.precision, self.model.device):
-                loss, agreement, of_part = self._loss(tokens, documents)
+                loss, agreement, of_part = self._loss(tokens, documents, mask)
             (loss * share).backward()
             self.loss += loss.item() * share
             self.agreement += agreement * share
@@ -240,17 +242,22 @@ class _Run:
             for loader, count in zip(self.loaders, (sequences - own, own), strict=False)
             if count
         ]
-        return Batch(torch.cat([p.tokens for p in parts]), torch.cat([p.document_ids for p in parts]))
+        tokens, documents = torch.cat([p.tokens for p in parts]), torch.cat([p.document_ids for p in parts])
+        if all(p.loss_mask is None for p in parts):
+            return Batch(tokens, documents)
+        masks = [torch.ones_like(p.tokens) if p.loss_mask is None else p.loss_mask for p in parts]
+        return Batch(tokens, documents, torch.cat(masks))
 
-    def _loss(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, float, list[Tensor]]:
+    def _loss(self, tokens: Tensor, documents: Tensor, mask: Tensor | None) -> tuple[Tensor, float, list[Tensor]]:
         if self.only == "mtp":
-            return draft_loss(self.model, tokens[:, :-1], documents[:, :-1])
+            return draft_loss(self.model, tokens[:, :-1], documents[:, :-1], mask)
         loss = training_loss(
             self.model,
             tokens,
             mtp_loss_weight=self.recipe.train.mtp_loss_weight,
             balance_loss_weight=self.recipe.train.balance_loss_weight,
             document_ids=documents if self.recipe.train.document_mask else None,
+            loss_mask=mask,
         )
         return loss.total, 0.0, loss.loads
 

@@ -13,7 +13,7 @@ from baleen.recipe import CostConfig, DataConfig, Knot
 class OwnTextConfig(Strict):
     """The model's own greedy continuations: what drafts are made for when it is used."""
 
-    prompts: Count = 0  # beginnings of training documents to go on from; 0: none
+    prompts: Count = 0  # different beginnings of training documents to go on from; 0: none
     prompt_tokens: Positive = 32  # of a document that no assistant answers; a conversation is cut where one begins
     max_tokens: Positive = 128
     share: Fraction = 0.5  # of each batch

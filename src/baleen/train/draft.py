@@ -31,10 +31,13 @@ def freeze_trunk(model: Transformer) -> None:
         layer.requires_grad_(True)
 
 
-def draft_loss(model: Transformer, tokens_BT: Tensor, document_ids_BT: Tensor) -> DraftLoss:
+def draft_loss(
+    model: Transformer, tokens_BT: Tensor, document_ids_BT: Tensor, mask_BT: Tensor | None = None
+) -> DraftLoss:
     """Cross-entropy of each MTP layer with the trunk's distribution, on tokens [B, T] of documents told apart.
 
-    Positions whose target lies in another document count: there the trunk's word is a word too.
+    mask [B, T + 1]: 0 at tokens whose drafts do not count; None: all do, also where the next document begins, for the
+    trunk's word is a word there too.
     """
     with torch.no_grad():
         trunk_BTd = model(tokens_BT, document_ids_BT=document_ids_BT).hidden_BTd
@@ -44,7 +47,11 @@ def draft_loss(model: Transformer, tokens_BT: Tensor, document_ids_BT: Tensor) -
         hidden_BTd, routings = model.predict_ahead(
             depth, hidden_BTd[:, :-1], tokens_BT[:, k:], document_ids_BT=document_ids_BT[:, k:]
         )
-        loss, agreement = distilled(hidden_BTd, trunk_BTd[:, k:], model.lm_head.weight)
+        drafts, words = hidden_BTd, trunk_BTd[:, k:]
+        if mask_BT is not None:
+            counts_BT = mask_BT[:, k + 1 :] != 0
+            drafts, words = drafts[counts_BT], words[counts_BT]
+        loss, agreement = distilled(drafts, words, model.lm_head.weight)
         losses.append(loss)
         loads += [routing.load() for routing in routings]
         agreed = agreed if depth else float(agreement.detach())
@@ -75,10 +82,10 @@ class _Distilled(torch.autograd.Function):
             said = (student_Nd[rows] @ weight_Zd.t()).to(wide).log_softmax(-1)
             loss -= torch.dot(wanted.flatten(), said.flatten())
             equal += int((wanted.argmax(-1) == said.argmax(-1)).sum())
-            gradient = said.exp_().sub_(wanted).mul_(1 / N).to(weight_Zd.dtype)
+            gradient = said.exp_().sub_(wanted).div_(N).to(weight_Zd.dtype)
             torch.mm(gradient, weight_Zd, out=gradient_Nd[rows])
         ctx.save_for_backward(gradient_Nd)
-        return loss / N, loss.new_tensor(equal / N)
+        return loss / max(1, N), loss.new_tensor(equal / max(1, N))
 
     @staticmethod
     @once_differentiable

@@ -29,7 +29,8 @@ def own_text(
     seed: int,
     progress: Callable[[str], None],
 ) -> PackedTokens:
-    """Prompts from the packed documents with the model's answers, packed into `directory`, or found there.
+    """Prompts from the packed documents with the model's answers, which the loss mask marks, packed into `directory`,
+    or found there.
 
     A killed process leaves nothing there, and its work is done again.
     """
@@ -44,21 +45,22 @@ def own_text(
 
 
 def beginnings(tokenizer: Tokenizer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> list[list[int]]:
-    """Prompts of `config.prompts` documents drawn by `seed`, fewer if there are fewer: up to where the assistant first
-    speaks, else the first `prompt_tokens` tokens."""
+    """`config.prompts` different prompts, fewer if there are fewer, of documents in an order drawn by `seed`: up to
+    where the assistant first speaks, else the first `prompt_tokens` tokens."""
     ids, tokens = packed.flat_document_ids, packed.flat_tokens
     starts = np.flatnonzero(np.diff(ids, prepend=-1))
-    chosen = np.random.default_rng(seed).permutation(len(starts))[: config.prompts]
     opening = tokenizer.assistant_opening
-    prompts = []
-    for index in sorted(chosen):
+    prompts: dict[tuple[int, ...], None] = {}
+    for index in np.random.default_rng(seed).permutation(len(starts)):
+        if len(prompts) == config.prompts:
+            break
         stop = starts[index + 1] if index + 1 < len(starts) else len(tokens)
         document = tokens[starts[index] : stop].tolist()
         at = find(document, opening) if opening else -1
         prompt = document[: at + len(opening)] if at >= 0 else document[: config.prompt_tokens]
         if len(prompt) < packed.seq_len:
-            prompts.append(prompt)
-    return prompts
+            prompts.setdefault(tuple(prompt))
+    return [list(prompt) for prompt in prompts]
 
 
 def _answered(
@@ -74,6 +76,7 @@ def _answered(
         answers = engine.complete([Request(prompt, params) for prompt in batch])
         for prompt, answer in zip(batch, answers, strict=True):
             end = [tokenizer.eos_id] if answer.finish_reason == "stop" else []
-            ids = list(answer.token_ids)
-            yield TokenisedDocument([*prompt, *ids, *(end if ids[-1:] != end else [])])
+            said = list(answer.token_ids)
+            said += end if said[-1:] != end else []
+            yield TokenisedDocument([*prompt, *said], [0] * len(prompt) + [1] * len(said))
         progress(f"the model's own words: {min(start + AT_ONCE, len(prompts)):,} of {len(prompts):,} answers")
