@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from baleen.config import ModelConfig, model_config_to_hf
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.native.runner import NativeRunner, fastest_runner
 from baleen.infer.native.weights import Format
 from baleen.interop.gguf_export import export_gguf

@@ -12,7 +12,7 @@ from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_line
 from baleen.train.continued_recipe import ContinuedRecipe
 
 CONTINUED = ("extend-1k", "extend-4k", "smollm2-heal", "smollm2-mtp")
-STAGED = ("distill", "r1", "r1-zero", "reason")
+STAGED = ("distill", "r1", "r1-zero", "reason", "smollm2-reason")
 SHIPPED = [name for name in recipe_names() if name not in CONTINUED + STAGED]
 
 

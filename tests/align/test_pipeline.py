@@ -12,7 +12,7 @@ from baleen.align.pipeline import align
 from baleen.align.recipe import for_command
 from baleen.align.sft import conversations
 from baleen.config import ModelConfig, UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.eval.report import hacked_reward, write_report
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import load

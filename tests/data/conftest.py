@@ -1,7 +1,8 @@
 import pytest
 
 from baleen.data.corpus import read_documents
-from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from baleen.config import UserError
 from baleen.data.document import Message
 from baleen.data.template import ChatTemplate
-from baleen.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import SPECIAL_TOKENS
 
 CHAT = [
     Message("system", "Be brief."),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from baleen.config import UserError
-from baleen.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
 
 TEXT = st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a", "1", ".\n\n", "é", "𝄞", "<", "|>"])).map(
     "".join

@@ -2,7 +2,7 @@
 
 import pytest
 
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.engine import Engine
 from baleen.model.transformer import Transformer
 from baleen.recipe import load_recipe

@@ -7,7 +7,7 @@ import torch
 
 from baleen.config import UserError
 from baleen.data.document import Document, Message
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.eval import next_turn
 from baleen.eval.next_turn import OTHER_TOKENS, OTHERS, _other_histories, _places, _scores, next_turn_accuracy
 from baleen.infer.engine import Engine

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from baleen.config import UserError
 from baleen.data.corpus import Message
-from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, params_of, printable, recent
 from baleen.infer.engine import Engine, Request, Stats
 from baleen.infer.parse import words_of

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.parse import BALEEN_MARKERS, DEEPSEEK_MARKERS, AnswerParser, Call, ToolMarkers, Words
 
 BEGIN, CALL, SEP, END, DONE = BALEEN_MARKERS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baleen.config import UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.answers import majority
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams

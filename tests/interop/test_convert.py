@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from baleen.config import UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.convert import export_checkpoint, import_checkpoint
 from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load

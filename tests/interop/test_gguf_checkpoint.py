@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_gguf_file import KINDS, fuzz
 
 from baleen.config import RopeScaling, UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.convert import export_checkpoint, import_checkpoint
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.huggingface import load_model, save_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baleen.config import LongRope, RopeScaling, UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.convert import export_checkpoint
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.huggingface import save_model

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baleen.config import UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.huggingface import load_model
 from baleen.interop.llama import LAYER, OUTER, open_llama

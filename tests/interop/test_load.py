@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from baleen.config import UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import load
 

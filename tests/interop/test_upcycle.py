@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from baleen.config import UserError
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.huggingface import load_model
 from baleen.interop.latent import norm_constants, plain_theta

@@ -7,7 +7,7 @@ import torch
 from scripted_engine import ScriptedEngine
 from served import CONFIG, TOKENS, WORDS, running
 
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer.engine import Engine
 from baleen.model.transformer import Transformer
 

@@ -6,7 +6,7 @@ import threading
 
 from baleen.config import ModelConfig
 from baleen.cost.money import rate_card
-from baleen.data.tokenizer import SPECIAL_TOKENS
+from baleen.data.tokenizer_training import SPECIAL_TOKENS
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, Served

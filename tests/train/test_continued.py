@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from baleen.config import UserError
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import prepare
-from baleen.data.tokenizer import train_tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop import smollm2
 from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load

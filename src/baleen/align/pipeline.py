@@ -22,7 +22,8 @@ from baleen.align.tasks import distinct_questions
 from baleen.config import UserError
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.ledger import StageName
-from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import Loaded, load

@@ -23,7 +23,8 @@ from baleen.data.corpus import read_documents, source_files
 from baleen.data.document import Document, Message
 from baleen.data.fim import cut_for_fim, fim_tokens
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
-from baleen.data.tokenizer import Tokenizer, train_tokenizer
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.recipe import DataConfig
 
 FORMAT_VERSION = 2  # raise it when the same settings would give other tokens

@@ -14,31 +14,12 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from baleen.config import UserError, read_json
-from baleen.data.control import REASONING_TOKENS, ControlTokens
+from baleen.data.control import ControlTokens
 from baleen.data.document import Message
-from baleen.data.template import BALEEN_TEMPLATE, ChatTemplate
+from baleen.data.template import ChatTemplate
 
-BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
-# fmt: off
-SPECIAL_TOKENS = (
-    BOS, EOS, PAD, "<|user|>", "<|assistant|>", "<|system|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>",
-    *REASONING_TOKENS, "<|tool_calls_begin|>", "<|tool_call_begin|>", "<|tool_sep|>", "<|tool_call_end|>",
-    "<|tool_calls_end|>", "<|tool_output_begin|>", "<|tool_output_end|>",
-)
-# fmt: on
-# V3's split, one pattern after the other: numbers, then Chinese and Japanese, then the rest, where punctuation takes
-# the line breaks after it along (§4.1). V3 takes up to three digits at a time; single ones let numbers of any length
-# line up by place, so that a small model can learn to reckon, and spare a small vocabulary a thousand entries.
-# llama.cpp knows the split as `deepseek-v3`, which is this one too as long as no token holds two digits.
-DIGIT = r"\p{N}"
-V3_PRETOKENS = (
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
 PUNCTUATION_AND_BREAKS = re.compile(r"( ?[^\w\s]+)([\r\n]+)")
 
 Chat = Sequence[Message | Mapping[str, Any]]
@@ -225,7 +206,7 @@ class Tokenizer:
         question, answer = Message("user", "?"), Message("assistant", "!")
         closed, said = self.encode_chats([[question], [question, answer]])
         opened = self.encode_chat([question], add_generation_prompt=True)
-        return os.path.commonprefix([opened, said])[len(closed) :] if opened[: len(closed)] == closed else []
+        return list(os.path.commonprefix([opened, said])[len(closed) :]) if opened[: len(closed)] == closed else []
 
     def assistant_mask(self, ids: Sequence[int]) -> list[int]:
         """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.
@@ -321,50 +302,6 @@ class Tokenizer:
         if (directory / "chat_template.jinja").is_file():
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, settings, template)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` entries: special tokens first, then the 256 bytes, then merges.
-
-    Deterministic. Raises UserError if `vocab_size` is too small, or larger than the text can fill.
-    """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size is {vocab_size}: the special tokens and the 256 bytes alone need {smallest}")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pretokens(DIGIT, *V3_PRETOKENS)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
-        initial_alphabet=sorted(BYTE_OF_CHARACTER),
-    )
-    backend.train_from_iterator(texts, trainer)
-    if backend.get_vocab_size() < vocab_size:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but the text fills only {backend.get_vocab_size()}: "
-            "set model.vocab_size to that or less, or give more text"
-        )
-    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    description = json.loads(backend.to_str())
-    for token in description["added_tokens"]:
-        token["special"] = token["content"] not in REASONING_TOKENS  # they are words to be shown and scored
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-    }
-    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), settings, BALEEN_TEMPLATE)
-
-
-def pretokens(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Text is cut at the matches of each pattern in turn, then its bytes are written as characters."""
-    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from baleen.config import UserError, read_json
-from baleen.data.tokenizer import DIGIT, V3_PRETOKENS, Tokenizer, pretokens
+from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer_training import DIGIT, V3_PRETOKENS, pretokens
 from baleen.interop.gguf_file import GGUFFile
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
