@@ -23,7 +23,7 @@ def _with_shape(knot: Any) -> Any:
 
 
 Knot = Annotated[tuple[NotNegative | str, NotNegative, Literal["linear", "cosine"]], BeforeValidator(_with_shape)]
-LEVEL: tuple[Knot, ...] = ((0, 1.0, "linear"),)
+LEVEL: tuple[Knot, ...] = ((0.0, 1.0, "linear"),)
 
 
 class DataConfig(Strict):
