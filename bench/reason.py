@@ -1,8 +1,8 @@
 """Does RL teach what more fine-tuning does not? Three seeds of chain sums and one of countdown, each with its control.
 
-    python bench/reason.py [--run runs/bench-reason] [--seeds 3] [--json]
+    python bench/reason.py [NAME ...] [--run runs/bench-reason] [--seeds 3] [--json]
 
-Resumable: what is done is not done again. Up to two hours on two cores.
+NAME: chain_sum-0 and so on, or countdown-0; all without one. Resumable: what is done is not done again.
 """
 
 from __future__ import annotations
@@ -48,12 +48,17 @@ def runs(seeds: int) -> dict[str, AlignRecipe]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
     parser.add_argument("--run", type=Path, default=Path("runs/bench-reason"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    console, found = Console(stderr=True), {}
-    for name, recipe in runs(arguments.seeds).items():
+    console, found, wanted = Console(stderr=True), {}, runs(arguments.seeds)
+    if unknown := set(arguments.names) - set(wanted):
+        sys.exit(f"no run {min(unknown)}: there are {', '.join(wanted)}")
+    for name, recipe in wanted.items():
+        if arguments.names and name not in arguments.names:
+            continue
         folder = arguments.run / name
         done = folder / "summary.json"
         summary: dict[str, Any] = (
