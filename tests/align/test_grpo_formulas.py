@@ -102,6 +102,10 @@ def test_advantages_compare_within_the_group():
     torch.testing.assert_close(found[0], torch.tensor([0.866, -0.866, -0.866, 0.866]).double(), rtol=0, atol=1e-3)
     assert found[1].abs().max() == 0  # no variance, nothing to learn, and no division by zero
     torch.testing.assert_close(advantages(rewards, "none")[2], torch.tensor([1.5, -0.5, -0.5, -0.5]).double())
+    for alike in (0.3, 1.2, 1.3):  # the mean of sixteen of them is another number, in float32 as in float64
+        for scale in ("group", "batch", "none"):
+            both = torch.cat((torch.full((1, 16), alike), torch.arange(16.0)[None]))
+            assert not advantages(both, scale)[0].any() and advantages(both, scale)[1].any()
     batch = advantages(rewards, "batch")
     torch.testing.assert_close(batch * (rewards.std() + 1e-4), advantages(rewards, "none"))
 

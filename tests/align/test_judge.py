@@ -1,5 +1,6 @@
 """A verifier may raise, hang, give nonsense or call home: it is worth nothing, is counted, and the run goes on."""
 
+import os
 from itertools import islice
 
 import pytest
@@ -9,7 +10,7 @@ from baleen.align.tasks import ReasoningGym, questions
 from baleen.config import UserError
 
 REWARD = """
-import json, math, os, socket, sys, time, urllib.request
+import json, math, os, socket, subprocess, sys, time, urllib.request
 
 def fine(prompt, completion, answer):
     print("words on stdout disturb nothing")
@@ -36,6 +37,20 @@ def infinite(prompt, completion, answer):
 def nothing(prompt, completion, answer):
     return None
 
+def huge(prompt, completion, answer):
+    return 1e39
+
+def starts_a_shell(prompt, completion, answer):
+    subprocess.run(["true"])
+    return 1
+
+def hides_its_call(prompt, completion, answer):
+    try:
+        socket.create_connection(("127.0.0.1", 9))
+    except Exception:
+        pass
+    return 1
+
 def calls_home(prompt, completion, answer):
     urllib.request.urlopen("http://127.0.0.1:9/", timeout=1)
     return 1
@@ -50,7 +65,8 @@ def file(tmp_path):
 
 
 def test_whatever_goes_wrong_is_nothing_and_counted(file):
-    names = ["fine", "raises", "hangs", "dies", "nan", "infinite", "nothing", "calls_home"]
+    names = ["fine", "raises", "hangs", "dies", "nan", "infinite", "nothing", "calls_home", "huge"]
+    names += ["starts_a_shell", "hides_its_call"]
     spec = {name: f"{file}:{name}" for name in names}
     with Judge(list(spec.values()), 60.0) as judge:
 
@@ -62,7 +78,10 @@ def test_whatever_goes_wrong_is_nothing_and_counted(file):
         assert "no such thing" in judge.last_error
         assert score("nan") == (0.0, "not_finite")
         assert score("infinite") == (0.0, "not_finite")
+        assert score("huge") == (0.0, "not_finite")
         assert score("nothing") == (0.0, "raised")
+        assert score("starts_a_shell") == (0.0, "raised")
+        assert score("hides_its_call") == (0.0, "raised")
         assert score("calls_home") == (0.0, "raised")
         assert "network" in judge.last_error
         assert score("hangs", "fine") == (1.0, None)
@@ -71,7 +90,22 @@ def test_whatever_goes_wrong_is_nothing_and_counted(file):
         judge.seconds = 60.0
         assert score("dies") == (0.0, "timed_out")
         assert score("fine") == (3.5, None)  # a new process took over
-        assert judge.failures == {"raised": 3, "timed_out": 2, "not_finite": 2}
+        assert judge.failures == {"raised": 5, "timed_out": 2, "not_finite": 3}
+
+
+def test_ctrl_c_is_not_for_the_judge(file):
+    """The terminal sends it to all processes of the run's group."""
+    with Judge([f"{file}:fine"], 60.0) as judge:
+        assert judge._process is not None and os.getpgid(judge._process.pid) != os.getpgid(0)
+
+
+def test_a_reward_that_no_longer_loads_is_counted(file):
+    with Judge([f"{file}:fine", f"{file}:dies"], 60.0) as judge:
+        judge.score(f"{file}:dies", "", "", "")
+        file.unlink()
+        assert judge.score(f"{file}:fine", "", "abc", "") == (0.0, "raised")
+        file.write_text(REWARD)
+        assert judge.score(f"{file}:fine", "", "abc", "") == (3.5, None)
 
 
 def test_built_in_rewards_run_there_too():

@@ -1,6 +1,8 @@
 """The stages of a recipe on a network so small that a step takes a blink: what they leave, and how they resume."""
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from baleen.model.transformer import Transformer
 from baleen.train.display import Display
 from baleen.train.loop import weights_sha256
 from baleen.train.rundir import read_metrics
+from baleen.train.trainer import Trainer
 
 RL = {
     "kind": "rl", "steps": 4, "questions": 3, "group_size": 4, "minibatches": 2, "lr": 1e-3, "kl_coef": 0.01,
@@ -141,7 +144,7 @@ def test_a_share_of_the_worked_solutions_is_hasty(share):
 
 
 def test_rejection_sampling_keeps_only_right_answers(tmp_path, monkeypatch):
-    from baleen.align import pipeline as module
+    from baleen.align import sampling as module
 
     true_sample = module.sample
 
@@ -160,6 +163,83 @@ def test_rejection_sampling_keeps_only_right_answers(tmp_path, monkeypatch):
     kept = (tmp_path / "run/stages/2-sample/sampled.jsonl").read_text().splitlines()
     assert len(kept) == 3
     assert all("<think>so</think>" in json.loads(line)["messages"][-1]["content"] for line in kept)
+
+
+def test_sampling_stopped_between_two_parts_goes_on_there(tmp_path, monkeypatch):
+    """SIGINT while a part is sampled: the part is kept, the next stage does not begin, and the answers are those of a
+    run that was not stopped."""
+    from baleen.align import sampling as module
+
+    monkeypatch.setattr(module, "PART", 2)
+    pipeline = tiny_recipe({**SFT, "train": SFT["train"] | {"tokens": 4096}}, {"kind": "sample", **LIMITS})
+    monkeypatch.setattr(module, "kept", lambda group, judge, count: sorted(a.text for a in group.answers)[:count])
+    run(pipeline, tmp_path / "straight")
+    true_sample, asked = module.sample, []
+
+    def interrupted(*args, **keys):
+        asked.append(keys["first"])
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true_sample(*args, **keys)
+
+    monkeypatch.setattr(module, "sample", interrupted)
+    assert run(pipeline, tmp_path / "stopped")["status"] == "stopped"
+    assert not (tmp_path / "stopped/stages/2-sample/sampled.jsonl").exists()
+    assert run(pipeline, tmp_path / "stopped", resume=True)["status"] == "done" and asked == [0, 2, 4]
+    kept = [(tmp_path / f"{name}/stages/2-sample/sampled.jsonl").read_bytes() for name in ("straight", "stopped")]
+    assert kept[0] == kept[1] != b""
+
+
+def test_a_stage_interrupted_in_its_last_step_is_the_last(tmp_path, monkeypatch):
+    true_step = Trainer.step
+
+    def step(trainer):
+        result = true_step(trainer)
+        if trainer.done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", step)
+    summary = run(tiny_recipe(SFT, RL), tmp_path / "run")
+    assert (summary["status"], summary["stages_done"]) == ("stopped", 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        ({**RL, "rewards": [{"name": "acuracy"}]}, "no reward 'acuracy'"),
+        ({**RL, "eval_questions": 10**6}, "fewer than 1000000"),
+        ({"kind": "sample", **LIMITS, "teacher": "nowhere"}, "nowhere is neither"),
+    ],
+)
+def test_what_a_later_stage_would_stumble_over_is_told_before_anything_runs(tmp_path, stage, fault):
+    with pytest.raises(UserError, match=fault):
+        run(tiny_recipe(SFT, stage), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_in_bf16_learns_in_fp32(tmp_path):
+    run(tiny_recipe(SFT), tmp_path / "base")
+    loaded = load(tmp_path / "base")
+    save_model(loaded.model.bfloat16(), tmp_path / "narrow", tokenizer=loaded.tokenizer)
+    rl = {**RL, "lr": 1e-6, "steps": 2}
+    run(for_command("rl", tiny_recipe(rl), base=str(tmp_path / "narrow")), tmp_path / "run")
+    before, after = (load(tmp_path / name).model.state_dict() for name in ("narrow", "run"))
+    changed = sum(int((after[name] != weight.float()).sum()) for name, weight in before.items())
+    assert changed > 0.5 * sum(weight.numel() for weight in before.values())
+
+
+def test_a_question_that_fills_the_context_is_passed_over(tmp_path):
+    short, tasks = MODEL | {"max_position_embeddings": 24}, [{"name": "chain_sum", "terms": [2, 14]}]
+    few = {**SFT, "tasks": [{"name": "chain_sum", "terms": [2, 2]}]}
+    with pytest.raises(UserError, match="longer than model.max_position_embeddings"):
+        run(tiny_recipe(few, RL, model=short), tmp_path / "rows")
+    few |= {"train": SFT["train"] | {"seq_len": 24, "batch_tokens": 120}}
+    rl = {**RL, "tasks": tasks, "eval_questions": 20}
+    assert run(tiny_recipe(few, rl, model=short), tmp_path / "run")["status"] == "done"
+    rl["tasks"] = [{"name": "chain_sum", "terms": [14, 14]}]
+    with pytest.raises(UserError, match="fill the model's context"):
+        run(tiny_recipe(few, rl, model=short), tmp_path / "none")
 
 
 def test_nothing_right_is_told_and_loses_nothing(tmp_path):
@@ -258,7 +338,7 @@ def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
         {"step": n, "reward": n / 10, "reward_format": n / 10, "accuracy": 0.0, "heldout_accuracy": 0.0}
         for n in range(1, 11)
     ]
-    assert "held-out accuracy did not" in hacked_reward(rows)[0]
+    assert "the share of right answers did not" in hacked_reward(rows)[0]
     honest = [row | {"accuracy": row["reward"], "heldout_accuracy": row["reward"]} for row in rows]
     assert hacked_reward(honest) == []
     assert hacked_reward(rows[:1]) == []

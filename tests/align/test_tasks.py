@@ -84,6 +84,22 @@ def test_training_and_testing_share_no_question(task, seeds):
     assert not train & test
 
 
+@pytest.mark.parametrize("task", [Countdown(), Sorting(), Comparison()], ids=lambda task: task.name)
+def test_the_same_numbers_in_another_order_are_no_new_question(task):
+    def asked(split):
+        words = (q.prompt.replace(",", "").split() for q in islice(questions([task], split, 0), 2000))
+        return {tuple(sorted(word for word in prompt if word.isdigit())) for prompt in words}
+
+    if task.name == "countdown":  # the target is not one of the numbers given
+
+        def asked(split):
+            return {
+                (q.prompt.split()[1], *sorted(q.prompt.split()[3:])) for q in islice(questions([task], split, 0), 2000)
+            }
+
+    assert not asked("train") & asked("test")
+
+
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=10, deadline=None)
 def test_questions_depend_on_the_seed_alone(seed):

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from baleen.align.judge import Judge
 from baleen.align.recipe import RewardConfig, SamplingConfig
-from baleen.align.rollout import ACCURACY, Group, sample, score
-from baleen.align.tasks import Question
+from baleen.align.rollout import ACCURACY, Group, sample, score, that_fit
+from baleen.align.stage import Work
+from baleen.align.tasks import Question, Task, distinct_questions
+from baleen.config import UserError
 from baleen.data.tokenizer import Tokenizer
 from baleen.infer.answers import majority
 from baleen.model.transformer import Transformer
@@ -34,6 +36,18 @@ def wilson(right: float, count: int) -> Share:
     middle = (p + z2 / (2 * count)) / (1 + z2 / count)
     reach = Z_95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
     return Share(p, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def heldout_questions(work: Work, tasks: Sequence[Task], count: int) -> list[Question]:
+    """The ones that curves are measured on, but for those that are too long for the model.
+
+    Raises UserError if the tasks have fewer than `count`, or if all are too long.
+    """
+    asked = distinct_questions(tasks, "test", HELDOUT_SEED, count)
+    fit = list(that_fit(work.model, work.tokenizer, asked, work.recipe.system))
+    if not fit:
+        raise UserError(f"held-out questions such as {asked[0].prompt[:60]!r} fill the model's context")
+    return fit
 
 
 def greedy_accuracy(

@@ -18,13 +18,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from baleen.align.accuracy import HELDOUT_SEED, greedy_accuracy
+from baleen.align.accuracy import greedy_accuracy, heldout_questions
 from baleen.align.judge import Judge
 from baleen.align.logprobs import answer_logprobs, answer_tokens, answers_mask, micro_batches
 from baleen.align.recipe import RLStage
-from baleen.align.rollout import ACCURACY, Answer, Group, describe, sample, score
+from baleen.align.rollout import ACCURACY, ALIKE, Answer, Group, describe, sample, score, that_fit
 from baleen.align.stage import Row, Work
-from baleen.align.tasks import distinct_questions, questions
+from baleen.align.tasks import Task, questions
 from baleen.model.transformer import Transformer
 from baleen.parallel.worker import Alone
 from baleen.recipe import TrainConfig
@@ -54,24 +54,24 @@ def grpo(work: Work, stage: RLStage) -> Progress:
     that step again, the same. Raises UserError for tasks without questions or rewards that cannot be loaded.
     """
     tasks, policy = work.tasks(stage.tasks), Policy(stage, work.model)
-    heldout = distinct_questions(tasks, "test", HELDOUT_SEED, stage.eval_questions)
+    heldout = heldout_questions(work, tasks, stage.eval_questions)
     newest = work.saver.newest()
     if newest is not None:
         policy.restore(newest)
     progress = policy.progress
     before = dict(progress.seconds), progress.tokens
     metrics = work.metrics(progress.step)
-    specs = {q.verifier for task in tasks for q in islice(questions([task], "train", 0), 1)}
-    specs |= {reward.name for reward in stage.rewards} - {ACCURACY}
-    with Judge(sorted(specs), stage.reward_seconds) as judge:
+    with Judge(reward_specs(stage, tasks), stage.reward_seconds) as judge:
         while progress.step < stage.steps and not work.must_stop(progress.step):
             started = time.monotonic()
-            groups = collect(work, stage, judge, progress)
+            drawn_before = progress.tokens
+            groups, degenerate = collect(work, stage, judge, progress)
             with _timed(progress.seconds, "update"):
                 row = policy.update(groups)
             progress.step += 1
-            progress.tokens += sum(len(a.token_ids) for g in groups for a in g.answers)
+            speed = (progress.tokens - drawn_before) / (time.monotonic() - started)
             row = {"step": work.first_step + progress.step, "stage": "rl", **describe(groups), **row}
+            row |= {"degenerate_groups": degenerate, "tokens_per_second": round(speed, 1)}
             if progress.step == stage.steps or (stage.eval_every and progress.step % stage.eval_every == 0):
                 row["heldout_accuracy"] = greedy_accuracy(
                     work.model, work.tokenizer, heldout, judge, stage.sampling.max_tokens, work.recipe.system
@@ -83,8 +83,8 @@ def grpo(work: Work, stage: RLStage) -> Progress:
             )
             row |= {f"seconds_{name}": round(seconds, 3) for name, seconds in progress.seconds.items()}
             row |= {"tokens": progress.tokens, "seconds": round(sum(progress.seconds.values()), 3)}
-            row |= {"reward_failures": sum(progress.failures.values()), "usd": work.ledger.usd}
-            row["tokens_per_second"] = round(row["answer_tokens"] * row["answers"] / (time.monotonic() - started), 1)
+            row |= {"reward_failures": sum(progress.failures.values()), "usd": work.ledger.usd_of_run}
+            row |= {f"rewards_{kind}": count for kind, count in progress.failures.items()}
             _tell(work, stage, judge, row)
             metrics.write({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
             if stage.checkpoint_every and progress.step % stage.checkpoint_every == 0:
@@ -95,8 +95,14 @@ def grpo(work: Work, stage: RLStage) -> Progress:
     return progress
 
 
-def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> list[Group]:
-    """One step's groups, judged: P questions with G answers each.
+def reward_specs(stage: RLStage, tasks: Sequence[Task]) -> list[str]:
+    """What the judge must know: the verifier of each task, and the rewards besides accuracy."""
+    verifiers = {q.verifier for task in tasks for q in islice(questions([task], "train", 0), 1)}
+    return sorted(verifiers | ({reward.name for reward in stage.rewards} - {ACCURACY}))
+
+
+def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tuple[list[Group], float]:
+    """One step's groups, judged: P questions with G answers each; and the share of no variance of all that were drawn.
 
     Dynamic sampling (DAPO, arXiv 2503.14476): groups of no variance are replaced by groups of fresh questions, for as
     many further rollouts as the recipe allows; what is still missing then is filled up with them.
@@ -106,7 +112,8 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> lis
     idle: list[Group] = []
     for attempt in range(1 + stage.dynamic_sampling):
         seed = (stage.seed * 1_000_003 + progress.step) * 101 + attempt
-        asked = list(islice(questions(tasks, "train", seed), wanted - len(useful)))
+        stream = that_fit(work.model, work.tokenizer, questions(tasks, "train", seed), work.recipe.system)
+        asked = list(islice(stream, wanted - len(useful)))
         with _timed(progress.seconds, "rollout"):
             drawn = sample(
                 work.model,
@@ -117,6 +124,7 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> lis
                 seed=seed,
                 system=work.recipe.system,
             )
+        progress.tokens += sum(len(answer.token_ids) for group in drawn for answer in group.answers)
         with _timed(progress.seconds, "reward"):
             earlier = Counter(judge.failures)
             judged = [score(judge, stage.rewards, group) for group in drawn]
@@ -126,15 +134,17 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> lis
         idle += [group for group in judged if not group.has_variance]
         if len(useful) == wanted:
             break
-    return [*useful, *idle][:wanted]
+    return [*useful, *idle][:wanted], len(idle) / len(useful + idle)
 
 
 def advantages(rewards_PG: Tensor, scale: Literal["group", "batch", "none"]) -> Tensor:
     """(r - mean of the group) / std (R1, eq. 3), [P, G]. The std over a group, the whole batch, or left out (Dr. GRPO).
 
-    The std is the sample's (n - 1). A group of no variance has advantages of 0.
+    The std is the sample's (n - 1). A group of no variance has advantages of exactly 0: the mean of equal numbers is
+    not always one of them.
     """
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    centred_PG = centred_PG.masked_fill((rewards_PG.amax(1) - rewards_PG.amin(1) <= ALIKE)[:, None], 0.0)
     if scale == "none":
         return centred_PG
     std = rewards_PG.std(1, keepdim=True) if scale == "group" else rewards_PG.std()
@@ -217,8 +227,8 @@ class Policy:
         if self.reference is not None and stage.reference_every and self.progress.step % stage.reference_every == 0:
             self.reference.load_state_dict(model.state_dict())
         answers = [answer for group in groups for answer in group.answers]
-        rewards_PG = torch.tensor([[score.total for score in group.scores] for group in groups])
-        advantages_N = advantages(rewards_PG, stage.scale_rewards).flatten()
+        totals = [[score.total for score in group.scores] for group in groups]
+        advantages_N = advantages(torch.tensor(totals, dtype=torch.float64), stage.scale_rewards).flatten().float()
         mask_NT = answers_mask(answers, stage.mask_truncated)
         learns_N = (advantages_N != 0) & (mask_NT.sum(1) > 0) if self.reference is None else mask_NT.sum(1) > 0
         old_NT = reference_NT = None
@@ -326,14 +336,17 @@ class Policy:
 
 def _tell(work: Work, stage: RLStage, judge: Judge, row: Row) -> None:
     done = row["step"] - work.first_step
-    if done == 1 and row["reward_failures"]:
-        work.display.warn(f"rewards failed and are worth 0, {row['reward_failures']} in this step: {judge.last_error}")
+    if judge.failures and not work.warned:
+        work.warned = True
+        kinds = ", ".join(f"{count} {kind}" for kind, count in judge.failures.items())
+        work.display.warn(f"rewards failed and are worth 0, so far {kinds}: {judge.last_error}")
     if (row["logprob_gap"] or 0.0) > LARGE_GAP:
         work.display.warn(f"rollout and training differ by {row['logprob_gap']:.2f} nats a token at step {row['step']}")
     parts = {"": f"rl step {done}", "reward": f"{row['reward']:.3f}", "right": f"{row['accuracy']:.1%}"}
     if "heldout_accuracy" in row:
         parts["held out"] = f"{row['heldout_accuracy']:.1%}"
     parts |= {"tokens": f"{row['answer_tokens']:.0f}", "alike": f"{row['degenerate_groups']:.0%}"}
+    parts |= {key: f"{row[key]:.3f}" for key in ("entropy", "kl") if row[key] is not None}
     parts |= {"tok/s": f"{row['tokens_per_second']:,.0f}", "$": f"{row['usd']:.4f}"}
     work.display.update(done / stage.steps, parts)
 

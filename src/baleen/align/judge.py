@@ -1,7 +1,8 @@
 """Rewards are run in a process of their own: a verifier may raise, hang or print what it likes, and the run goes on.
 
-A verdict that failed is worth 0 and is counted by kind: raised, timed_out (the process is replaced), not_finite. The
-process reaches no network: a reward that tries raises. It is no sandbox against malice; name only functions you trust.
+A verdict that failed is worth 0 and is counted by kind: raised, timed_out (the process is replaced, and what it had
+started ends with it), not_finite. The process reaches no network and starts no other: a reward that tries has raised,
+even if it hides that. It is no sandbox against malice; name only functions you trust.
 
 Requests and replies are lines of JSON: {"load": spec} -> {} and {"reward": spec, "arguments": [prompt, completion,
 answer]} -> {"value": x}, or {"error": text} to either.
@@ -9,12 +10,13 @@ answer]} -> {"value": x}, or {"error": text} to either.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
-import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,11 +24,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from baleen.align.rewards import REWARDS, Reward
+from baleen.align.rewards import REWARDS, Reward, math_verify
 from baleen.config import UserError
 from baleen.infer.answers import answer_of
 
 START_SECONDS = 60.0  # for the process to come up and to import a reward
+LARGEST = 3.4028234663852886e38  # of float32, in which advantages are
+NETWORK = (
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg", "socket.bind",
+)  # fmt: skip
+PROCESSES = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec", "pty.spawn")
 
 
 class Verdict(NamedTuple):
@@ -55,14 +62,17 @@ class Judge:
     def score(self, spec: str, prompt: str, completion: str, answer: str) -> Verdict:
         """One reward of one completion."""
         if self._process is None:
-            self._start()
+            try:
+                self._start()
+            except UserError as error:  # it could be loaded when the run began
+                return self._failed("raised", str(error))
         reply = self._ask({"reward": absolute(spec), "arguments": [prompt, completion, answer]}, self.seconds)
         if reply is None:
             self._stop()
             return self._failed("timed_out", f"{spec} took more than {self.seconds:g} s, or ended its process")
         if "error" in reply:
             return self._failed("raised", f"{spec}: {reply['error']}")
-        if not math.isfinite(reply["value"]):
+        if not abs(reply["value"]) <= LARGEST:
             return self._failed("not_finite", f"{spec} gave {reply['value']}")
         return Verdict(reply["value"])
 
@@ -74,7 +84,10 @@ class Judge:
     def _start(self) -> None:
         command = [sys.executable, "-m", "baleen.align.judge"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # A session of its own: Ctrl-C is for the run, and all that it starts can be ended with it.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
         for spec in self._specs:
             reply = self._ask({"load": spec}, START_SECONDS)
             if reply is None or "error" in reply:
@@ -85,7 +98,8 @@ class Judge:
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
@@ -120,6 +134,8 @@ def load_reward(spec: str) -> Reward:
     Raises UserError if there is no such reward.
     """
     if spec in REWARDS:
+        if spec == "expression":
+            math_verify()  # now, not at the first verdict
         return REWARDS[spec]
     where, _, name = spec.rpartition(":")
     if where == "reasoning_gym":
@@ -148,16 +164,35 @@ def _gym_reward(task: str) -> Reward:
     return reward
 
 
-def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"):
-        raise PermissionError("a reward may not use the network")
+class _Guard:
+    """An audit hook that refuses the network, and while a verdict is made processes, and remembers what it refused."""
+
+    def __init__(self) -> None:
+        self.refused, self.judging = "", False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in NETWORK or (self.judging and event in PROCESSES):
+            self.refused = event
+            raise PermissionError(f"a reward may neither use the network nor start a process ({event})")
+
+    def verdict(self, reward: Reward, arguments: Sequence[str]) -> float:
+        """Raises PermissionError also where the reward has caught that."""
+        self.refused, self.judging = "", True
+        try:
+            value = float(reward(*arguments))
+        finally:
+            self.judging = False
+        if self.refused:
+            raise PermissionError(f"it tried what a reward may not ({self.refused})")
+        return value
 
 
 def serve() -> None:
     """The process's loop: answers on the true stdout, so that what a reward prints goes to stderr."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sys.addaudithook(_refuse_network)
+    guard = _Guard()
+    sys.addaudithook(guard)
     loaded: dict[str, Reward] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -165,7 +200,7 @@ def serve() -> None:
             spec = request.get("load") or request["reward"]
             if spec not in loaded:
                 loaded[spec] = load_reward(spec)
-            reply = {} if "load" in request else {"value": float(loaded[spec](*request["arguments"]))}
+            reply = {} if "load" in request else {"value": guard.verdict(loaded[spec], request["arguments"])}
         except Exception as error:  # whatever a user's function raises
             reply = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)}
         replies.write(json.dumps(reply) + "\n")

@@ -6,17 +6,18 @@ done: that is how a resumed run knows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from baleen.align.grpo import grpo
+import torch
+
+from baleen.align.accuracy import HELDOUT_SEED
+from baleen.align.grpo import grpo, reward_specs
 from baleen.align.judge import Judge
-from baleen.align.recipe import AlignRecipe, RLStage, SampleStage, SFTStage
-from baleen.align.rollout import sample
-from baleen.align.sft import Chat, chat_of, conversations, fine_tune, read_chats
+from baleen.align.recipe import AlignRecipe, RLStage, SampleStage, SFTStage, Stage
+from baleen.align.sampling import SAMPLED, sample_answers
+from baleen.align.sft import Chat, conversations, fine_tune, read_chats
 from baleen.align.stage import Work
 from baleen.align.tasks import distinct_questions
 from baleen.config import UserError
@@ -26,15 +27,13 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
-from baleen.interop.load import Loaded, load
+from baleen.interop.load import Loaded, load, model_path
 from baleen.model.transformer import Transformer
 from baleen.train.display import Display
 from baleen.train.loop import Interruption, device, run_stage
 from baleen.train.rundir import open_run, read_metrics, require_one_process, write_aside
 from baleen.train.saver import Saver
 from baleen.train.upcycled import keep_constants
-
-SAMPLED = "sampled.jsonl"
 
 
 def align(
@@ -53,46 +52,66 @@ def align(
     return Pipeline(recipe, run_dir, display or Display(), max_steps).run(resume)
 
 
+def check(recipe: AlignRecipe) -> None:
+    """Raises UserError for what a later stage would stumble over: rewards, teachers, too few questions."""
+    for stage in recipe.stages:
+        if isinstance(stage, SampleStage) and stage.teacher:
+            model_path(stage.teacher)
+        tasks = stage.tasks or recipe.tasks
+        if isinstance(stage, SFTStage) and stage.worked:
+            distinct_questions(tasks, "train", stage.train.seed, stage.worked)
+        if isinstance(stage, SampleStage):
+            distinct_questions(tasks, "train", stage.seed, stage.questions)
+        if isinstance(stage, RLStage):
+            distinct_questions(tasks, "test", HELDOUT_SEED, stage.eval_questions)
+            with Judge(reward_specs(stage, tasks), stage.reward_seconds):
+                pass  # it loads them all
+
+
 class Pipeline:
     def __init__(self, recipe: AlignRecipe, run_dir: Path, display: Display, max_steps: int | None = None):
         self.recipe, self.run_dir, self.display, self.max_steps = recipe, run_dir, display, max_steps
 
     def run(self, resume: bool) -> dict[str, Any]:
         require_one_process("post-training")
+        check(self.recipe)
         with open_run(self.run_dir, self.recipe, resume=resume):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
         recipe = self.recipe
-        for number, stage in enumerate(recipe.stages):
-            if self.is_done(number):
-                continue
-            self.display.say(f"stage {number + 1} of {len(recipe.stages)}: {stage.kind}")
-            with ExitStack() as stack:
-                ledger = stack.enter_context(run_stage(recipe.cost, self.run_dir, self.ledger_name(number)))
-                stack.enter_context(self.display)
-                interruption = stack.enter_context(Interruption())
-                loaded = self.start_of(number)
-                folder = self.folder(number)
-                saver = Saver(folder / "checkpoints", keep=2, warn=self.display.warn)
-                work = Work(
-                    recipe, self.run_dir, folder, self.first_step(number), loaded.model.train(), loaded.tokenizer,
-                    ledger, saver, self.display, interruption, self.max_steps,
-                )  # fmt: skip
-                finished = self._work(work, number)
-                if not finished:
-                    ledger.interrupted()
+        with Interruption() as interruption:
+            for number, stage in enumerate(recipe.stages):
+                if self.is_done(number):
+                    continue
+                if interruption.wanted or not self._do(number, stage, interruption):
                     self.display.say("stopped and saved; go on with --resume")
                     return self.summary("stopped")
         self._export()
         return self.summary("done")
 
+    def _do(self, number: int, stage: Stage, interruption: Interruption) -> bool:
+        """One stage with its place in the ledger; whether it came to its end."""
+        recipe = self.recipe
+        self.display.say(f"stage {number + 1} of {len(recipe.stages)}: {stage.kind}")
+        with run_stage(recipe.cost, self.run_dir, self.ledger_name(number)) as ledger, self.display:
+            loaded = self.start_of(number)
+            folder = self.folder(number)
+            saver = Saver(folder / "checkpoints", keep=2, warn=self.display.warn)
+            work = Work(
+                recipe, self.run_dir, folder, self.first_step(number), loaded.model.train(), loaded.tokenizer,
+                ledger, saver, self.display, interruption, self.max_steps,
+            )  # fmt: skip
+            finished = self._work(work, number)
+            if not finished:
+                ledger.interrupted()
+        return finished
+
     def _work(self, work: Work, number: int) -> bool:
         """One stage; whether it came to its end."""
         stage = self.recipe.stages[number]
         if isinstance(stage, SampleStage):
-            write_aside(work.folder / SAMPLED, "".join(self._sampled_rows(work, stage)))
-            return True
+            return sample_answers(work, stage)
         keep_constants(work.model)
         if isinstance(stage, RLStage):
             steps = grpo(work, stage).step
@@ -104,31 +123,6 @@ class Pipeline:
             write_aside(work.folder / "steps", f"{steps}\n")
             save_model(work.model, work.folder / "model", tokenizer=work.tokenizer)
         return finished
-
-    def _sampled_rows(self, work: Work, stage: SampleStage) -> list[str]:
-        """Rejection sampling: of each question's right and well-formed answers the shortest different ones."""
-        asked = distinct_questions(work.tasks(stage.tasks), "train", stage.seed, stage.questions)
-        drawn = sample(
-            work.model, work.tokenizer, asked, stage.samples, stage.sampling, seed=stage.seed, system=work.recipe.system
-        )
-        tokens, rows = 0, []
-        with Judge(sorted({question.verifier for question in asked} | {"format"}), seconds=5.0) as judge:
-            for group in drawn:
-                tokens += sum(len(answer.token_ids) for answer in group.answers)
-                q = group.question
-                texts = sorted({answer.text for answer in group.answers if not answer.truncated}, key=len)
-                right = [
-                    text
-                    for text in texts
-                    if judge.score(q.verifier, q.prompt, text, q.answer).value >= 1.0
-                    and judge.score("format", q.prompt, text, q.answer).value >= 1.0
-                ]
-                for text in right[: stage.keep]:
-                    turns = [{"role": m.role, "content": m.content} for m in chat_of(q, text, work.recipe.system)]
-                    rows.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
-        work.ledger.progress(tokens=tokens, productive_seconds=work.ledger.seconds)
-        self.display.say(f"kept {len(rows):,} answers to {len(asked):,} questions")
-        return rows
 
     # --- what a stage finds and leaves
 
@@ -154,13 +148,13 @@ class Pipeline:
         fresh = not isinstance(stage, SampleStage) and stage.start == "base"
         trained = [] if fresh else [i for i in range(number) if self.recipe.stages[i].kind != "sample"]
         if trained:
-            return load(self.folder(trained[-1]), device=device())
+            return load(self.folder(trained[-1]), dtype=torch.float32, device=device())
         return self.base()
 
     def base(self) -> Loaded:
         """recipe.base, or a new network from its seed with a tokenizer of the tasks' own words."""
         if self.recipe.base:
-            return load(self.recipe.base, device=device(), to_train=True)
+            return load(self.recipe.base, dtype=torch.float32, device=device(), to_train=True)
         assert self.recipe.model is not None
         model = Transformer(self.recipe.model).to(device())
         model.init_weights(self.seed)

@@ -43,6 +43,7 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
             "`baleen reason` compares RL with its start: the recipe needs an sft stage and then an rl stage"
         )
     keep_freed_memory()
+    asked = table_questions(recipe.stages[1].tasks or recipe.tasks)  # raises now rather than after the training
     display = Display(quiet=console.quiet)
     done = align(recipe, run_dir, resume=(run_dir / "recipe.toml").is_file(), display=display)
     if done["status"] == "stopped":
@@ -56,7 +57,7 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
         return stopped
     models = {"before": pipeline.folder(0), "after": run_dir, "sft_control": control_dir}
     with run_stage(recipe.cost, run_dir, "eval"):
-        measured = {name: measured_at(recipe, path) for name, path in models.items()}
+        measured = {name: measured_at(recipe, path, asked) for name, path in models.items()}
     summary = summarise(run_dir, measured, rl)
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run_dir)
@@ -85,12 +86,11 @@ def record_seconds(record: StageRecord) -> float:
     return record.device_seconds / record.devices
 
 
-def measured_at(recipe: AlignRecipe, path: Path) -> dict[str, Any]:
-    """Accuracy of the model at `path` on the held-out questions."""
+def measured_at(recipe: AlignRecipe, path: Path, asked: Sequence[Question]) -> dict[str, Any]:
+    """Accuracy of the model at `path` on these questions."""
     rl = recipe.stages[1]
     assert isinstance(rl, RLStage)
     loaded = load(path, device=device())
-    asked = table_questions(rl.tasks or recipe.tasks)
     with Judge(sorted({question.verifier for question in asked}), rl.reward_seconds) as judge:
         return measure(
             loaded.model, loaded.tokenizer, asked, judge, rl.sampling, samples=SAMPLES, seed=1, system=recipe.system
@@ -98,10 +98,16 @@ def measured_at(recipe: AlignRecipe, path: Path) -> dict[str, Any]:
 
 
 def table_questions(tasks: Sequence[Task]) -> list[Question]:
-    """Questions for testing that nothing has looked at before: those of TABLE_SEED but for the held-out ones."""
+    """Questions for testing that nothing has looked at before: those of TABLE_SEED but for the held-out ones.
+
+    Raises UserError if there are not QUESTIONS of them.
+    """
     seen = {question.prompt for question in distinct_questions(tasks, "test", HELDOUT_SEED, QUESTIONS)}
     drawn = distinct_questions(tasks, "test", TABLE_SEED, 2 * QUESTIONS)
-    return [question for question in drawn if question.prompt not in seen][:QUESTIONS]
+    fresh = [question for question in drawn if question.prompt not in seen][:QUESTIONS]
+    if len(fresh) < QUESTIONS:
+        raise UserError(f"the tasks have only {len(fresh)} questions left to test on, {QUESTIONS} are wanted")
+    return fresh
 
 
 def plateau_gain(rows: list[dict[str, Any]]) -> float | None:

@@ -165,9 +165,14 @@ class AlignRecipe(Strict):
         return tomli_w.dumps(without_null(self.model_dump(exclude=None if self.model else {"model"})))
 
     def training(self, model: ModelConfig, stage: SFTStage) -> Recipe:
-        """An sft stage as a recipe of training, which the trainer takes; documents are told apart as V3 §5.1 does."""
-        train = stage.train.model_copy(update={"document_mask": True})
-        return Recipe(name=self.name, model=model, train=train, schedule=stage.schedule, cost=self.cost)
+        """An sft stage as a recipe of training, which the trainer takes; documents are told apart as V3 §5.1 does.
+
+        Raises UserError if the stage does not fit the model.
+        """
+        parts = {"model": model, "train": stage.train, "schedule": stage.schedule, "cost": self.cost}
+        raw = {"name": self.name} | {name: part.model_dump() for name, part in parts.items()}
+        raw["train"]["document_mask"] = True
+        return validated(Recipe, raw, f"recipe {self.name}")
 
 
 def load_align_recipe(name_or_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> AlignRecipe:

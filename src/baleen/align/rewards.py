@@ -34,14 +34,18 @@ def number(prompt: str, completion: str, answer: str) -> float:
 
 def expression(prompt: str, completion: str, answer: str) -> float:
     """1 if the answer is the same mathematical expression, by math-verify: x*(x+1) is x^2+x."""
-    try:
-        verifier = importlib.import_module("math_verify")
-    except ModuleNotFoundError:
-        raise UserError("the reward 'expression' needs math-verify: pip install 'baleen-lm[rl]'") from None
-    found = answer_of(completion)
+    verifier, found = math_verify(), answer_of(completion)
     if found is None:
         return 0.0
     return float(verifier.verify(verifier.parse(f"${answer}$"), verifier.parse(f"${found}$")))
+
+
+def math_verify() -> Any:
+    """The package. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module("math_verify")
+    except ModuleNotFoundError:
+        raise UserError("the reward 'expression' needs math-verify: pip install 'baleen-lm[rl]'") from None
 
 
 def countdown(prompt: str, completion: str, answer: str) -> float:

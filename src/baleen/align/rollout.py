@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from baleen.align.judge import Judge
 from baleen.align.recipe import RewardConfig, SamplingConfig
 from baleen.align.tasks import Question
+from baleen.config import UserError
 from baleen.data.document import Message
 from baleen.data.tokenizer import Tokenizer
 from baleen.infer.engine import Engine, Logprob, Request
+from baleen.infer.parse import THINK, opens_reasoning
 from baleen.infer.sampler import SamplingParams
 from baleen.model.transformer import Transformer
 
 ACCURACY = "accuracy"
+ALIKE = 1e-6  # rewards of a group that differ by no more teach nothing
+PATIENCE = 1000  # questions in a row that are too long before a task counts as too long for the model
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,26 @@ class Group:
     def has_variance(self) -> bool:
         """Whether some answers earned more than others: only then is there anything to learn (with any scaling)."""
         totals = [score.total for score in self.scores]
-        return max(totals) - min(totals) > 1e-6
+        return max(totals) - min(totals) > ALIKE
 
 
 def prompt_of(tokenizer: Tokenizer, question: Question, system: str) -> list[int]:
     """The question as the chat asks it, up to where the assistant speaks."""
     messages = [Message("system", system)] if system else []
     return tokenizer.encode_chat([*messages, Message("user", question.prompt)], add_generation_prompt=True)
+
+
+def that_fit(
+    model: Transformer, tokenizer: Tokenizer, questions: Iterable[Question], system: str
+) -> Iterator[Question]:
+    """Those that leave room for an answer. Raises UserError if the context is too short for all of very many."""
+    context, too_long = model.config.max_position_embeddings, 0
+    for question in questions:
+        if len(prompt_of(tokenizer, question, system)) < context:
+            too_long = 0
+            yield question
+        elif (too_long := too_long + 1) == PATIENCE:
+            raise UserError(f"questions such as {question.prompt[:60]!r} fill the model's context of {context} tokens")
 
 
 def sample(
@@ -70,15 +87,19 @@ def sample(
     seed: int,
     system: str = "",
     greedy: bool = False,
+    first: int = 0,
 ) -> list[Group]:
     """`count` answers to each question, in one continuous batch; the same for the same seed, whatever the batch.
 
-    A new engine each time: pages and packed weights of the last one are of weights that have since been trained.
+    first: the number of the first of these questions, where they are some of more. A text begins with what of a
+    thought the template has opened. A new engine each time: pages and packed weights of the last one are of weights
+    that have since been trained.
     """
     was_training = model.training
     model.eval()
     prompts = [prompt_of(tokenizer, question, system) for question in questions]
-    end = (tokenizer.eos_id,)
+    end = (tokenizer.eos_id,) if tokenizer.turn_end_id is None else (tokenizer.eos_id, tokenizer.turn_end_id)
+    opened = [f"{THINK}\n" if opens_reasoning(tokenizer, prompt) else "" for prompt in prompts]
     requests = [
         Request(
             prompt,
@@ -86,7 +107,7 @@ def sample(
                 temperature=0.0 if greedy else sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
-                seed=seed * 2**20 + number * count + again,
+                seed=seed * 2**20 + (first + number) * count + again,
                 stop_ids=end,
                 logprobs=0,
             ),
@@ -101,10 +122,11 @@ def sample(
             tuple(request.prompt_ids),
             tuple(known.token_id for known in logprobs),
             tuple(known.logprob for known in logprobs),
-            tokenizer.decode([known.token_id for known in (logprobs if truncated else logprobs[:-1])]),
+            opened[number // count]
+            + tokenizer.decode([known.token_id for known in (logprobs if truncated else logprobs[:-1])]),
             truncated,
         )
-        for request, (logprobs, truncated) in zip(requests, drawn, strict=True)
+        for number, (request, (logprobs, truncated)) in enumerate(zip(requests, drawn, strict=True))
     ]
     return [Group(q, tuple(answers[i * count : (i + 1) * count])) for i, q in enumerate(questions)]
 
@@ -141,10 +163,13 @@ def collections_paused() -> Iterator[None]:
 
 
 def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:
-    """The group with each answer's rewards. A verdict that fails is worth 0; the judge counts it."""
+    """The group with each answer's rewards. A verdict that fails is worth 0; the judge counts it. An answer that was
+    cut off is not right, whatever it had said by then."""
 
     def scored(answer: Answer) -> Score:
         def ask(name: str) -> float:
+            if name == ACCURACY and answer.truncated:
+                return 0.0
             spec = group.question.verifier if name == ACCURACY else name
             return judge.score(spec, group.question.prompt, answer.text, group.question.answer).value
 

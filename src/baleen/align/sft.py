@@ -7,11 +7,11 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from baleen.align.accuracy import HELDOUT_SEED, greedy_accuracy
+from baleen.align.accuracy import greedy_accuracy, heldout_questions
 from baleen.align.judge import Judge
 from baleen.align.recipe import SFTStage
 from baleen.align.stage import Row, Work
-from baleen.align.tasks import Question, distinct_questions
+from baleen.align.tasks import Question, count_up_to, distinct_questions
 from baleen.config import UserError
 from baleen.data.corpus import read_documents
 from baleen.data.document import Message
@@ -91,7 +91,7 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
             "step": work.first_step + counters.step, "stage": "sft", "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3), "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
             "tokens_per_second": round(result.tokens / result.seconds, 1), "max_violation": result.max_violation,
-            "usd": work.ledger.usd,
+            "usd": work.ledger.usd_of_run,
         }  # fmt: skip
         if stage.train.eval_every and counters.step % stage.train.eval_every == 0:
             row["heldout_accuracy"] = heldout_accuracy(work, stage)
@@ -111,7 +111,7 @@ def heldout_accuracy(work: Work, stage: SFTStage) -> float | None:
     tasks = work.recipe.tasks or stage.tasks
     if not tasks:
         return None
-    asked = distinct_questions(tasks, "test", HELDOUT_SEED, EVAL_QUESTIONS)
+    asked = heldout_questions(work, tasks, min(EVAL_QUESTIONS, count_up_to(tasks, "test", EVAL_QUESTIONS)))
     with Judge(sorted({question.verifier for question in asked}), seconds=5.0) as judge:
         return greedy_accuracy(work.model, work.tokenizer, asked, judge, EVAL_TOKENS, work.recipe.system)
 

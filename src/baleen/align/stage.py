@@ -37,6 +37,7 @@ class Work:
     display: Display
     interruption: Interruption
     max_steps: int | None = None
+    warned: bool = False  # of rewards that fail: once is enough
 
     def tasks(self, own: Sequence[Task]) -> Sequence[Task]:
         return own or self.recipe.tasks

@@ -1,8 +1,8 @@
 """Questions without end whose answers can be checked: what a model is taught to reason on.
 
 A task makes questions from a random stream; `worked` is a solution in words, for cold starts, written with care or
-in haste. Whether a question is for training or for testing is decided by a hash of its prompt, so the two sets share
-none, whatever the seeds.
+in haste. Whether a question is for training or for testing is decided by a hash of what is asked, the order of its
+numbers aside where that changes nothing, so the two sets share none, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Question:
     verifier: str  # a name of rewards.REWARDS, or reasoning_gym:TASK
     worked: tuple[str, ...]
     solution: str
+    key: str = ""  # what is asked, in one form for all its wordings; empty: the prompt
 
     @property
     def completion(self) -> str:
@@ -58,7 +59,8 @@ class Question:
 
     @property
     def is_for_testing(self) -> bool:
-        return int.from_bytes(blake2b(self.prompt.encode(), digest_size=8).digest()) % TEST_SHARE == 0
+        asked = self.key or self.prompt
+        return int.from_bytes(blake2b(asked.encode(), digest_size=8).digest()) % TEST_SHARE == 0
 
 
 class ChainSum(Strict):
@@ -109,7 +111,8 @@ class Countdown(Strict):
         worked[-1] += f"={value}"
         shown = " ".join(map(str, rng.sample(given, len(given))))
         prompt = f"Make {value} from {shown}"
-        return Question(prompt, json.dumps([value, given]), "countdown", tuple(worked), expression)
+        key = f"{value} from {sorted(given)}"
+        return Question(prompt, json.dumps([value, given]), "countdown", tuple(worked), expression, key)
 
 
 class Comparison(Strict):
@@ -126,7 +129,12 @@ class Comparison(Strict):
         a, b = next((a, b) for a, b in zip(str(one), str(two), strict=True) if a != b)
         larger = str(max(one, two))
         return Question(
-            f"{one} or {two}, which is larger?", larger, "number", (f"{a}{'>' if a > b else '<'}{b}",), larger
+            f"{one} or {two}, which is larger?",
+            larger,
+            "number",
+            (f"{a}{'>' if a > b else '<'}{b}",),
+            larger,
+            key=f"{min(one, two)} or {max(one, two)}",
         )
 
 
@@ -164,7 +172,7 @@ class Sorting(Strict):
             left.remove(number)
             worked += [f":{' '.join(map(str, left))}", f"\n{following}"]
         solution = " ".join(map(str, ordered))
-        return Question(prompt, solution, "sorting", tuple(worked), solution)
+        return Question(prompt, solution, "sorting", tuple(worked), solution, key=f"Sort {solution}")
 
 
 class ReasoningGym(Strict):
@@ -224,8 +232,24 @@ def questions(tasks: Sequence[Task], split: Split, seed: int) -> Iterator[Questi
     raise UserError(f"the tasks have no question for the split {split!r}: make them harder, or more varied")
 
 
+def count_up_to(tasks: Sequence[Task], split: Split, count: int) -> int:
+    """How many different questions there are about, `count` at most."""
+    return len(_different(tasks, split, 0, count))
+
+
 def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Question]:
     """`count` different questions. Raises UserError if the tasks have fewer."""
+    found = _different(tasks, split, seed, count)
+    if len(found) < count:
+        raise UserError(
+            f"the tasks have about {len(found)} questions for the split {split!r}, fewer than {count}: ask for fewer, "
+            "or make the tasks harder"
+        )
+    return list(islice(found.values(), count))
+
+
+def _different(tasks: Sequence[Task], split: Split, seed: int, count: int) -> dict[str, Question]:
+    """By prompt, `count` at most; fewer if no more turn up."""
     found: dict[str, Question] = {}
     in_vain = 0
     stream = questions(tasks, split, seed)
@@ -233,12 +257,7 @@ def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: in
         question = next(stream)
         in_vain = in_vain + 1 if question.prompt in found else 0
         found.setdefault(question.prompt, question)
-    if len(found) < count:
-        raise UserError(
-            f"the tasks have about {len(found)} questions for the split {split!r}, fewer than {count}: ask for fewer, "
-            "or make the tasks harder"
-        )
-    return list(islice(found.values(), count))
+    return found
 
 
 def _within(rng: random.Random, limits: tuple[int, int]) -> int:

@@ -199,34 +199,57 @@ class Tokenizer:
         return self._encode_prompts([_Prompt([_as_dict(message) for message in chat]) for chat in chats])
 
     @cached_property
-    def assistant_opening(self) -> list[int]:
-        """The tokens that open a turn of the assistant, as the template has them; empty without a template."""
+    def _turn(self) -> tuple[list[int], int | None]:
+        """(the tokens that open a turn of the assistant, the control token that closes it), as the template has them;
+        ([], None) if it has none."""
         if self.template is None:
-            return []
+            return [], None
         question, answer = Message("user", "?"), Message("assistant", "!")
         closed, said = self.encode_chats([[question], [question, answer]])
         opened = self.encode_chat([question], add_generation_prompt=True)
-        return list(os.path.commonprefix([opened, said])[len(closed) :]) if opened[: len(closed)] == closed else []
+        if opened[: len(closed)] != closed:
+            return [], None
+        opening = list(os.path.commonprefix([opened, said])[len(closed) :])
+        control = set(self._control.ids.values())
+        closing = next((id for id in said[len(closed) + len(opening) :] if id in control), None)
+        return (opening, closing) if control & set(opening) else ([], closing)
+
+    @property
+    def assistant_opening(self) -> list[int]:
+        """The tokens with which the chat template lets the assistant speak; empty if it has nothing of the kind."""
+        return self._turn[0]
+
+    @property
+    def turn_end_id(self) -> int | None:
+        """The control token with which the chat template ends the assistant's turns: mostly, not always, the eos."""
+        return self._turn[1]
 
     def assistant_mask(self, ids: Sequence[int]) -> list[int]:
         """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.
 
-        A turn is what follows `assistant_opening`. Raises UserError if the template has nothing of the kind, or
-        nothing in it that a user could not have typed.
+        Raises UserError if the template marks the beginning or the end of a turn by nothing that a user could not have
+        typed.
         """
-        opening = self.assistant_opening
-        if not set(opening) & set(self._control.ids.values()):
+        opening, closing = self._turn
+        if not opening or closing is None:
             raise UserError(
-                "the chat template opens the assistant's turns with no control token: its words cannot be told from "
-                "the user's"
+                "the chat template marks the assistant's turns by no control token: its words cannot be told from the "
+                "user's"
             )
+        # A line break at the end of the opening may have become one token with what follows.
+        bare = len(opening)
+        while not self.token_bytes(opening[bare - 1]).strip():
+            bare -= 1
+        core, blank = opening[:bare], opening[bare:]
         mask = [0] * len(ids)
-        at = find(ids, opening)
+        at = find(ids, core)
         while at >= 0:
-            start = at + len(opening)
-            end = next((i for i in range(start, len(ids)) if ids[i] == self.eos_id), len(ids) - 1) + 1
+            start = at + bare
+            if list(ids[start : start + len(blank)]) == blank:
+                start += len(blank)
+            end = next((i for i in range(start, len(ids)) if ids[i] == closing), len(ids) - 1) + 1
             mask[start:end] = [1] * (end - start)
-            at = find(ids, opening, end)
+            at = find(ids, core, end)
         return mask
 
     def _render(self, prompt: _Prompt) -> str:

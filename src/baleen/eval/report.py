@@ -106,20 +106,20 @@ def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def hacked_reward(rows: list[Row]) -> list[str]:
-    """A sentence if RL's reward rose and held-out accuracy did not: then the reward is earned some other way."""
+    """A sentence if RL's reward rose and accuracy did not, of answers drawn alike: then it is earned some other way."""
     rl = [row for row in rows if is_number(row.get("reward"))]
     seen = [row["heldout_accuracy"] for row in rl if is_number(row.get("heldout_accuracy"))]
     if len(rl) < 2 or not seen:
         return []
     ends = max(1, len(rl) // 5)
     first, last = (sum(row["reward"] for row in part) / ends for part in (rl[:ends], rl[-ends:]))
-    before = sum(row.get("accuracy", 0.0) for row in rl[:ends]) / ends
+    right = [sum(row.get("accuracy", 0.0) for row in part) / ends for part in (rl[:ends], rl[-ends:])]
     spread = max(row["reward"] for row in rl) - min(0.0, min(row["reward"] for row in rl))
-    if last - first <= REWARD_ROSE * spread or seen[-1] > before + 0.02:
+    if last - first <= REWARD_ROSE * spread or right[1] > right[0] + 0.02:
         return []
     return [
-        f"The reward rose from {first:.2f} to {last:.2f}, but held-out accuracy did not (it is {seen[-1]:.1%}): the "
-        "reward is being earned in some other way than by right answers."
+        f"The reward rose from {first:.2f} to {last:.2f}, but the share of right answers did not ({right[0]:.1%} to "
+        f"{right[1]:.1%}; {seen[-1]:.1%} held out): the reward is being earned in some other way than by them."
     ]
 
 
