@@ -12,12 +12,13 @@ import math
 import statistics
 import tomllib
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from baleen.config import Strict, validated
+from baleen.config import Strict, UserError, validated
 from baleen.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
@@ -25,14 +26,18 @@ HERE = Path(__file__).parent
 T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 SWEEP = "lr-sparse"  # tunes what no other sweep tunes
+EXTENSIONS = ("extend-1k", "extend-4k")
+UNSEEN = "can't be seen at this size"
+MEASURED = 2  # counted up when rows are measured otherwise, so that older ones are not compared with new ones
 
 Row = dict[str, Any]
 
 
 class Claim(Strict):
-    """What is said of the second arm beside the first: a difference of `measure`, relative to the first arm's.
+    """What is said of the second arm beside the first: a difference of `measure`, relative to the first arm's, or of a
+    share (`absolute`) the difference itself.
 
-    Further arms are shown beside them. A sweep (`expects` "least") says nothing: the overrides of its best arm are
+    Further arms are shown beside them; what is said of those is a claim of its own, with the same rows. A sweep (`expects` "least") says nothing: the overrides of its best arm are
     taken by the arms that it tunes, before their own.
     """
 
@@ -43,11 +48,13 @@ class Claim(Strict):
     arms: dict[str, tuple[str, ...]] = Field(min_length=2)
     key_value_heads: dict[str, int] = {}  # by arm: plain attention with so many instead of MLA
     extended: bool = False  # arms are ways to a longer context: rows of context.py
+    passages: bool = False  # on the conversations' text cut into short documents: passages.py
     tuned_by: dict[str, str] = {}  # by arm: another sweep than SWEEP
     measure: str = "heldout_bpb"
     shows: tuple[str, ...] = ()  # further measures
+    absolute: bool = False
     expects: Literal["lower", "higher", "within", "least"] = "lower"
-    margin: float = Field(0.0, ge=0.0)  # of "within"
+    margin: float = Field(0.0, ge=0.0)  # of "within": no worse than so much higher
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, max_length=len(T_975))
     quick: bool = False
     notes: str = ""  # what a reader of the result must know
@@ -78,15 +85,22 @@ class Notebook:
         return _recipe(self.folder / claim.recipe, tuple(overrides))
 
     def best_arm(self, sweep: str) -> str | None:
-        claim = self.claims[sweep]
+        """None as long as the sweep is not done. Raises UserError if the best is the first or the last: then the sweep
+        says no more than where to look."""
+        claim, arms = self.claims[sweep], list(self.claims[sweep].arms)
         if not self.complete(sweep):
             return None
-        return min(claim.arms, key=lambda arm: statistics.mean(self.values(sweep, arm, claim.measure)))
+        best = min(arms, key=lambda arm: statistics.mean(self.values(sweep, arm, claim.measure)))
+        if best in (arms[0], arms[-1]):
+            raise UserError(f"{sweep}: the best is {best}, at the edge of what was tried: add an arm beyond it")
+        return best
 
     def hash_of(self, name: str, arm: str, seed: int) -> str | None:
         """Of all that decides over a row's result, a claim's wording aside."""
         claim, recipe = self.claims[name], self.recipe(name, arm, seed)
-        return None if recipe is None else _digest(recipe, claim.key_value_heads.get(arm), claim.extended)
+        if recipe is None:
+            return None
+        return _digest(recipe, claim.key_value_heads.get(arm), claim.extended, claim.passages)
 
     def row(self, name: str, arm: str, seed: int) -> Row | None:
         """The finished row, or None."""
@@ -116,10 +130,11 @@ class Notebook:
         return [row["measured"][measure] for row in rows if row is not None]
 
     def gaps(self, name: str, arm: str) -> list[float]:
-        """By seed: how far the arm's measure is from the first arm's, relative to that."""
+        """By seed: how far the arm's measure is from the first arm's, relative to that unless it is `absolute`."""
         claim = self.claims[name]
         control = self.values(name, next(iter(claim.arms)), claim.measure)
-        return [b / a - 1 for a, b in zip(control, self.values(name, arm, claim.measure), strict=True)]
+        pairs = zip(control, self.values(name, arm, claim.measure), strict=True)
+        return [b - a if claim.absolute else b / a - 1 for a, b in pairs]
 
     def verdict(self, name: str) -> str:
         """What the rows say of the claim, or why they say nothing."""
@@ -138,9 +153,17 @@ def _recipe(file: Path, overrides: tuple[str, ...]) -> Recipe:
 
 
 @cache
-def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool) -> str:
-    decides = [recipe.model_copy(update={"name": ""}).to_toml(), key_value_heads, extended]
+def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool, passages: bool) -> str:
+    decides: list[object] = [recipe.model_copy(update={"name": ""}).to_toml(), key_value_heads, MEASURED]
+    decides += [load_extensions()] if extended else []
+    decides += ["passages"] if passages else []
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+@cache
+def load_extensions() -> list[str]:
+    """The recipes of the two stages to a longer context."""
+    return [(resources.files("baleen.recipes") / f"{name}.toml").read_text(encoding="utf-8") for name in EXTENSIONS]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -154,9 +177,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def judged(claim: Claim, mean: float, half: float) -> str:
     low, high = mean - half, mean + half
     if claim.expects == "within":
-        if max(abs(low), abs(high)) <= claim.margin:
-            return "holds"
-        return "does not hold" if low > claim.margin or high < -claim.margin else "can't be seen at this size"
+        return "holds" if high <= claim.margin else "does not hold" if low > claim.margin else UNSEEN
     if claim.expects == "higher":
         low, high = -high, -low
-    return "holds" if high < 0 else "does not hold" if low > 0 else "can't be seen at this size"
+    return "holds" if high < 0 else "does not hold" if low > 0 else UNSEEN

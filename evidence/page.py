@@ -63,8 +63,12 @@ def _effect(notebook: Notebook, name: str) -> str:
     claim, arms = notebook.claims[name], list(notebook.claims[name].arms)
     if not notebook.complete(name):
         return ""
-    mean, half = interval(notebook.gaps(name, arms[1]))
-    return f"{claim.measure} {mean:+.2%} ± {half:.2%}"
+    return f"{claim.measure} {_gap(notebook, name, arms[1])}"
+
+
+def _gap(notebook: Notebook, name: str, arm: str) -> str:
+    mean, half = interval(notebook.gaps(name, arm))
+    return f"{100 * mean:+.1f} ± {100 * half:.1f} points" if notebook.claims[name].absolute else f"{mean:+.2%} ± {half:.2%}"
 
 
 def drawn(notebook: Notebook) -> dict[str, str]:
@@ -108,7 +112,7 @@ def _section(notebook: Notebook, name: str) -> list[str]:
     measures = list(dict.fromkeys((claim.measure, *claim.shows)))
     lines += [f"| arm | difference | {' | '.join(measures)} |", "|---|---|" + "---:|" * len(measures)]
     for number, arm in enumerate(claim.arms):
-        gap = "{:+.2%} ± {:.2%}".format(*interval(notebook.gaps(name, arm))) if number else ""
+        gap = _gap(notebook, name, arm) if number else ""
         values = [_mean(notebook, name, arm, measure) for measure in measures]
         lines.append(f"| {arm} | {gap} | {' | '.join(values)} |")
     lines += ["", f"{len(claim.seeds)} seeds; `python evidence/notebook.py {name}`.", ""]
@@ -120,8 +124,10 @@ def _mean(notebook: Notebook, name: str, arm: str, measure: str) -> str:
     values = [row["measured"][measure] for row in rows if row is not None and measure in row["measured"]]
     if not values:
         return ""  # a dense network has no nodes, one without MTP no acceptance
-    mean = statistics.mean(values)
-    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.4f}"
+    mean, half = interval(values)
+    if len(set(values)) == 1:
+        return f"{mean:,.0f}" if mean >= 100 else f"{mean:.4f}"
+    return f"{mean:,.0f} ± {half:,.0f}" if mean >= 100 else f"{mean:.4f} ± {half:.4f}"
 
 
 def _by_size(notebook: Notebook) -> dict[str, list[tuple[float, float]]]:
