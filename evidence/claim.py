@@ -37,8 +37,9 @@ class Claim(Strict):
     """What is said of the second arm beside the first: a difference of `measure`, relative to the first arm's, or of a
     share (`absolute`) the difference itself.
 
-    Further arms are shown beside them; what is said of those is a claim of its own, with the same rows. A sweep (`expects` "least") says nothing: the overrides of its best arm are
-    taken by the arms that it tunes, before their own.
+    Further arms are shown beside them; what is said of those is a claim of its own, with the same rows. A sweep
+    (`expects` "least") says nothing: the overrides of its best arm are taken by the arms that it tunes, before their
+    own.
     """
 
     says: str

@@ -5,6 +5,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measures import largest_jump
+from claim import EXTENSIONS
+from measures import largest_jump, longest_spike
 from needles import questions_of, write_needles
 
 from baleen.data.document import Document
@@ -29,7 +31,6 @@ from baleen.train.loop import run_stage, train
 from baleen.train.rundir import read_metrics
 
 CHARS = {256: 750, 1024: 3000, 4096: 12500}  # of a document that fits so many tokens
-STAGES = ("extend-1k", "extend-4k")
 DOCUMENTS = {256: 128, 1024: 32, 4096: 12}  # that are asked, of those held out
 BINS = (0, 256, 1024, 2048, 4096)  # positions over which losses are averaged
 
@@ -42,28 +43,40 @@ def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> tuple[dict[str,
     KeyboardInterrupt if stopped.
     """
     short = _short(recipe, cache)
-    base = cache.parent / f"context-base-{recipe.train.seed}"
-    paid = base / "paid-by"  # the row whose account it is in
-    if _unfinished(base):
-        _finished(train(short, base, resume=(base / "checkpoints").exists()))
+    base = _base(recipe, cache)
+    paid = base.with_name(f"{base.name}-paid-by")  # the row whose account it is in
+    if not paid.is_file():
+        paid.parent.mkdir(parents=True, exist_ok=True)
         paid.write_text(run_dir.name, encoding="utf-8")
+    if _unfinished(base):
+        _finished(train(short, base, resume=(base / "recipe.toml").exists()))
     context = ContextConfig.model_validate(
         {"max_position_embeddings": recipe.model.max_position_embeddings, "rope_scaling": recipe.model.rope_scaling}
     )
     before, tokenizer, _ = load(base)
     measured = {f"before_{k}": v for k, v in _measured(with_context(before, context), tokenizer, recipe, cache).items()}
     last, run_dirs = base, []
-    for name in STAGES:
-        run_dirs.append(run_dir if name == STAGES[-1] else run_dir.with_name(f"{run_dir.name}-{name}"))
+    for name in EXTENSIONS:
+        run_dirs.append(run_dir if name == EXTENSIONS[-1] else run_dir.with_name(f"{run_dir.name}-{name}"))
         if _unfinished(run_dirs[-1]):
-            resume = (run_dirs[-1] / "checkpoints").exists()
+            resume = (run_dirs[-1] / "recipe.toml").exists()
             _finished(train_on(_stage(name, recipe, last, cache), run_dirs[-1], only="all", resume=resume))
         last = run_dirs[-1]
     with run_stage(recipe.cost, run_dir, "eval"):
         measured |= _measured(load(last).model, tokenizer, recipe, cache)
     losses = [row["loss"] for done in run_dirs for row in read_metrics(done)]
-    measured |= {"largest_jump": largest_jump(losses), "skipped": losses.count(None)}
+    measured |= {
+        "largest_jump": largest_jump(losses),
+        "longest_spike": longest_spike(losses),
+        "skipped": losses.count(None),
+    }
     return measured, run_dirs + [base] * (paid.read_text(encoding="utf-8") == run_dir.name)
+
+
+def _base(recipe: Recipe, cache: Path) -> Path:
+    """Where the base of all arms with this seed lies, named by its own recipe."""
+    digest = hashlib.sha256(_short(recipe, cache).to_toml().encode()).hexdigest()[:12]
+    return cache.parent / f"context-base-{digest}"
 
 
 def _unfinished(run_dir: Path) -> bool:
@@ -127,7 +140,7 @@ def _measured(model: Transformer, tokenizer: Tokenizer, recipe: Recipe, cache: P
 
 def _heldout(length: int, recipe: Recipe, cache: Path) -> Sequence[Document]:
     data = recipe.data.model_copy(update={"sources": (str(_needles(length, cache)),), "format": "text"})
-    base = cache.parent / f"context-base-{recipe.train.seed}"
+    base = _base(recipe, cache)
     return prepare(
         data, vocab_size=recipe.model.vocab_size, seq_len=length, seed=recipe.train.seed, cache_dir=cache,
         tokenizer=load(base).tokenizer,

@@ -14,6 +14,7 @@ import torch
 from baleen.data.fim import fim_tokens
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import Prepared
+from baleen.eval.acceptance import mtp_acceptance_forced
 from baleen.eval.token_loss import token_nats
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
@@ -21,7 +22,9 @@ from baleen.model.transformer import Transformer
 
 NODES = 4  # that the experts of a layer would be spread over, in blocks: the groups of base.toml
 BEFORE = 20  # steps whose median a loss is compared with
+SPIKE = 0.5  # nats above it: what counts as a spike
 ROWS, PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS, INFILLS = 32, 32, 48, 48, 256
+FORCED_TOKENS = 128
 INFILL_CHARS = 400  # of a document: prefix, middle and suffix
 
 
@@ -30,6 +33,17 @@ def largest_jump(losses: Sequence[float | None]) -> float:
     known = [loss for loss in losses if loss is not None]
     jumps = (known[i] - statistics.median(known[i - BEFORE : i]) for i in range(BEFORE, len(known)))
     return max(jumps, default=0.0)
+
+
+def longest_spike(losses: Sequence[float | None]) -> int:
+    """The most steps in a row whose losses lie more than SPIKE above the median of the BEFORE before the first."""
+    known = [loss for loss in losses if loss is not None]
+    longest = 0
+    for i in range(BEFORE, len(known)):
+        level = statistics.median(known[i - BEFORE : i]) + SPIKE
+        length = next((n for n, loss in enumerate(known[i:]) if loss <= level), len(known) - i)
+        longest = max(longest, length)
+    return longest
 
 
 @torch.inference_mode()
@@ -49,7 +63,8 @@ def groups_reached(model: Transformer, text: PackedTokens) -> float:
 
 
 def second_token_and_on(model: Transformer, prepared: Prepared) -> dict[str, float]:
-    """{acceptance_K: share of the drafts of depth K that greedy decoding keeps} on held-out beginnings."""
+    """{acceptance_K: share of the drafts of depth K that greedy decoding keeps, a draft after a refused one counting as
+    refused} on held-out beginnings; acceptance_forced: of depth 1 on held-out text, which no loop can inflate."""
     prompts = [
         prepared.tokenizer.encode_chat(document.messages or ())[:PROMPT_TOKENS]
         for document in prepared.heldout[:PROMPTS]
@@ -59,17 +74,26 @@ def second_token_and_on(model: Transformer, prepared: Prepared) -> dict[str, flo
     generation = Engine(model, None).generate([Request(ids, greedy) for ids in prompts], speculate=depth)
     for _ in generation:
         pass
-    return {f"acceptance_{k}": share for k, share in enumerate(generation.stats.acceptance, 1)}
+    texts = [prepared.tokenizer.encode_chat(document.messages or ())[:FORCED_TOKENS] for document in prepared.heldout]
+    whole = torch.tensor([ids for ids in texts if len(ids) == FORCED_TOKENS])
+    found = {f"acceptance_{k}": share for k, share in enumerate(generation.stats.acceptance, 1)}
+    return found | {"acceptance_forced": mtp_acceptance_forced(model, whole)}
 
 
-def infill_bits_per_byte(model: Transformer, prepared: Prepared, window: int) -> float:
-    """Bits per byte of the middle third of held-out passages, after prefix and suffix in FIM's order."""
-    tokenizer, nats, size = prepared.tokenizer, 0.0, 0
+def middle_bits_per_byte(model: Transformer, prepared: Prepared) -> dict[str, float]:
+    """{middle_bpb, infill_bpb}: bits per byte of the middle third of held-out passages, after their first third as
+    anybody reads it, and after first and last third in FIM's order. What FIM taught is the second less the first."""
+    tokenizer, size = prepared.tokenizer, 0
+    nats = {"middle_bpb": 0.0, "infill_bpb": 0.0}
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     texts = [d.text[:INFILL_CHARS] for d in prepared.heldout if len(d.text) >= INFILL_CHARS][:INFILLS]
     for text in texts:
         third = len(text) // 3
-        parts = [tokenizer.encode(part) for part in (text[:third], text[third : 2 * third], text[2 * third :])]
-        ids = fim_tokens(*parts, tokenizer)[-window:]
-        nats += float(token_nats(model, [ids])[0][-len(parts[1]) :].sum())
+        prefix, middle, suffix = (
+            tokenizer.encode(part) for part in (text[:third], text[third : 2 * third], text[2 * third :])
+        )
+        orders = {"middle_bpb": [*prefix, *middle], "infill_bpb": fim_tokens(prefix, middle, suffix, tokenizer)}
+        for name, ids in orders.items():
+            nats[name] += float(token_nats(model, [[*bos, *ids]])[0][-len(middle) :].sum())
         size += len(text[third : 2 * third].encode())
-    return nats / math.log(2) / max(1, size)
+    return {name: total / math.log(2) / max(1, size) for name, total in nats.items()}

@@ -48,7 +48,8 @@ def run_row(notebook: Notebook, name: str, arm: str, seed: int, runs: Path) -> R
     if claim.extended:
         measured, run_dirs = extend_row(recipe, runs / digest, cache=runs / "data")
     else:
-        measured = train_row(recipe, runs / digest, claim.key_value_heads.get(arm), cache=runs / "data")
+        heads = claim.key_value_heads.get(arm)
+        measured = train_row(recipe, runs / digest, heads, cache=runs / "data", passages=claim.passages)
     row = {"hash": digest, "claim": name, "arm": arm, "seed": seed, "measured": measured, **account_of(run_dirs)}
     thrown_away([run_dir for run_dir in run_dirs if run_dir.name.startswith(digest)])  # a base is for several arms
     return row

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from claim import Notebook, interval
+from measures import BEFORE, SPIKE
 from plot import Effect, intervals, losses_by_size
 from studies import STUDIES, read_study
 
@@ -20,10 +21,12 @@ Which of V3's claims hold at a size that a laptop can run. Made by `python evide
 Every row is one arm with one seed, from the same start (`evidence/base.toml`: 8M parameters, hidden 256, 4 layers,
 786,432 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of
 data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
-are relative to the first arm; ± is the 95 % interval by Student's t, wide over so few seeds, and not corrected for many
-claims. Learning rates are tuned once a family, by one seed. *Holds* and *does not hold* mean: beyond that interval, at
-this size, on this text.
+are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
+and not corrected for many claims. Learning rates are tuned once a family, by one seed, on the same held-out text, and a
+best rate at the edge of its grid is refused. *Holds* and *does not hold* mean: beyond that interval, at this size, on
+this text.
 """
+STEPS_OF_A_SPIKE = 5
 OLMO = 0.822  # of Olmo 3's 8.34M GPU-hours: development (arXiv 2605.01158)
 
 
@@ -68,7 +71,11 @@ def _effect(notebook: Notebook, name: str) -> str:
 
 def _gap(notebook: Notebook, name: str, arm: str) -> str:
     mean, half = interval(notebook.gaps(name, arm))
-    return f"{100 * mean:+.1f} ± {100 * half:.1f} points" if notebook.claims[name].absolute else f"{mean:+.2%} ± {half:.2%}"
+    return (
+        f"{100 * mean:+.1f} ± {100 * half:.1f} points"
+        if notebook.claims[name].absolute
+        else f"{mean:+.2%} ± {half:.2%}"
+    )
 
 
 def drawn(notebook: Notebook) -> dict[str, str]:
@@ -202,12 +209,16 @@ def _no_spike(notebook: Notebook) -> list[str]:
     if not rows:
         return [*lines, "No rows yet.", ""]
     worst = max(rows, key=lambda row: row["measured"]["largest_jump"])
+    spikes = [row for row in rows if row["measured"]["longest_spike"] >= STEPS_OF_A_SPIKE]
     skipped = sum(row["measured"]["skipped"] for row in rows)
+    verdict = "does not hold" if spikes else "holds"
+    jump, where = worst["measured"]["largest_jump"], f"{worst['claim']}, {worst['arm']}, seed {worst['seed']}"
     return [
         *lines,
-        f"The largest jump of a step's loss over the median of the 20 before it, in {len(rows)} rows, is",
-        f"{worst['measured']['largest_jump']:.3f} nats ({worst['claim']}, {worst['arm']}, seed {worst['seed']}); "
-        f"{skipped} steps were skipped. The paper reports no spike that could not be recovered from, and no rollback.",
+        f"In {len(spikes)} of {len(rows)} rows the loss stays more than {SPIKE} nats above the median of the",
+        f"{BEFORE} steps before, for {STEPS_OF_A_SPIKE} or more: **{verdict}**. The largest",
+        f"jump of a step is {jump:.3f} nats ({where}), mostly that of a hard batch; {skipped} steps were skipped.",
+        "The paper reports no spike that could not be recovered from, and no rollback.",
         "",
     ]
 

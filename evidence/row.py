@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from attention import cached_numbers, use_shared_heads
-from measures import groups_reached, infill_bits_per_byte, largest_jump, second_token_and_on
+from measures import groups_reached, largest_jump, longest_spike, middle_bits_per_byte, second_token_and_on
+from passages import write_passages
 
 from baleen.cost.account import find_run, read_ledger
 from baleen.data.loader import Loader
+from baleen.data.packing import PackedTokens
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.model.transformer import Transformer
@@ -31,19 +33,27 @@ from baleen.train.saver import Saver
 from baleen.train.trainer import StepResult, Trainer, max_violation, processor
 
 LAST = 100  # steps that losses and loads are averaged over
+THOUSAND = 1024
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train_row(recipe: Recipe, run_dir: Path, key_value_heads: int | None, *, cache: Path) -> dict[str, Any]:
+def train_row(
+    recipe: Recipe, run_dir: Path, key_value_heads: int | None, *, cache: Path, passages: bool = False
+) -> dict[str, Any]:
     """{measure: value} of a model trained by `recipe`; key_value_heads: plain attention instead of MLA.
 
-    cache: where prepared text is kept for all rows. Raises KeyboardInterrupt if it was stopped, having saved unless
-    fewer than LAST steps were left: those are then made again from the checkpoint before, and measured together.
+    cache: where prepared text is kept for all rows. passages: on short documents. Raises KeyboardInterrupt if it was
+    stopped, having saved.
     """
     keep_freed_memory()
+    if passages:
+        file = cache.parent / "passages" / "passages.jsonl"
+        if not file.is_file():
+            write_passages(file)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (str(file),)})})
     with open_run(run_dir, recipe, resume=True):
         with run_stage(recipe.cost, run_dir, "data"):
             prepared = prepare(
@@ -54,7 +64,7 @@ def train_row(recipe: Recipe, run_dir: Path, key_value_heads: int | None, *, cac
         if key_value_heads is not None:
             use_shared_heads(model, key_value_heads)
         model.init_weights(recipe.train.seed)
-        trainer = Trainer(recipe, model, Loader(prepared.train, seed=recipe.train.seed))
+        trainer = Trainer(recipe, model, Loader(trimmed(prepared.train), seed=recipe.train.seed))
         recent = _train(trainer, run_dir)
         with run_stage(recipe.cost, run_dir, "eval"):
             return _measured(trainer, recent, prepared, key_value_heads, run_dir)
@@ -62,13 +72,14 @@ def train_row(recipe: Recipe, run_dir: Path, key_value_heads: int | None, *, cac
 
 def _train(trainer: Trainer, run_dir: Path) -> deque[StepResult]:
     """All steps that are left; returns the last ones."""
-    recipe, counters, recent = trainer.recipe, trainer.counters, deque(maxlen=LAST)
+    recipe, counters, recent = trainer.recipe, trainer.counters, deque[StepResult](maxlen=LAST)
     saver = Saver(run_dir / "checkpoints", keep=1, warn=say)
     newest = saver.newest()
     if newest is not None:
         for difference in trainer.restore(newest):
             say(f"  not bit for bit the row that was begun: {difference}")
         counters = trainer.counters
+        recent.extend(StepResult.from_json(row) for row in newest.state["recent"])
     metrics = Metrics(run_dir, counters.step)
     before = counters.tokens, counters.seconds
     with run_stage(recipe.cost, run_dir, "pretrain") as stage, Interruption() as interruption:
@@ -80,8 +91,10 @@ def _train(trainer: Trainer, run_dir: Path) -> deque[StepResult]:
             if counters.step % 50 == 0:
                 speed = counters.tokens / counters.seconds
                 say(f"  step {counters.step}: loss {result.loss:.3f}, {speed:,.0f} tokens/s")
-            if _may_stop(trainer) and (interruption.wanted or counters.step % recipe.train.checkpoint_every == 0):
-                saver.save(trainer.checkpoint())
+            if interruption.wanted or counters.step % recipe.train.checkpoint_every == 0:
+                taken = trainer.checkpoint()
+                taken.state["recent"] = [result.to_json() for result in recent]
+                saver.save(taken)
         metrics.close()
         if not trainer.done:
             stage.interrupted()
@@ -89,10 +102,13 @@ def _train(trainer: Trainer, run_dir: Path) -> deque[StepResult]:
     return recent
 
 
-def _may_stop(trainer: Trainer) -> bool:
-    """Whether all of the LAST steps are to come: what is measured of them is in no checkpoint."""
-    train = trainer.recipe.train
-    return (train.tokens - trainer.position) / train.batch_tokens >= LAST
+def trimmed(packed: PackedTokens) -> PackedTokens:
+    """A whole number of thousands of rows (all, if there are not so many): arms whose texts differ by a few tokens, as
+    FIM's do, then read them in one order."""
+    rows = len(packed) // THOUSAND * THOUSAND or len(packed)
+    end = rows * packed.seq_len + 1
+    mask = None if packed.flat_loss_mask is None else packed.flat_loss_mask[:end]
+    return PackedTokens(packed.seq_len, packed.flat_tokens[:end], packed.flat_document_ids[:end], mask)
 
 
 def _measured(
@@ -104,7 +120,9 @@ def _measured(
     measured: dict[str, Any] = {
         "heldout_bpb": bits_per_byte(model, prepared.tokenizer, prepared.heldout, window=window)["bits_per_byte"],
         "loss": statistics.mean(loss for loss in losses[-LAST:] if loss is not None),
+        "late_loss": statistics.mean(loss for loss in losses[-(len(losses) // 4) :] if loss is not None),
         "largest_jump": largest_jump(losses),
+        "longest_spike": longest_spike(losses),
         "skipped": counters.skipped,
         "tokens": counters.tokens,
         "seconds": round(counters.seconds, 1),
@@ -120,7 +138,7 @@ def _measured(
     if model.mtp_layers:
         measured |= second_token_and_on(model, prepared)
     if recipe.data.format == "text":
-        measured["infill_bpb"] = infill_bits_per_byte(model, prepared, window)
+        measured |= middle_bits_per_byte(model, prepared)
     return measured
 
 
@@ -138,10 +156,12 @@ def account_of(run_dirs: Sequence[Path]) -> dict[str, Any]:
     lab = run_dirs[0].parent
     ledger = read_ledger(lab)
     stages = [stage for run_dir in run_dirs for stage in ledger.of_run(find_run(lab, run_dir))]
+    threads, cpus = torch.get_num_threads(), os.cpu_count()
     return {
         "device_hours": sum(stage.device_hours for stage in stages),
         "usd": sum(stage.usd for stage in stages),
-        "machine": f"{os.cpu_count()} CPUs, {processor()}, {platform.system()}, torch {torch.__version__}",
+        "load": round(os.getloadavg()[0] - threads, 2),  # of others, roughly: beside them seconds mean nothing
+        "machine": f"{threads} of {cpus} CPUs, {processor()}, {platform.system()}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
 

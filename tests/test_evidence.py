@@ -32,6 +32,7 @@ overrides = ["train.eps=1e-9"]
 [arms]
 low = ["train.lr=1e-3"]
 high = ["train.lr=2e-3"]
+beyond = ["train.lr=4e-3"]
 """
 
 
@@ -56,7 +57,7 @@ def make(modules, tmp_path):
         (tmp_path / "claims" / "lr-sparse.toml").write_text(SWEEP)
         notebook = modules[0].Notebook(tmp_path)
         if tuned:
-            fill(notebook, "lr-sparse", {("low", 0): 2.0, ("high", 0): 1.0})
+            fill(notebook, "lr-sparse", {("low", 0): 2.0, ("high", 0): 1.0, ("beyond", 0): 3.0})
         return notebook
 
     return made
@@ -64,7 +65,7 @@ def make(modules, tmp_path):
 
 def fill(notebook, name, values):
     for (arm, seed), value in values.items():
-        measured = {"heldout_bpb": value, "largest_jump": value / 10, "skipped": 0}
+        measured = {"heldout_bpb": value, "largest_jump": value / 10, "longest_spike": 0, "skipped": 0}
         row = {"hash": notebook.hash_of(name, arm, seed), "claim": name, "arm": arm, "seed": seed}
         notebook.write(row | {"measured": measured, "device_hours": 0.5, "usd": 0.01, "machine": "m", "date": "d"})
 
@@ -111,7 +112,8 @@ def test_interval_is_students(modules):
         ("higher", 2.0, 1.0, "holds"),
         ("higher", -2.0, 1.0, "does not hold"),
         ("within", 0.5, 0.4, "holds"),
-        ("within", -2.0, 0.5, "does not hold"),
+        ("within", -2.0, 0.5, "holds"),  # better is no worse
+        ("within", 2.0, 0.5, "does not hold"),
         ("within", 0.5, 0.6, "can't be seen at this size"),
     ],
 )
@@ -135,8 +137,12 @@ def test_stale_rows_do_not_count(make):
     assert make("notes = 'other words'").complete("c")
     assert make('overrides = ["train.tokens=4096"]').rows("c") == []
     assert len(make("[key_value_heads]\nnew = 2\n").rows("c")) == 2
-    fill(notebook, "lr-sparse", {("low", 0): 0.5})  # another rate is the best now
-    assert make(tuned=False).rows("c") == []
+    fill(notebook, "lr-sparse", {("low", 0): 0.5})  # another rate is the best now, with nothing tried beyond it
+    with pytest.raises(UserError, match="the best is low, at the edge"):
+        make(tuned=False).rows("c")
+    fill(notebook, "lr-sparse", {("low", 0): 2.0, ("high", 0): math.inf})
+    with pytest.raises(UserError, match="the best is low"):
+        make(tuned=False).rows("c")
 
 
 def test_an_incomplete_claim_has_no_number(modules, make):
@@ -148,7 +154,9 @@ def test_an_incomplete_claim_has_no_number(modules, make):
     fill(notebook, "c", {("plain", 1): 2.0, ("new", 1): 1.0})
     assert "| s | heldout_bpb -50.00% ± 0.00% | holds |" in page.summary(notebook)
     text = page.page_of_claims(notebook)
-    assert "| new | -50.00% ± 0.00% | 0.7500 |" in text
+    assert "| new | -50.00% ± 0.00% | 0.7500 ± 3.1765 |" in text
+    shares = make("absolute = true")
+    assert "| s | heldout_bpb -75.0 ± 317.6 points |" in page.summary(shares)
     assert page.drawn(notebook)["c"].count("<circle") == 1
     assert page.with_summary(f"a{page.BEGIN}old{page.END}b", notebook).startswith(f"a{page.BEGIN}\n| Claim")
 
@@ -167,7 +175,8 @@ def test_only_what_is_missing_is_run_and_sweeps_come_first(modules, make, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         modules[1].run_missing(notebook, ["c", "lr-sparse"], tmp_path)
     modules[1].run_missing(notebook, ["c", "lr-sparse"], tmp_path)
-    assert ran == [("low", 0), ("high", 0), ("plain", 0), ("new", 0), ("plain", 1), ("plain", 1), ("new", 1)]
+    sweep = [("low", 0), ("high", 0), ("beyond", 0)]
+    assert ran == [*sweep, ("plain", 0), ("new", 0), ("new", 0), ("plain", 1), ("new", 1)]
     assert notebook.complete("c")
 
 
@@ -183,10 +192,12 @@ def test_two_rows_again(modules, make, tmp_path, monkeypatch, capsys):
 
 
 def test_jumps_are_over_the_median_before(modules):
-    from measures import largest_jump
+    from measures import largest_jump, longest_spike
 
     assert largest_jump([3.0] * 20 + [None, 3.5] + [2.0] * 5) == 0.5
     assert largest_jump([3.0, 9.0]) == 0.0
+    assert longest_spike([3.0] * 20 + [3.4, 9.0, 3.6, 3.5, 9.0] + [3.0] * 5) == 2
+    assert longest_spike([3.0] * 20 + [4.0] * 30) == 30  # until it ends, though the median before it rises
 
 
 def test_needles_are_asked_for_once_each(modules):
@@ -271,7 +282,7 @@ def test_a_row_that_was_stopped_measures_what_an_undisturbed_one_does(modules, t
         measured = row.train_row(recipe, tmp_path / name, None, cache=tmp_path / "data")
         return {key: value for key, value in measured.items() if key != "seconds"}
 
-    for step in (1, 5):  # of six: the last two are made again
+    for step in (1, 5):  # of six, of which the last two are averaged
         with pytest.raises(KeyboardInterrupt):
             train("stopped", stop=step)
     assert train("stopped") == train("straight")
