@@ -136,7 +136,7 @@ def test_a_module_that_does_not_import_is_named(tmp_path):
 @pytest.mark.slow
 def test_any_task_of_reasoning_gym_brings_its_own_verifier():
     pytest.importorskip("reasoning_gym")
-    tasks = [ReasoningGym(task="chain_sum"), ReasoningGym(task="prime_factorization")]
+    tasks = [ReasoningGym(task=name) for name in ("chain_sum", "prime_factorization", "rearc", "arc_agi")]
     asked = list(islice(questions(tasks, "train", 0), 8))
     with Judge(sorted({q.verifier for q in asked}), 20.0) as judge:
         for q in asked:

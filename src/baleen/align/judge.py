@@ -11,6 +11,7 @@ answer]} -> {"value": x}, or {"error": text} to either.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from baleen.align.rewards import REWARDS, Reward, math_verify
+from baleen.align.tasks import gym_entry
 from baleen.config import UserError
 from baleen.infer.answers import answer_of
 
@@ -158,8 +160,12 @@ def _gym_reward(task: str) -> Reward:
     gym = importlib.import_module("reasoning_gym")
     score = gym.get_score_answer_fn(task)
 
+    @functools.lru_cache(maxsize=4096)
+    def entry(answer: str) -> dict[str, Any]:
+        return gym_entry(task, **json.loads(answer))
+
     def reward(prompt: str, completion: str, answer: str) -> float:
-        return float(score(answer_of(completion), json.loads(answer)))
+        return float(score(answer_of(completion), entry(answer)))
 
     return reward
 

@@ -183,14 +183,13 @@ class ReasoningGym(Strict):
     options: dict[str, Any] = {}
 
     def question(self, rng: random.Random) -> Question:
-        gym = _reasoning_gym()
+        made = {"seed": rng.randrange(2**31), "options": self.options}
         try:
-            entry = gym.create_dataset(self.task, size=1, seed=rng.randrange(2**31), **self.options)[0]
+            entry = gym_entry(self.task, **made)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"reasoning-gym cannot make the task {self.task!r}: {error}") from None
-        answer = str(entry["answer"])
-        kept = {"question": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
-        return Question(entry["question"], json.dumps(kept, default=str), f"reasoning_gym:{self.task}", (), answer)
+        # Its verifier wants more than text can carry, tuples for one, so it makes the question once more.
+        return Question(entry["question"], json.dumps(made), f"reasoning_gym:{self.task}", (), str(entry["answer"]))
 
 
 Task = Annotated[
@@ -264,8 +263,10 @@ def _within(rng: random.Random, limits: tuple[int, int]) -> int:
     return rng.randint(*limits)
 
 
-def _reasoning_gym() -> Any:
+def gym_entry(task: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    """{question, answer, metadata} of one question of reasoning-gym. Raises UserError where that is not installed."""
     try:
-        return importlib.import_module("reasoning_gym")
+        gym = importlib.import_module("reasoning_gym")
     except ModuleNotFoundError:
         raise UserError("tasks of reasoning-gym need that package: pip install 'baleen-lm[rl]'") from None
+    return gym.create_dataset(task, size=1, seed=seed, **options)[0]
