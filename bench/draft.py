@@ -2,8 +2,8 @@
 
     python bench/draft.py runs/smollm2-mtp [--prompts 32] [--max-tokens 96] [--rounds 3] [--json]
 
-Greedy answers to the openings of the run's held-out conversations, one at a time; both ways take turns, and must give
-the same answers (but for a token whose two best logits are equal within rounding).
+Greedy answers to the openings of the run's held-out conversations, one at a time, from their second token on; both ways
+take turns, and must give the same answers (but for a token whose two best logits are equal within rounding).
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ def heldout_prompts(run: Trained, count: int) -> list[list[int]]:
 def measure(args: argparse.Namespace) -> dict:
     run = trained(args.run)
     prompts = heldout_prompts(run, args.prompts)
-    engine = Engine(run.model, run.tokenizer)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     speeds: dict[int, list[float]] = {0: [], 1: []}
     answers: dict[int, list[list[int]]] = {0: [], 1: []}
     drafted = accepted = 0
     for round_ in range(args.rounds):
         for depth in (0, 1):
+            engine = Engine(run.model, run.tokenizer)  # a new one: neither way reads prompts for the other
             tokens, seconds = 0, 0.0
             for prompt in prompts:
                 generation = engine.generate([Request(prompt, params)], speculate=depth)
-                ids = [id for event in generation for id in event.token_ids]
-                tokens, seconds = tokens + len(ids), seconds + generation.stats.seconds
+                events = iter(generation)
+                ids = list(next(events).token_ids)
+                after_prompt = generation.stats.seconds
+                ids += [id for event in events for id in event.token_ids]
+                tokens, seconds = tokens + len(ids) - 1, seconds + generation.stats.seconds - after_prompt
                 if round_ == 0:
                     answers[depth].append(ids)
                     drafted += sum(generation.stats.drafted)

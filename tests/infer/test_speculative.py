@@ -126,7 +126,8 @@ def test_drafted_is_plain(tiny_model, depth, temperature):
     plain = engine.generate(requests)
     drafted = engine.generate(requests, speculate=depth)
     assert tokens_of(plain) == tokens_of(drafted)
-    assert sum(drafted.stats.accepted) > 0 and drafted.stats.steps < plain.stats.steps
+    assert sum(drafted.stats.accepted) > 0
+    assert drafted.stats.steps < plain.stats.steps or depth == "auto"  # which may draft too rarely to end sooner
 
 
 def test_in_float32_only_ties_may_differ(tiny_model):
@@ -245,6 +246,43 @@ def test_events_say_which_tokens_were_drafts(tiny_model):
     engine = Engine(counting_model(tiny_model), ByteTokenizer())
     events = list(engine.generate([Request([5], SamplingParams(temperature=0, max_tokens=6))], speculate=2))
     assert [(len(event.token_ids), event.accepted) for event in events] == [(1, 0), (3, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_prefix_read_without_drafts_is_no_worse_for_drafts(tiny_model, monkeypatch, before):
+    """Pages that the MTP layers have not read hold nothing for them; those that they have are shared."""
+    prompt, params = [(7 * i) % 12 for i in range(41)], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    model, made = small(tiny_model, vocab_size=12), []
+    true_draft = baleen.infer.step.Stepper._draft
+
+    def watched(self, runs, hidden_Nd):
+        pays = true_draft(self, runs, hidden_Nd)
+        made[-1].extend(tuple(run.job.drafts) for run in runs)
+        return pays
+
+    monkeypatch.setattr(baleen.infer.step.Stepper, "_draft", watched)
+    engines = [Engine(model, None, page_size=8) for _ in range(2)]
+    for engine, first in zip(engines, (None, before), strict=True):
+        made.append([])
+        if first is not None:
+            engine.complete([Request([*prompt, 5], params)], speculate=first)
+            made[-1].clear()
+        (answer,) = engine.complete([Request(prompt, params)], speculate=2)
+    assert answer.cached_tokens == (40 if before else 0)
+    if before:  # what was found is as good, but for the last row, which saw another token behind it
+        made = [steps[1:] for steps in made]
+    assert made[0] == made[1] or (before and len(made[0]) - len(made[1]) in (-1, 0, 1))
+    if not before:
+        assert made[0] == made[1] and any(made[0])
+
+
+def test_adaptive_answers_that_stop_drafting_share_no_page_that_was_not_read(tiny_model, monkeypatch):
+    monkeypatch.setattr(Payoff, "drafts", lambda self, rows: False)
+    engine = Engine(small(tiny_model, vocab_size=12), None, page_size=8)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    (answer,) = engine.complete([Request([1] * 17, params)], speculate="auto")
+    (again,) = engine.complete([Request([1] * 17 + list(answer.token_ids), params)], speculate="auto")
+    assert again.cached_tokens == 16  # the prompt's two pages, none of the answer's
 
 
 def test_acceptance_none(tiny_model):

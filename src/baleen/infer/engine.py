@@ -172,12 +172,13 @@ class Engine:
         # The log-probability of a token needs the hidden state of the one before it.
         reuse = self.context if params.prompt_logprobs is None else max(0, params.prompt_logprobs_from - 1)
         depth = self.model.config.num_nextn_predict_layers if speculate == "auto" else speculate
+        depth = 0 if params.depends_on_answer else depth
         run = Run(
-            Job(self._next_id, ids, self._clock() if sink is None else math.inf, reuse),
+            Job(self._next_id, ids, self._clock() if sink is None else math.inf, reuse, drafts_for=depth > 0),
             request,
             Answer(self._spellings[params.skip_special], ends, params.stop, max_tokens),
             seed=random.getrandbits(64) if params.seed is None else params.seed,
-            depth=0 if params.depends_on_answer else depth,
+            depth=depth,
             adaptive=speculate == "auto",
             sink=sink,
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 ROOT = b""  # the key of an empty prefix
+DRAFTED = b"drafted"  # the same, of pages whose rows of the MTP layers are filled as well
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -40,7 +40,12 @@ class Run:
     span: Span = Span(0, 0, False)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     traced: int = 0  # tokens of the answer whose experts have been reported
+    scores_prompt: bool = field(init=False)
+    read_along: bool = False  # whether the MTP layers read this step's tokens
     tail_Td: Tensor | None = None  # the drafter's
+
+    def __post_init__(self) -> None:
+        self.scores_prompt = self.request.params.prompt_logprobs is not None
 
     @property
     def prompt_length(self) -> int:
@@ -48,8 +53,11 @@ class Run:
 
     def read(self, first: int, count: int) -> list[int]:
         """Begin a step: the tokens that stand in its rows from `first` on."""
-        self.span = Span(first, count, count >= self.job.remaining)
-        return [*self.job.tokens[self.job.computed :], *self.job.drafts][:count]
+        job = self.job
+        self.span = Span(first, count, count >= job.remaining)
+        if count == 1:
+            return [job.tokens[job.computed]]
+        return [*job.tokens[job.computed :], *job.drafts][:count]
 
     # --- what it wants of the step
 

@@ -100,6 +100,11 @@ class SamplingParams:
                 raise UserError(fault)
 
     @cached_property
+    def changes_logits(self) -> bool:
+        """Whether anything but the temperature and what may not be drawn stands between the model and the draw."""
+        return bool(self.logit_bias) or self.depends_on_answer
+
+    @cached_property
     def depends_on_answer(self) -> bool:
         """Whether the tokens so far change the distribution otherwise than through the model."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.constraint is not None
@@ -192,8 +197,10 @@ def _adjusted(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     ids: list[int] = []
     values: list[float] = []
     masks: dict[int, Tensor] = {}
+    if not any(place.params.changes_logits for place in places):
+        return logits_RZ
     for r, (params, _, answer, _) in enumerate(places):
-        if not params.logit_bias and not params.depends_on_answer:
+        if not params.changes_logits:
             continue
         changes = dict(params.logit_bias)
         if params.presence_penalty or params.frequency_penalty:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baleen.config import UserError
-from baleen.infer.pages import ROOT, PagePool, page_key
+from baleen.infer.pages import DRAFTED, ROOT, PagePool, page_key
 
 
 class Busy(Exception):
@@ -22,6 +22,8 @@ class Job:
     tokens: list[int]  # of prompt and answer
     arrived: float
     reuse: int  # leading tokens, at most, whose latents may come from an earlier request
+    drafts_for: bool = False  # the MTP layers read along: only pages that they have read are shared
+    unread: int | None = None  # the first token that they have not, if they stopped
     drafts: list[int] = field(default_factory=list)  # to be verified behind the tokens
     computed: int = 0  # leading tokens that the cache holds
     cached: int = 0  # those of them that were there before
@@ -38,7 +40,7 @@ class Job:
         """The key of page `index`, all of whose tokens are known."""
         while len(self.keys) <= index:
             first = len(self.keys) * page_size
-            before = self.keys[-1] if self.keys else ROOT
+            before = self.keys[-1] if self.keys else DRAFTED if self.drafts_for else ROOT
             self.keys.append(page_key(before, self.tokens[first : first + page_size]))
         return self.keys[index]
 
@@ -108,13 +110,14 @@ class Scheduler:
     def advance(self, job: Job, computed: int) -> None:
         """The cache now holds the first `computed` tokens of the job; full pages of them can be found by others."""
         size = self.pool.page_size
-        for index in range(job.computed // size, computed // size):
+        known = computed if job.unread is None else min(computed, job.unread)
+        for index in range(job.computed // size, known // size):
             self.pool.publish(job.pages[index], job.key(index, size))
         job.computed = computed
 
     def _let_go(self, job: Job) -> None:
         self.pool.release(job.pages)
-        job.pages, job.drafts, job.computed = [], [], 0
+        job.pages, job.drafts, job.computed, job.unread = [], [], 0, None
 
     def _make_room(self, job: Job) -> None:
         """Pages for all its tokens and drafts, if need be those of the youngest."""

@@ -48,15 +48,16 @@ class Stepper:
         ]
         finished = {id(run) for run, event in events if event.finish_reason is not None}
         drafted = self._draft([run for run in runs if id(run) not in finished], result.hidden_Nd)
+        for run in runs:  # of one that is finished only the last step's rows are missing
+            if run.depth and run.job.unread is None and not run.read_along and id(run) not in finished:
+                run.job.unread = run.job.computed
         if only_answers and any(run.adaptive for run in runs):
             said = sum(len(event.token_ids) for _, event in events)
             self._payoff.observe(len(runs), drafted, said, time.perf_counter() - started)
         return events
 
     def _score_prompts(self, runs: Sequence[Run], hidden_Nd: Tensor) -> None:
-        for run in runs:
-            if run.request.params.prompt_logprobs is None:
-                continue
+        for run in [run for run in runs if run.scores_prompt]:
             rows, ids = run.scored_rows()
             if ids:
                 logits_MZ = self.runner.logits(hidden_Nd[rows.start : rows.stop])
@@ -92,7 +93,10 @@ class Stepper:
         windows = []
         for run in runs:
             # Prompts are always read along, to their first token: later drafts rest on them.
-            if run.depth and (pays or not run.adaptive or not run.span.is_last or run.answer.count == 1):
+            run.read_along = bool(run.depth) and (
+                pays or not run.adaptive or not run.span.is_last or run.answer.count == 1
+            )
+            if run.read_along:
                 windows.append((run, run.window()))
             run.tail_Td = None
         if windows:
