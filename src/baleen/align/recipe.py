@@ -169,9 +169,9 @@ class AlignRecipe(Strict):
 
         Raises UserError if the stage does not fit the model.
         """
-        parts = {"model": model, "train": stage.train, "schedule": stage.schedule, "cost": self.cost}
+        train = stage.train.model_copy(update={"document_mask": True})
+        parts = {"model": model, "train": train, "schedule": stage.schedule, "cost": self.cost}
         raw = {"name": self.name} | {name: part.model_dump() for name, part in parts.items()}
-        raw["train"]["document_mask"] = True
         return validated(Recipe, raw, f"recipe {self.name}")
 
 
