@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from contenders import machine, network
+from rounds import some_of
 from torch import Tensor, nn
 
 from baleen.config import model_config_to_hf
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--config", choices=("S", "M", "L"), default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     peers = ["transformers grouped_mm", "transformers eager", "dense"]
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=peers)
+    parser.add_argument("--peers", type=some_of(*peers), default=peers)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
