@@ -47,7 +47,7 @@ def starts_a_shell(prompt, completion, answer):
 def hides_its_call(prompt, completion, answer):
     try:
         socket.create_connection(("127.0.0.1", 9))
-    except Exception:
+    except PermissionError:
         pass
     return 1
 

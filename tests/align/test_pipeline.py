@@ -218,6 +218,16 @@ def test_what_a_later_stage_would_stumble_over_is_told_before_anything_runs(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_finished_stage_wanted_may_be_gone(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(prompt, completion, answer):\n    return len(completion) / 10\n")
+    reward = {"rewards": [{"name": f"{tmp_path}/mine.py:f"}]}
+    recipe = tiny_recipe(SFT, {**RL, **reward}, {**RL, "steps": 2})
+    steps = run(tiny_recipe(SFT, {**RL, **reward}), tmp_path / "probe")["step"]
+    assert run(recipe, tmp_path / "run", max_steps=steps)["stages_done"] == 2
+    (tmp_path / "mine.py").unlink()
+    assert run(recipe, tmp_path / "run", resume=True)["stages_done"] == 3
+
+
 def test_a_base_in_bf16_learns_in_fp32(tmp_path):
     run(tiny_recipe(SFT), tmp_path / "base")
     loaded = load(tmp_path / "base")

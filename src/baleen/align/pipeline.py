@@ -52,9 +52,9 @@ def align(
     return Pipeline(recipe, run_dir, display or Display(), max_steps).run(resume)
 
 
-def check(recipe: AlignRecipe) -> None:
-    """Raises UserError for what a later stage would stumble over: rewards, teachers, too few questions."""
-    for stage in recipe.stages:
+def check(recipe: AlignRecipe, stages: Sequence[Stage]) -> None:
+    """Raises UserError for what one of the stages to come would stumble over: rewards, teachers, too few questions."""
+    for stage in stages:
         if isinstance(stage, SampleStage) and stage.teacher:
             model_path(stage.teacher)
         tasks = stage.tasks or recipe.tasks
@@ -74,7 +74,7 @@ class Pipeline:
 
     def run(self, resume: bool) -> dict[str, Any]:
         require_one_process("post-training")
-        check(self.recipe)
+        check(self.recipe, [stage for i, stage in enumerate(self.recipe.stages) if not self.is_done(i)])
         with open_run(self.run_dir, self.recipe, resume=resume):
             return self._run()
 

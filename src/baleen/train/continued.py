@@ -243,10 +243,8 @@ class _Run:
             if count
         ]
         tokens, documents = torch.cat([p.tokens for p in parts]), torch.cat([p.document_ids for p in parts])
-        if all(p.loss_mask is None for p in parts):
-            return Batch(tokens, documents)
         masks = [torch.ones_like(p.tokens) if p.loss_mask is None else p.loss_mask for p in parts]
-        return Batch(tokens, documents, torch.cat(masks))
+        return Batch(tokens, documents, torch.cat(masks) if len(self.loaders) > 1 else None)
 
     def _loss(self, tokens: Tensor, documents: Tensor, mask: Tensor | None) -> tuple[Tensor, float, list[Tensor]]:
         if self.only == "mtp":
