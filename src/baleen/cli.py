@@ -267,7 +267,7 @@ def export(
         ),
     ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="hf: fp32, bf16, fp16, fp8 or fp8-ue8m0; gguf: f32, f16, bf16 or q8_0.")
+        str | None, typer.Option(help="hf: fp32, bf16, fp16, fp8 or fp8-ue8m0; gguf: f32, f16, bf16, q8_0 or q4_1.")
     ] = None,
 ) -> None:
     """Hand a model on to other engines."""

@@ -53,7 +53,9 @@ def exported(tmp_path, tiny_model):
     return make
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 8e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 8e-3), ("q4_1", 0.07)]
+)
 def test_tensors_by_the_library_itself(tmp_path, exported, dtype, tolerance):
     model, _ = exported(dtype, hidden_size=64, kv_lora_rank=32, moe_intermediate_size=32, num_attention_heads=2)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
@@ -76,7 +78,7 @@ def test_tensors_by_the_library_itself(tmp_path, exported, dtype, tolerance):
     assert not any(name.startswith("blk.3.") for name in tensors)  # the MTP layer stays behind
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     assert kinds["blk.1.ffn_up_exps.weight"] == dtype.upper() and kinds["blk.1.ffn_gate_inp.weight"] == "F32"
-    assert kinds["blk.1.attn_k_b.weight"] == ("F16" if dtype == "q8_0" else dtype.upper())  # rows of 12
+    assert kinds["blk.1.attn_k_b.weight"] == ("F16" if dtype.startswith("q") else dtype.upper())  # rows of 12
 
 
 def test_template_and_special_tokens(tmp_path, exported):
@@ -147,7 +149,7 @@ def test_bad_names_values_and_dtypes(tmp_path, exported):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "model", "model.gguf"]
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("f16", 1e6), ("q8_0", 1e7)])
+@pytest.mark.parametrize(("dtype", "value"), [("f16", 1e6), ("q8_0", 1e7), ("q4_1", 1e5)])
 def test_a_type_must_hold_every_value(tmp_path, tiny_model, dtype, value):
     model = tiny_model(vocab_size=290)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value

@@ -19,19 +19,20 @@ from baleen.interop.gguf_file import gguf_library
 from baleen.interop.gguf_tokenizer import tokenizer_settings
 from baleen.interop.shards import made_or_refused
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1")
 FLOAT16_LIMIT = 65520.0  # what rounds to infinity
-LARGEST = {"F16": FLOAT16_LIMIT, "Q8_0": 127 * FLOAT16_LIMIT}  # q8_0: a block's largest over 127 is its float16 scale
+# Q8_0: the largest of a block over 127 is its float16 scale; Q4_1: the least of a block is kept in float16.
+LARGEST = {"F16": FLOAT16_LIMIT, "Q8_0": 127 * FLOAT16_LIMIT, "Q4_1": FLOAT16_LIMIT}
 KEPT_WIDE = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # the router decides in float32
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_1": 3, "q8_0": 7, "bf16": 32}
 CHUNK = 2**18  # elements converted at a time
 
 
 def export_gguf(directory: Path, out: Path, *, dtype: str = "f32") -> Path:
     """Write the model in `directory` to the file `out`, without its MTP layers; returns `out`.
 
-    dtype: of matrices: f32, f16, bf16 or q8_0; vectors and routers stay in float32, and matrices whose rows are no
-    whole blocks of q8_0 in float16. Written aside, then renamed.
+    dtype: of matrices: f32, f16, bf16, q8_0 or q4_1; vectors and routers stay in float32, and matrices whose rows are
+    no whole blocks of 32 in float16. Written aside, then renamed.
 
     Raises UserError, and writes nothing, for a model that llama.cpp cannot load or would compute wrongly, a tokenizer
     that it does not know, a value that the type cannot hold, and if `out` exists or cannot be made.
