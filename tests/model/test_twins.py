@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from baleen.config import ModelConfig
+from baleen.model import moe as moe_module
 from baleen.model.attention import LatentAttention
 from baleen.model.cache import Batch, LatentPages
 from baleen.model.grouped import grouped_linear, grouped_linear_loop
@@ -145,6 +146,20 @@ def test_moe_is_a_loop_over_tokens(tiny_model):
             value = moe.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up)
             expected = expected + s[e] / s[chosen].sum() * 2.5 * value
         torch.testing.assert_close(y[0, n], expected, **F64)
+
+
+def test_rows_that_round_an_experts_batch_count_for_nothing(tiny_model, monkeypatch):
+    """As BF16 has them on CPUs, here in float64: output and every gradient stay."""
+    moe = tiny_model(dtype=torch.float64).model.layers[1].mlp
+    x = torch.randn(1, 20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    results = []
+    for alignment in (1, 8):
+        monkeypatch.setattr(moe_module, "row_alignment", lambda _, alignment=alignment: alignment)
+        y, _ = moe(x)
+        wanted = (x, moe.experts.gate_up_proj, moe.experts.down_proj, moe.gate.weight)
+        results.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
+    for rounded, exact in zip(*results, strict=True):
+        torch.testing.assert_close(rounded, exact, **F64)
 
 
 def test_no_token_is_dropped(tiny_model):

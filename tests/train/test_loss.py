@@ -77,6 +77,22 @@ def test_bf16_autocast_is_close_to_fp32():
         assert (a - b).norm() / b.norm() < 0.02
 
 
+def test_bf16_gradients_of_many_chunks_add_up_in_fp32(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 32, generator=generator)
+    weight = (0.2 * torch.randn(50, 32, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 50, (512,), generator=generator)
+    (exact,) = torch.autograd.grad(cross_entropy(hidden, weight, targets), weight)
+    errors = []
+    for rows_at_once in (512, 2):
+        monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", rows_at_once)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = cross_entropy(hidden, weight, targets)
+        (grad,) = torch.autograd.grad(rough, weight)
+        errors.append((grad - exact).norm() / exact.norm())
+    assert 0 < errors[1] < 1.5 * errors[0]
+
+
 def spelled_out(model, tokens, documents=None, mask=None):
     """Main and MTP losses, one cross-entropy a position: (mean nats of the trunk, [mean nats of each depth])."""
     B, T = tokens.shape[0], tokens.shape[1] - 1

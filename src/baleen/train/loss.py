@@ -146,17 +146,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_Nd: Tensor, weight_Zd: Tensor, targets_N: Tensor, all_learnt: bool) -> Tensor:
         learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         count = len(targets_N) if all_learnt else max(1, int((targets_N != IGNORED).sum()))
-        loss = torch.zeros((), dtype=torch.promote_types(hidden_Nd.dtype, torch.float32), device=hidden_Nd.device)
+        wide = torch.promote_types(hidden_Nd.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_Nd.device)
         grad_hidden = torch.empty_like(hidden_Nd) if learns else None
-        grad_weight = torch.zeros_like(weight_Zd) if learns else None
+        grad_weight = torch.zeros_like(weight_Zd, dtype=wide) if learns else None  # a sum over all chunks
         for start in range(0, hidden_Nd.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             logits = hidden_Nd[rows] @ weight_Zd.t()
             loss += cross_entropy_(logits, targets_N[rows], 1.0 / count, learns)
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(logits, weight_Zd, out=grad_hidden[rows])  # they have become their gradient
-                grad_weight.addmm_(logits.t(), hidden_Nd[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                if wide == hidden_Nd.dtype:
+                    grad_weight.addmm_(logits.t(), hidden_Nd[rows])
+                else:
+                    grad_weight += logits.t() @ hidden_Nd[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_Zd.dtype))
         return loss / count
 
     @staticmethod
