@@ -59,14 +59,7 @@ lint: $(VENV)/.dev
 
 # Beside the peers, on this machine: half an hour. llama.cpp is compiled from llama-cpp-python's sources.
 bench: $(VENV)/.slow
-	for config in S M; do \
-		$(BIN)/python bench/train.py --config $$config && \
-		$(BIN)/python bench/decode.py --config $$config && \
-		$(BIN)/python bench/decode.py --config $$config --batch 8 && \
-		$(BIN)/python bench/prefill.py --config $$config || exit 1; \
-	done
-	$(BIN)/python bench/decode.py --config L --rounds 3
-	$(BIN)/python bench/prefill.py --config L --rounds 3
+	$(BIN)/python bench/table.py
 
 # Whatever claim of evidence/ has no result yet, or an old one; stopped, it goes on with the same command.
 evidence evidence-quick: $(VENV)/.demo

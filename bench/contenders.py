@@ -40,6 +40,7 @@ def network(name: str, **changes: int) -> Transformer:
 def machine() -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    cpu = f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

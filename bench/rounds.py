@@ -15,9 +15,9 @@ from torch import Tensor
 from baleen.infer.native.library import native_library
 from baleen.model.transformer import Transformer
 
-LLAMA = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}  # the same bits a weight
+LLAMA = {"fp32": "f32", "bf16": "f16", "int8": "q8_0", "int4": "q4_1"}  # the same bits a weight
 # Of the logits, against fp32. Random gates choose among near ties, which rounding turns; strangers differ by 1.4.
-TOLERANCE = {"fp32": 0.01, "f32": 0.01, "bf16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1}
+TOLERANCE = {"fp32": 0.01, "f32": 0.01, "bf16": 0.5, "f16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1, "q4_1": 1.1}
 
 
 def some_of(*names: str) -> Callable[[str], list[str]]:

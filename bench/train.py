@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from contenders import machine, network
@@ -80,14 +81,17 @@ def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str,
             peer = DeepseekV3ForCausalLM(hf_config).train()
             peer.load_state_dict(weights)
             made[name] = Contender(name, peer, _causal(peer), precision)
-    if "dense" in peers:
-        train = {"tokens": 1, "batch_tokens": LENGTH, "seq_len": LENGTH, "lr": 1e-4}
-        dense = Dense(Recipe.model_validate({"model": model.config.model_dump(), "train": train}), active).llama.train()
-        made["dense"] = Contender("dense", dense, _causal(dense), precision)
+    train = {"tokens": 1, "batch_tokens": LENGTH, "seq_len": LENGTH, "lr": 1e-4}
+    recipe = Recipe.model_validate({"model": model.config.model_dump(), "train": train})
+    for name in ("dense", "dense compiled"):
+        if name in peers:
+            dense = Dense(recipe, active).llama.train()
+            run = torch.compile(dense) if name == "dense compiled" else dense
+            made[name] = Contender(name, dense, _causal(run), precision)
     return made
 
 
-def _causal(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _causal(model: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
     def loss(ids: Tensor) -> Tensor:
         logits = model(ids[:, :-1], use_cache=False).logits.float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -127,6 +131,7 @@ def measure(args: argparse.Namespace) -> dict:
             "tokens_per_second": BATCH * LENGTH / median,
             "spread": (max(steps) - min(steps)) / median,
             "optimizer_share": statistics.median(updates) / median,
+            "first_step_seconds": contender.steps[0],  # what is compiled, is compiled in it
         } | ({"differs_by": differences[name]} if name in differences else {})
     speed = {name: row["tokens_per_second"] for name, row in rows.items()}
     return {
@@ -143,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=("S", "M", "L"), default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    peers = ["transformers grouped_mm", "transformers eager", "dense"]
+    peers = ["transformers grouped_mm", "transformers eager", "dense", "dense compiled"]
     parser.add_argument("--peers", type=some_of(*peers), default=peers)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
@@ -156,7 +161,8 @@ def main() -> None:
     for name, row in {"baleen": result["baleen"], **result["peers"]}.items():
         print(
             f"{name:24} {row['tokens_per_second']:9,.0f} tokens/s  spread {row['spread']:4.0%}"
-            f"  optimizer {row['optimizer_share']:4.0%}  {row.get('path', '')}"
+            f"  optimizer {row['optimizer_share']:4.0%}  first step {row['first_step_seconds']:5.1f} s"
+            f"  {row.get('path', '')}"
         )
     for name, ratio in result["ratios"].items():
         print(f"{name:36} {ratio:6.2f}")
