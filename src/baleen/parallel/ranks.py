@@ -140,7 +140,7 @@ def fingerprint_of_code() -> str:
     """Of every source file of this package, and torch's version."""
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(baleen.__file__).parent
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(file for file in root.rglob("*") if file.suffix in (".py", ".cpp", ".h")):
         digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
