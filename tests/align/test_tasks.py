@@ -1,6 +1,7 @@
 """Every generated question is answered by its own worked solution, and training shares no question with testing."""
 
 import random
+import re
 from itertools import islice
 
 import pytest
@@ -49,8 +50,8 @@ def test_a_chain_sum_is_what_python_reckons(seed):
     question = ChainSum(terms=(2, 6), digits=2).question(random.Random(seed))
     assert eval(question.prompt.rstrip("=")) == int(question.answer)
     steps = [step.split("=") for step in "".join(question.worked).split()]
-    assert all(eval(operation) == int(result) >= 0 for operation, result in steps)
-    assert steps[-1][1] == question.answer
+    assert all(eval(operation) == int(step[-1]) >= 0 for step in steps for operation in step)
+    assert steps[-1][-1] == question.answer
     assert len(steps) == max(1, question.prompt.count("+") + question.prompt.count("-"))
 
 
@@ -64,6 +65,21 @@ def test_a_hasty_solution_leaves_out_the_intermediate_results_and_nothing_else(t
     assert "".join(hasty.worked) == "".join(question.worked[::2])
     assert REWARDS[question.verifier](question.prompt, hasty.completion, question.answer) == 1
     assert format_(question.prompt, hasty.completion, question.answer) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_numbers_of_more_digits_are_added_place_by_place(seed):
+    question = ChainSum(terms=(2, 2), digits=3).question(random.Random(seed))
+    first, sign, term = re.findall(r"\d+|[+-]", question.prompt)
+    places = [int(digit) * 10**power for power, digit in zip((2, 1, 0), term, strict=True)]
+    done, left = [int(first)], sum(places)
+    expected = question.prompt.rstrip("=")
+    for place in places:
+        if place:
+            left -= place
+            done.append(done[-1] + int(f"{sign}{place}"))
+            expected += f"={done[-1]}{sign}{left}" if left else f"={done[-1]}"
+    assert "".join(question.worked) == expected
 
 
 def test_a_hasty_sum_takes_all_terms_at_once():

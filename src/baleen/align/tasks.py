@@ -66,7 +66,8 @@ class Question:
 class ChainSum(Strict):
     """`3+8-2=`: the thought is one operation after the other, `3+8=11 11-2=9`; no partial sum is negative.
 
-    Without the intermediate result it takes two terms at once: `3+8-2=9`.
+    Of more digits, one place of a number after the other: `65+58=115+8=123`. Without the intermediate results it takes
+    everything at once: `3+8-2=9`.
     """
 
     name: Literal["chain_sum"] = "chain_sum"
@@ -81,12 +82,24 @@ class ChainSum(Strict):
             term = rng.randint(smallest, largest)
             minus = term <= total and rng.random() < 0.5
             if place:
-                worked += [f"={total} {total}", ""]
-            total += -term if minus else term
+                worked[-1] += f"={total} {total}"
+                worked += [""]
+            by_place, total = _place_by_place(total, -term if minus else term)
             prompt += f"{'-' if minus else '+'}{term}"
             worked[-1] += f"{'-' if minus else '+'}{term}"
-        worked[-1] += f"={total}"
+            worked += [by_place]
+        worked += [f"={total}"]
         return Question(f"{prompt}=", str(total), "number", tuple(worked), str(total))
+
+
+def _place_by_place(total: int, term: int) -> tuple[str, int]:
+    """What stands between 65+58 and its result, and that: (`=115+8`, 123)."""
+    sign, left, between = "-" if term < 0 else "+", str(abs(term)), ""
+    while len(left) > 1:
+        first, left = left[0] + "0" * (len(left) - 1), left[1:].lstrip("0")
+        total += int(sign + first)
+        between += f"={total}{sign}{left}" if left else ""
+    return between, total + int(sign + (left or "0"))
 
 
 class Countdown(Strict):
