@@ -12,13 +12,13 @@ from measures import BEFORE, SPIKE
 from plot import Effect, intervals, losses_by_size
 from studies import STUDIES, read_study
 
-SIZES = ("sparse-128", "sparse-192", "sparse", "sparse-384")
+SIZES = ("sparse-128", "sparse", "sparse-256", "sparse-384")
 BEGIN, END = "<!-- made by evidence/notebook.py --page -->", "<!-- end -->"
 INTRODUCTION = """\
 Which of V3's claims hold at a size that a laptop can run. Made by `python evidence/notebook.py --page` from
 `evidence/rows`, not edited by hand; `make evidence` runs what is missing, `make evidence-quick` two rows again.
 
-Every row is one arm with one seed, from the same start (`evidence/base.toml`: 8M parameters, hidden 256, 4 layers,
+Every row is one arm with one seed, from the same start (`evidence/base.toml`: 5M parameters, hidden 192, 4 layers,
 786,432 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of
 data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
 are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
