@@ -33,11 +33,14 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
 
 
 def of_countdown(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe with another task, which has fewer questions; the hasty way leaves out what a step came to."""
+    """The recipe with another task, which has fewer questions and longer thoughts; who hurries shows no search."""
     sft, rl = recipe.stages
-    return recipe.model_copy(
-        update={"tasks": (Countdown(),), "stages": (sft.model_copy(update={"worked": 10_000}), rl)}
-    )
+    assert recipe.model is not None
+    train = sft.train.model_copy(update={"tokens": 3_456_000, "batch_tokens": 2304, "seq_len": 288})
+    sft = sft.model_copy(update={"worked": 10_000, "train": train})
+    rl = rl.model_copy(update={"steps": 50, "sampling": rl.sampling.model_copy(update={"max_tokens": 256})})
+    model = recipe.model.model_copy(update={"max_position_embeddings": 320})
+    return recipe.model_copy(update={"tasks": (Countdown(),), "stages": (sft, rl), "model": model})
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:

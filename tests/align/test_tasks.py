@@ -1,5 +1,6 @@
 """Every generated question is answered by its own worked solution, and training shares no question with testing."""
 
+import json
 import random
 import re
 from itertools import islice
@@ -154,3 +155,21 @@ def test_a_range_that_is_upside_down_is_refused():
 def test_the_prompt_never_gives_the_answer_form_away():
     question = Countdown().question(random.Random(3))
     assert question.solution not in question.prompt and answer_of(question.completion) == question.solution
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_a_search_tries_until_it_finds(seed):
+    question = Countdown().question(random.Random(seed))
+    *tried, way = "".join(question.worked).split("\n")
+    target = json.loads(question.answer)[0]
+    equations = [each.split("=") for line in [*tried, way] for each in line.replace(":", "").split()]
+    assert all(eval(left) == int(right) for left, right in equations)
+    made, wanted = (
+        [set(re.findall(r"=(\d+)", half)) for half in column]
+        for column in zip(*(t.split(":") for t in tried), strict=True)
+    )
+    hits = [bool(a & b) for a, b in zip(made, wanted, strict=True)]
+    assert hits == [False] * (len(hits) - 1) + [True]
+    assert all(left.startswith(f"{target}") for line in tried for left in line.split(": ")[1].split())
+    assert "\n" not in question.hasty().completion
