@@ -6,10 +6,12 @@ import pytest
 from rich.console import Console
 from tiny_stages import SFT, tiny_recipe
 
-from baleen.align import reason
+from baleen.align import reason, sft
 from baleen.align.accuracy import HELDOUT_SEED
+from baleen.align.pipeline import align
 from baleen.align.tasks import ChainSum, Sorting, distinct_questions
 from baleen.config import UserError
+from baleen.train.display import Display
 from baleen.train.rundir import read_metrics
 
 RL = {
@@ -51,3 +53,23 @@ def test_recipes_of_other_stages_are_refused(tmp_path):
     with pytest.raises(UserError, match="an sft stage and then an rl stage"):
         reason.run_reason(tiny_recipe(SFT), tmp_path / "reason", Console(quiet=True))
     assert not (tmp_path / "reason").exists()
+
+
+def test_the_plateau_is_of_drawn_answers_over_the_last_fifth():
+    rows = [{"stage": "sft", "step": n, "heldout_accuracy": 0.0, "heldout_sampled": n / 100} for n in range(1, 11)]
+    rows += [{"stage": "rl", "step": 11, "heldout_accuracy": 1.0}]
+    assert reason.plateau_gain(rows) == pytest.approx(0.02)
+    assert reason.plateau_gain([{"stage": "sft", "step": 1, "heldout_accuracy": 0.5}, *rows[10:]]) is None
+
+
+def test_the_cold_start_looks_at_drawn_answers_too(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sft, "EVAL_QUESTIONS", 3)
+    monkeypatch.setattr(sft, "EVAL_TOKENS", 8)
+    drawn = sft.drawn_answers
+    monkeypatch.setattr(sft, "drawn_answers", lambda *given, **keys: seen.append(keys) or drawn(*given, **keys))
+    stage = SFT | {"eval_samples": 2, "train": SFT["train"] | {"eval_every": 2}}
+    align(tiny_recipe(stage), tmp_path / "run", display=Display(quiet=True))
+    looked = [row for row in read_metrics(tmp_path / "run") if "heldout_sampled" in row]
+    assert [row["step"] for row in looked] == [2, 4] and all(0 <= row["heldout_sampled"] <= 1 for row in looked)
+    assert [(keys["samples"], keys["seed"]) for keys in seen] == [(2, 0), (2, 0)]

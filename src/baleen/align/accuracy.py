@@ -64,6 +64,22 @@ def greedy_accuracy(
     return mean_correct([score(judge, [RewardConfig(name=ACCURACY)], group) for group in groups])
 
 
+def drawn_answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    judge: Judge,
+    sampling: SamplingConfig,
+    *,
+    samples: int,
+    seed: int,
+    system: str = "",
+) -> list[Group]:
+    """`samples` answers to each question, scored."""
+    drawn = sample(model, tokenizer, questions, samples, sampling, seed=seed, system=system)
+    return [score(judge, [RewardConfig(name=ACCURACY)], group) for group in drawn]
+
+
 def measure(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -81,8 +97,7 @@ def measure(
     Samples of one question hang together, so the interval of their mean counts questions, not samples.
     """
     greedy = greedy_accuracy(model, tokenizer, questions, judge, sampling.max_tokens, system)
-    drawn = sample(model, tokenizer, questions, samples, sampling, seed=seed, system=system)
-    drawn = [score(judge, [RewardConfig(name=ACCURACY)], group) for group in drawn]
+    drawn = drawn_answers(model, tokenizer, questions, judge, sampling, samples=samples, seed=seed, system=system)
     count = len(questions)
     return {
         "questions": count,

@@ -111,11 +111,14 @@ def table_questions(tasks: Sequence[Task]) -> list[Question]:
 
 
 def plateau_gain(rows: list[dict[str, Any]]) -> float | None:
-    """How much the held-out accuracy rose over the last fifth of the cold start; None if it was not looked at then."""
+    """How much the held-out accuracy of drawn answers rose over the last fifth of the cold start; None if it was not
+    looked at then.
+
+    Not of greedy ones: where two ways to answer are nearly as likely, these turn with every step.
+    """
     sft = [row for row in rows if row["stage"] == "sft"]
-    seen = [row for row in sft if row.get("heldout_accuracy") is not None]
-    late = [row for row in seen if row["step"] >= 0.8 * sft[-1]["step"]]
-    return late[-1]["heldout_accuracy"] - late[0]["heldout_accuracy"] if len(late) > 1 else None
+    late = [row["heldout_sampled"] for row in sft if "heldout_sampled" in row and row["step"] >= 0.8 * sft[-1]["step"]]
+    return late[-1] - late[0] if len(late) > 1 else None
 
 
 def summarise(run_dir: Path, measured: dict[str, dict[str, Any]], rl: list[StageRecord]) -> dict[str, Any]:
@@ -157,7 +160,9 @@ def tell(
     console.print(table)
     gain, parts = summary["plateau_gain"], summary["rl_seconds_by_part"]
     if gain is not None:
-        console.print(f"The cold start's last fifth of steps gained {100 * gain:+.1f} points on held-out questions.")
+        console.print(
+            f"The cold start's last fifth of steps gained {100 * gain:+.1f} points on held-out questions, at T = 1."
+        )
     shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     console.print(f"RL took {duration(summary['rl_seconds'])} ({shares}) and {usd(summary['rl_usd'])}.")
     if summary["usd_per_point"] is not None:

@@ -54,6 +54,7 @@ class SFTStage(Strict):
     hasty: Fraction = 0.0  # share of them that leave out every intermediate result
     sources: tuple[str, ...] = ()  # files or packages of conversations
     sampled: bool = False  # what the sample stages before kept
+    eval_samples: Count = 0  # answers to a held-out question at temperature 1, beside the greedy one
     train: TrainConfig
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -7,9 +7,9 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from baleen.align.accuracy import greedy_accuracy, heldout_questions
+from baleen.align.accuracy import drawn_answers, greedy_accuracy, heldout_questions, mean_correct
 from baleen.align.judge import Judge
-from baleen.align.recipe import SFTStage
+from baleen.align.recipe import SamplingConfig, SFTStage
 from baleen.align.stage import Row, Work
 from baleen.align.tasks import Question, count_up_to, distinct_questions
 from baleen.config import UserError
@@ -94,7 +94,7 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
             "usd": work.ledger.usd_of_run,
         }  # fmt: skip
         if stage.train.eval_every and counters.step % stage.train.eval_every == 0:
-            row["heldout_accuracy"] = heldout_accuracy(work, stage)
+            row |= heldout_accuracy(work, stage)
             counters.wall_seconds = wall + time.monotonic() - started
         _tell(work, trainer, row)
         metrics.write({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
@@ -106,14 +106,25 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
     return trainer
 
 
-def heldout_accuracy(work: Work, stage: SFTStage) -> float | None:
-    """Greedy, on held-out questions of the recipe's tasks (the stage's own, if it alone has some); None without any."""
+def heldout_accuracy(work: Work, stage: SFTStage) -> Row:
+    """{heldout_accuracy: of greedy answers, heldout_sampled: of stage.eval_samples drawn ones}, on held-out questions
+    of the recipe's tasks (the stage's own, if it alone has some); nothing without any.
+
+    Drawn from the same numbers each time, so that weights that hardly differ hardly differ in it.
+    """
     tasks = work.recipe.tasks or stage.tasks
     if not tasks:
-        return None
+        return {}
     asked = heldout_questions(work, tasks, min(EVAL_QUESTIONS, count_up_to(tasks, "test", EVAL_QUESTIONS)))
     with Judge(sorted({question.verifier for question in asked}), seconds=5.0) as judge:
-        return greedy_accuracy(work.model, work.tokenizer, asked, judge, EVAL_TOKENS, work.recipe.system)
+        common = (work.model, work.tokenizer, asked, judge)
+        row: Row = {"heldout_accuracy": greedy_accuracy(*common, EVAL_TOKENS, work.recipe.system)}
+        if stage.eval_samples:
+            drawing = {"samples": stage.eval_samples, "seed": 0, "system": work.recipe.system}
+            row["heldout_sampled"] = mean_correct(
+                drawn_answers(*common, SamplingConfig(max_tokens=EVAL_TOKENS), **drawing)
+            )
+    return row
 
 
 def _tell(work: Work, trainer: Trainer, row: Row) -> None:
