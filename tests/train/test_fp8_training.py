@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from baleen.config import ModelConfig, UserError
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 from baleen.model.grouped import grouped_linear_loop
 from baleen.model.transformer import Transformer
+from baleen.train import fp8
 from baleen.train.fp8 import (
     AFTER_ATTENTION,
     COLUMN_TILE,
@@ -21,6 +23,7 @@ from baleen.train.fp8 import (
     FP8Linear,
     fp8_grouped_linear,
     promoted_matmul,
+    scaled_matmul,
     to_e5m6,
     use_fp8,
 )
@@ -197,3 +200,39 @@ def test_a_run_in_fp8_learns_as_one_in_fp32(tiny_recipe, tmp_path):
 def test_several_processes_are_refused(tiny_recipe):
     with pytest.raises(UserError, match="one process"):
         check_layout(tiny_recipe(train={"precision": "fp8"}), 2)
+
+
+def by_tensor_cores(a_MK, b_KN, a_scale, a_recipe, b_scale, b_recipe, *, output_dtype, use_fast_accum):
+    """What `F.scaled_mm` is said to compute of tiles, in float64; its sizes and strides are asserted."""
+    assert a_recipe == b_recipe == F.ScalingType.BlockWise1x128 and not use_fast_accum
+    (M, K), N = a_MK.shape, b_KN.shape[1]
+    assert a_MK.stride() == (K, 1) and b_KN.stride() == (1, K) and (M % 16, N % 16, K % 128) == (0, 0, 0)
+    for scale, rows in ((a_scale, M), (b_scale, N)):
+        assert scale.shape == (rows, K // 128) and scale.stride(0) == 1
+        assert scale.stride(1) == rows or (K == 128 and scale.stride(1) == 1)
+    a, b = (
+        x.double() * scale.double().repeat_interleave(128, 1) for x, scale in ((a_MK, a_scale), (b_KN.t(), b_scale))
+    )
+    return (a @ b.t()).to(output_dtype)
+
+
+@pytest.mark.parametrize(("counts", "inputs", "outputs"), SHAPES)
+def test_tensor_cores_are_asked_for_the_same(counts, inputs, outputs, monkeypatch):
+    x, w, g = operands(counts, inputs, outputs)
+    results = []
+    for there in (False, True):
+        monkeypatch.setattr(fp8, "multiplies_fp8_tiles", lambda _, there=there: there)
+        monkeypatch.setattr(F, "scaled_mm", by_tensor_cores if there else None)
+        y = fp8_grouped_linear(x, w, counts)
+        results.append((y, *torch.autograd.grad(y, (x, w), g)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_takes_what_it_is_given_on_a_gpu():
+    """By its own checks of sizes, strides and types, on a GPU that is not there."""
+    with FakeTensorMode():
+        a, b = (torch.empty(rows, 200, device="cuda").to(torch.float8_e4m3fn) for rows in (5, 70))
+        scales = (torch.empty(len(x), 2, device="cuda") for x in (a, b))
+        out = scaled_matmul(a, next(scales), b, next(scales))
+    assert out.shape == (5, 70) and out.dtype == torch.float32 and out.device.type == "cuda"

@@ -8,3 +8,11 @@ import torch
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_fp8_tiles(device: torch.device) -> bool:
+    """Whether tensor cores there take a scale for every 128 numbers of a row: those of compute capability 9.0 alone.
+
+    Source: what `F.scaled_mm` accepts as BlockWise1x128 (torch 2.13).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -9,10 +9,11 @@ What is quantised, of y = x Wᵀ with gradient g of y; every scale is computed o
 Sums run over 128 products at a time; these partial sums are scaled and added up in FP32. Embedding, output head,
 gates, norms, attention between its projections, and MTP's eh_proj (as in the released weights) stay wide.
 
-This computes FP8's numbers in FP32 on any device: what training in FP8 does to a loss can be seen, what it saves in
-time can't. Three things differ from the paper. Within 128 products sums are FP32's, where an H800 keeps 14 bits. The
-inputs of SwiGLU are kept wide, not in FP8. And the paper doesn't say what tensor cores, which know no E5M6, multiply
-after attention: here E4M3 tiles are made of the E5M6 copy.
+GPUs whose tensor cores know a scale for every tile multiply in FP8 (`F.scaled_mm`; untried, for want of one). Elsewhere
+the same numbers are multiplied in FP32: what training in FP8 does to a loss can be seen, what it saves in time can't,
+and within 128 products sums are FP32's, where an H800 keeps 14 bits. Two things differ from the paper. The inputs of
+SwiGLU are kept wide, not in FP8. And it doesn't say what tensor cores, which know no E5M6, multiply after attention:
+here E4M3 tiles are made of the E5M6 copy.
 
 Shapes: M rows, I inputs, O outputs, E experts, Kb = ceil(K / 128) blocks along what a product sums over.
 """
@@ -23,12 +24,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from baleen.model.attention import LatentAttention
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 from baleen.model.fused import swiglu
+from baleen.model.machine import multiplies_fp8_tiles
 from baleen.model.moe import Experts
 from baleen.model.transformer import Transformer
 
@@ -142,6 +145,8 @@ class _FP8GroupedLinear(torch.autograd.Function):
 
 def promoted_matmul(a_MK: Tensor, a_scale_MKb: Tensor, b_NK: Tensor, b_scale_NKb: Tensor) -> Tensor:
     """A Bᵀ of FP8 numbers with a scale for every 128 of a row: [M, K] x [N, K] -> FP32 [M, N]."""
+    if multiplies_fp8_tiles(a_MK.device):
+        return scaled_matmul(a_MK, a_scale_MKb, b_NK, b_scale_NKb)
     out_MN = torch.zeros(a_MK.shape[0], b_NK.shape[0], device=a_MK.device)
     with torch.autocast(a_MK.device.type, enabled=False):
         for block in range(a_scale_MKb.shape[1]):
@@ -151,13 +156,32 @@ def promoted_matmul(a_MK: Tensor, a_scale_MKb: Tensor, b_NK: Tensor, b_scale_NKb
     return out_MN
 
 
+def scaled_matmul(a_MK: Tensor, a_scale_MKb: Tensor, b_NK: Tensor, b_scale_NKb: Tensor) -> Tensor:
+    """`promoted_matmul` by tensor cores, which promote by themselves as long as fast accumulation is off. Zeros fill
+    the sizes up to those that they take."""
+    if not (a_MK.numel() and b_NK.numel()):
+        return torch.zeros(len(a_MK), len(b_NK), device=a_MK.device)
+    (a, a_scale), (b, b_scale) = _filled_up(a_MK, a_scale_MKb), _filled_up(b_NK, b_scale_NKb)
+    tiles = F.ScalingType.BlockWise1x128
+    out = F.scaled_mm(a, b.t(), a_scale, tiles, b_scale, tiles, output_dtype=torch.float32, use_fast_accum=False)
+    return out.narrow(0, 0, len(a_MK)).narrow(1, 0, len(b_NK))
+
+
+def _filled_up(x_MK: Tensor, scale_MKb: Tensor) -> tuple[Tensor, Tensor]:
+    """M to a multiple of 16 and K to one of 128; the scales lie column by column."""
+    M, K = x_MK.shape
+    rows, columns = -M % 16, -K % PROMOTED
+    x = F.pad(x_MK.contiguous().view(torch.uint8), (0, columns, 0, rows)).view(x_MK.dtype)
+    return x, F.pad(scale_MKb.t(), (0, rows)).contiguous().t()
+
+
 def to_e5m6(x_MI: Tensor) -> Tensor:
     """x rounded to E5M6 in tiles of 1 x 128 whose scales are powers of two, as bfloat16.
 
     Six bits of mantissa under a power of two are seven of bfloat16's eight: it holds number times scale exactly.
     """
     width = x_MI.shape[1]
-    tiles = nn.functional.pad(x_MI.float(), (0, -width % ROW_TILE[1])).unflatten(1, (-1, ROW_TILE[1]))
+    tiles = F.pad(x_MI.float(), (0, -width % ROW_TILE[1])).unflatten(1, (-1, ROW_TILE[1]))
     # A tile of zeros, or of numbers too small for a scale of their own, is divided by the smallest normal number.
     least = tiles.abs().amax(-1, keepdim=True) / E5M6_MAX
     mantissa, exponent = torch.frexp(least.clamp(min=torch.finfo(torch.float32).tiny))
