@@ -13,7 +13,7 @@ import sys
 
 import torch
 from contenders import Contender, network
-from rounds import arguments, check, contenders, seconds, show, summary
+from rounds import arguments, check, contenders, show, speed, summary
 
 PROMPT = 128  # tokens before the first step
 
@@ -33,9 +33,12 @@ def measure(args: argparse.Namespace) -> dict:
     speeds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(args.rounds):
         for name, contender in made.items():
-            contender.prefill(prompts)
-            took = seconds(lambda c=contender: [c.step(tokens).argmax(-1).tolist() for tokens in stream])
-            speeds[name].append(args.batch * args.steps / took)
+
+            def steps(contender: Contender = contender) -> None:
+                for tokens in stream:
+                    contender.step(tokens).argmax(-1).tolist()
+
+            speeds[name].append(speed(steps, args.batch * args.steps, before=lambda c=contender: c.prefill(prompts)))
     return {"config": args.config, "batch": args.batch} | summary(made, speeds, apart)
 
 

@@ -2,7 +2,7 @@
 
 {seconds (a token; in training without the optimizer), optimizer_seconds, bytes, theory: {seconds, bytes}}, where
 theory's seconds are FLOPs (training) or bytes read (decoding) a token. Bytes: what the process grew by in training, its
-cache in decoding.
+cache in decoding. path: native or pytorch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from baleen.cost.architecture import from_model_config
 from baleen.cost.flops import cache_bytes_per_token, matmul_parameters, training_flops
 from baleen.cost.layout import Layout
 from baleen.cost.memory import rank_memory
-from baleen.infer.native.runner import fastest_runner
+from baleen.infer.native.runner import NativeRunner, fastest_runner
 from baleen.model.cache import Batch, LatentPages
+from baleen.model.native.training import kernels
 from baleen.train.loss import training_loss
 from baleen.train.precision import Precision, keep_freed_memory
 from baleen.train.probe import process_bytes
@@ -50,6 +51,7 @@ def train(precision: Precision, batch: int, length: int, steps: int, model: dict
         "seconds": statistics.median(a - b for a, b in zip(whole, updates, strict=True)) / tokens,
         "optimizer_seconds": statistics.median(updates) / tokens,
         "bytes": known_bytes("VmHWM") - before,
+        "path": "pytorch" if kernels() == "pytorch" else "native",
         "theory": {"seconds": training_flops(arch, length), "bytes": memory.total},
     }
 
@@ -73,6 +75,7 @@ def decode(batch: int, length: int, steps: int, model: dict[str, int]) -> dict[s
     return {
         "seconds": statistics.median(took) / batch,
         "bytes": known_bytes("VmRSS") - before,
+        "path": "native" if isinstance(runner, NativeRunner) else "pytorch",
         "theory": {
             "seconds": bytes_read(net.config, batch, length) / batch,
             "bytes": batch * length * cache_bytes_per_token(from_model_config(net.config), 4),

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from contenders import network
-from rounds import arguments, check, contenders, seconds, show, summary
+from rounds import arguments, check, contenders, show, speed, summary
 
 
 @torch.inference_mode()
@@ -26,7 +26,7 @@ def measure(args: argparse.Namespace) -> dict:
     speeds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(args.rounds):
         for name, contender in made.items():
-            speeds[name].append(args.tokens / seconds(lambda c=contender: c.prefill(prompts)))
+            speeds[name].append(speed(lambda c=contender: c.prefill(prompts), args.tokens))
     return {"config": args.config, "tokens": args.tokens} | summary(made, speeds, apart)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from baleen.infer.native.library import native_library
 from baleen.model.transformer import Transformer
 
+WINDOW = 0.5  # seconds, of each contender in each round
 LLAMA = {"fp32": "f32", "bf16": "f16", "int8": "q8_0", "int4": "q4_1"}  # the same bits a weight
 # Of the logits, against fp32. Random gates choose among near ties, which rounding turns; strangers differ by 1.4.
 TOLERANCE = {"fp32": 0.01, "f32": 0.01, "bf16": 0.5, "f16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1, "q4_1": 1.1}
@@ -81,6 +82,15 @@ def seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def speed(run: Callable[[], object], tokens: int, before: Callable[[], object] = lambda: None) -> float:
+    """Tokens a second of `run`, again and again until WINDOW seconds are timed; `before` it, what is not timed."""
+    timed, times = 0.0, 0
+    while timed < WINDOW:
+        before()
+        timed, times = timed + seconds(run), times + 1
+    return times * tokens / timed
 
 
 def summary(made: dict[str, Contender], speeds: dict[str, list[float]], apart: dict[str, float]) -> dict:
