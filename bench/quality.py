@@ -1,6 +1,7 @@
 """Quality per second: the demo's model beside the best dense ones, with AdamW and with Muon, on one text.
 
-    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--rows runs/bench-quality.json] [--json]
+    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--config S|M] [--rows FILE]
+        [--json]
 
 Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
 every side. Then each trains for --minutes; Baleen also for half of them, the dense model with AdamW also for as many
@@ -35,6 +36,7 @@ from baleen.train.trainer import Trainer
 SCORES = 16  # of held-out text, on the way of a long run
 LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
 MANY_TOKENS = 10**9
+CONFIGS = {"S": "cpu-s", "M": "cpu-m"}
 Row = dict[str, Any]
 
 
@@ -144,6 +146,8 @@ def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     base = load_recipe(args.recipe)
+    if args.config:
+        base = load_recipe(CONFIGS[args.config]).model_copy(update={"data": base.data})
     train = base.train
     prepared = prepare(
         base.data, vocab_size=base.model.vocab_size, seq_len=train.seq_len, seed=train.seed, cache_dir=args.cache
@@ -188,6 +192,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="chitchat")
+    parser.add_argument("--config", choices=tuple(CONFIGS), help="a model of that size, on that recipe's text")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--grid-minutes", type=float, default=3.0)
     parser.add_argument("--equal-size", action="store_true", help="beside the dense model of equal active size alone")

@@ -58,6 +58,8 @@ def table(rows: dict[str, Row]) -> str:
             peers = ["transformers" if format == "fp32" else "", f"llama.cpp {LLAMA[format]}", "dense"]
             cells = [_beside(row["peers"], peer, speed) for peer in peers]
             lines.append(f"| {_words(name)} | {format} | {speed:,.0f} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
     dates = sorted(row["date"] for row in rows.values())
     machines = {"{cpu}, {threads} threads, torch {torch}".format(**row["machine"]) for row in rows.values()}
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
@@ -91,6 +93,7 @@ def main() -> None:
     if unknown := set(asked.rows) - set(ROWS):
         parser.error(f"no row {min(unknown)}: there are {', '.join(ROWS)}")
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with_table(README.read_text(encoding="utf-8"), {})  # before half an hour of work, that its place is there
     code = fingerprint_of_code()
     wanted = asked.rows or [name for name in ROWS if rows.get(name, {}).get("code") != code]
     for name in () if asked.page else wanted:

@@ -231,7 +231,10 @@ def test_shared_heads_are_plain_attention(modules):
     from baleen.model.transformer import Transformer
     from baleen.recipe import load_recipe
 
-    config = load_recipe(EVIDENCE / "base.toml", ["model.qk_rope_head_dim=32", "model.num_hidden_layers=1"]).model
+    config = load_recipe(
+        EVIDENCE / "base.toml",
+        ["model.qk_rope_head_dim=32", "model.num_attention_heads=4", "model.num_hidden_layers=1"],
+    ).model
     models = []
     for heads in (2, 4):
         torch.manual_seed(0)

@@ -26,7 +26,7 @@ app = typer.Typer(
 app.add_typer(cli_cost.app, name="cost", help="What a training run will cost, and what it did cost.")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's .toml file, or the name of one that ships.")]
-RunArgument = Annotated[Path, typer.Argument(help="A run directory or a Hugging Face model directory.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory, a Hugging Face model directory or a GGUF file.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a key of the recipe: section.key=value.")]
 DataOption = Annotated[list[str], typer.Option("--data", help="Train on these files, folders or package:NAME instead.")]
@@ -139,7 +139,9 @@ def evaluate(
 
 @app.command("chat")
 def chat_(
-    run: Annotated[Path | None, typer.Argument(help="A run, a Hugging Face directory or `smollm2`.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, a Hugging Face directory, a GGUF file or `smollm2`.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="One question: prints the answer and ends.")] = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server instead, such as http://127.0.0.1:8000.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,

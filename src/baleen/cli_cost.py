@@ -151,7 +151,7 @@ def rate(
 
 @app.command()
 def project(
-    final: Annotated[str, typer.Option(help="Price of the final run, such as $5.576M")],
+    final: Annotated[str, typer.Option(help="Price of the final run, such as 5.576M")],
     people: Annotated[float, typer.Option(help="Full-time people")] = 0.0,
     years: Annotated[float, typer.Option(help="For how long")] = 1.0,
     json: Json = False,
@@ -173,7 +173,7 @@ def plan(
     gpus: Annotated[str | None, typer.Option(help="How many devices")] = None,
     layout: Annotated[str | None, typer.Option(help="Such as PP16,EP64,ZeRO1,dualpipe")] = None,
     search: Annotated[bool, typer.Option(help="Find the best layouts.")] = False,
-    budget: Annotated[str | None, typer.Option(help="Such as $1M: solve for what is not given.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Such as 1M: solve for what is not given.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Such as 30d")] = None,
     energy: Annotated[str | None, typer.Option(help="Such as 500MWh")] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences a step")] = None,

@@ -61,7 +61,7 @@ class TrainConfig(Strict):
     balance_loss_weight: float = Field(1e-4, ge=0.0)  # alpha, Eq. 17
     document_mask: bool = False  # attend within a document only: V3 pretrains without, fine-tunes with (§4.1, §5.1)
     ema_decay: Fraction = 0.0  # 0: no moving average of the weights
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # fp8: matmuls as in V3 §3.3, emulated
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # fp8: matmuls as in V3 §3.3 (train/fp8.py)
     checkpoint_every: Count = 0  # steps; 0: only at the end
     keep_checkpoints: Positive = 2
     eval_every: Count = 0  # steps; 0: only at the end

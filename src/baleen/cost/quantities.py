@@ -19,7 +19,7 @@ def parse_count(text: str, what: str) -> float:
 
 def parse_dollars(text: str, what: str) -> float:
     """ "$1M", "250k", "5.6e6" -> USD. Raises UserError naming `what`."""
-    return _parse(text.strip().removeprefix("$").lower().removesuffix("usd"), what, SCALES, "such as $1M or $250k")
+    return _parse(text.strip().removeprefix("$").lower().removesuffix("usd"), what, SCALES, "such as 1M or 250k")
 
 
 def parse_seconds(text: str, what: str) -> float:
