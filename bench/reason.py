@@ -36,11 +36,11 @@ def of_countdown(recipe: AlignRecipe) -> AlignRecipe:
     """The recipe with another task, which has fewer questions and longer thoughts; who hurries shows no search."""
     sft, rl = recipe.stages
     assert recipe.model is not None
-    train = sft.train.model_copy(update={"tokens": 3_456_000, "batch_tokens": 2304, "seq_len": 288})
+    train = sft.train.model_copy(update={"tokens": 3_840_000, "batch_tokens": 2560, "seq_len": 320})
     sft = sft.model_copy(update={"worked": 10_000, "train": train})
-    rl = rl.model_copy(update={"steps": 50, "sampling": rl.sampling.model_copy(update={"max_tokens": 256})})
-    model = recipe.model.model_copy(update={"max_position_embeddings": 320})
-    return recipe.model_copy(update={"tasks": (Countdown(),), "stages": (sft, rl), "model": model})
+    rl = rl.model_copy(update={"steps": 50, "sampling": rl.sampling.model_copy(update={"max_tokens": 288})})
+    model = recipe.model.model_copy(update={"max_position_embeddings": 352})
+    return recipe.model_copy(update={"tasks": (Countdown(largest=15),), "stages": (sft, rl), "model": model})
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:

@@ -2,7 +2,8 @@
 
     python bench/table.py [ROW ...] [--page]
 
-Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code: stopped, the same
+Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code
+or elsewhere: stopped, the same
 command goes on. A ROW that is named is measured again. --page only writes the README's table. Half an hour on two
 cores on which nothing else runs.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from contenders import machine
 from rounds import LLAMA
 
 from baleen.parallel.ranks import fingerprint_of_code
@@ -39,12 +42,19 @@ ROWS: dict[str, tuple[str, ...]] = {
 Row = dict[str, Any]
 
 
+def version() -> dict[str, Any]:
+    """What a row is of: this machine, the package's code and that of the benchmarks."""
+    digest = hashlib.sha256(fingerprint_of_code().encode())
+    for file in sorted([*HERE.glob("*.py"), HERE / "configs.toml"]):
+        digest.update(file.read_bytes())
+    return {"code": digest.hexdigest()[:16], "machine": machine()}
+
+
 def measured(name: str) -> Row:
     program, *options = ROWS[name]
     command = [sys.executable, str(HERE / program), *options, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    today = {"date": datetime.date.today().isoformat(), "code": fingerprint_of_code()}
-    return json.loads(done.stdout.splitlines()[-1]) | today
+    return json.loads(done.stdout.splitlines()[-1]) | version() | {"date": datetime.date.today().isoformat()}
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -94,8 +104,7 @@ def main() -> None:
         parser.error(f"no row {min(unknown)}: there are {', '.join(ROWS)}")
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with_table(README.read_text(encoding="utf-8"), {})  # before half an hour of work, that its place is there
-    code = fingerprint_of_code()
-    wanted = asked.rows or [name for name in ROWS if rows.get(name, {}).get("code") != code]
+    wanted = asked.rows or [name for name in ROWS if not version().items() <= rows.get(name, {}).items()]
     for name in () if asked.page else wanted:
         rows[name] = measured(name)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")

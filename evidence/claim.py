@@ -73,28 +73,35 @@ class Notebook:
         }
 
     def recipe(self, name: str, arm: str, seed: int) -> Recipe | None:
-        """None as long as the sweep that tunes this arm is not done."""
+        """None as long as the sweep that tunes this arm is not done, or its best lies at the edge."""
         claim = self.claims[name]
         overrides = [*claim.overrides]
         if claim.expects != "least":
             sweep = claim.tuned_by.get(arm, SWEEP)
             best = self.best_arm(sweep)
-            if best is None:
+            if best is None or self.at_edge(sweep, best):
                 return None
             overrides += self.claims[sweep].arms[best]
         overrides += [*claim.arms[arm], f"train.seed={seed}"]
         return _recipe(self.folder / claim.recipe, tuple(overrides))
 
     def best_arm(self, sweep: str) -> str | None:
-        """None as long as the sweep is not done. Raises UserError if the best is the first or the last: then the sweep
-        says no more than where to look."""
-        claim, arms = self.claims[sweep], list(self.claims[sweep].arms)
+        """None as long as the sweep is not done."""
         if not self.complete(sweep):
             return None
-        best = min(arms, key=lambda arm: statistics.mean(self.values(sweep, arm, claim.measure)))
-        if best in (arms[0], arms[-1]):
+        measure = self.claims[sweep].measure
+        return min(self.claims[sweep].arms, key=lambda arm: statistics.mean(self.values(sweep, arm, measure)))
+
+    def at_edge(self, sweep: str, best: str) -> bool:
+        """Whether it is the first arm or the last: then the sweep says no more than where to look."""
+        arms = list(self.claims[sweep].arms)
+        return best in (arms[0], arms[-1])
+
+    def require_inside(self, sweep: str) -> None:
+        """Raises UserError for a sweep that is done and has its best arm at the edge."""
+        best = self.best_arm(sweep)
+        if best is not None and self.at_edge(sweep, best):
             raise UserError(f"{sweep}: the best is {best}, at the edge of what was tried: add an arm beyond it")
-        return best
 
     def hash_of(self, name: str, arm: str, seed: int) -> str | None:
         """Of all that decides over a row's result, a claim's wording aside."""
@@ -144,7 +151,8 @@ class Notebook:
             done, wanted = len(self.rows(name)), len(arms) * len(claim.seeds)
             return f"{done} of {wanted} rows are there" if done else claim.not_run
         if claim.expects == "least":
-            return f"taken: {self.best_arm(name)}"
+            best = self.best_arm(name) or ""
+            return f"{best}, at the edge: not taken" if self.at_edge(name, best) else f"taken: {best}"
         return judged(claim, *interval(self.gaps(name, arms[1])))
 
 

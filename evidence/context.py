@@ -54,7 +54,9 @@ def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> tuple[dict[str,
         {"max_position_embeddings": recipe.model.max_position_embeddings, "rope_scaling": recipe.model.rope_scaling}
     )
     before, tokenizer, _ = load(base)
-    measured = {f"before_{k}": v for k, v in _measured(with_context(before, context), tokenizer, recipe, cache).items()}
+    with run_stage(recipe.cost, run_dir, "eval"):
+        found = _measured(with_context(before, context), tokenizer, recipe, cache)
+    measured = {f"before_{name}": value for name, value in found.items()}
     last, run_dirs = base, []
     for name in EXTENSIONS:
         run_dirs.append(run_dir if name == EXTENSIONS[-1] else run_dir.with_name(f"{run_dir.name}-{name}"))
@@ -64,13 +66,14 @@ def extend_row(recipe: Recipe, run_dir: Path, *, cache: Path) -> tuple[dict[str,
         last = run_dirs[-1]
     with run_stage(recipe.cost, run_dir, "eval"):
         measured |= _measured(load(last).model, tokenizer, recipe, cache)
-    losses = [row["loss"] for done in run_dirs for row in read_metrics(done)]
+    run_dirs += [base] * (paid.read_text(encoding="utf-8") == run_dir.name)
+    losses_of_runs = [[row["loss"] for row in read_metrics(done)] for done in run_dirs]
     measured |= {
-        "largest_jump": largest_jump(losses),
-        "longest_spike": longest_spike(losses),
-        "skipped": losses.count(None),
+        "largest_jump": max(map(largest_jump, losses_of_runs)),
+        "longest_spike": max(map(longest_spike, losses_of_runs)),
+        "skipped": sum(losses.count(None) for losses in losses_of_runs),
     }
-    return measured, run_dirs + [base] * (paid.read_text(encoding="utf-8") == run_dir.name)
+    return measured, run_dirs
 
 
 def _base(recipe: Recipe, cache: Path) -> Path:
@@ -108,6 +111,7 @@ def _stage(name: str, recipe: Recipe, base: Path, cache: Path) -> ContinuedRecip
     rope = recipe.model.rope_scaling
     plain = ["context.rope_scaling=0"] if rope is None else []
     overrides = [f"train.seed={recipe.train.seed}", f"cost.project={recipe.cost.project}", *plain]
+    overrides += [f"train.precision={recipe.train.precision}"]
     stage = read_recipe(ContinuedRecipe, name, overrides, [str(_needles(length, cache))])
     assert stage.context is not None and stage.context.rope_scaling == rope, "the arm's rope is that of the recipe"
     return stage.model_copy(update={"base": str(base)})

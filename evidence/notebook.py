@@ -16,7 +16,7 @@ from pathlib import Path
 
 from claim import HERE, SWEEP, Notebook, Row, interval
 from page import write_pages
-from studies import STUDIES, run_study
+from studies import STUDIES, run_study, study_is_done
 
 from baleen.config import UserError
 
@@ -32,16 +32,20 @@ def run_missing(notebook: Notebook, names: list[str], runs: Path) -> None:
             for arm in claim.arms:
                 if notebook.row(name, arm, seed) is None:
                     notebook.write(run_row(notebook, name, arm, seed, runs))
+        if claim.expects == "least":
+            notebook.require_inside(name)
 
 
 def run_row(notebook: Notebook, name: str, arm: str, seed: int, runs: Path) -> Row:
-    """Raises UserError if the sweep that tunes this arm is not done, KeyboardInterrupt if the row was stopped."""
+    """Raises UserError if the sweep that tunes this arm is not done or has its best at the edge, KeyboardInterrupt if
+    the row was stopped."""
     from context import extend_row
     from row import account_of, say, thrown_away, train_row
 
     claim, recipe = notebook.claims[name], notebook.recipe(name, arm, seed)
     digest = notebook.hash_of(name, arm, seed)
     if recipe is None or digest is None:
+        notebook.require_inside(claim.tuned_by.get(arm, SWEEP))
         raise UserError(f"{name} is tuned by a sweep: run {claim.tuned_by.get(arm, SWEEP)} first")
     say(f"{name}: {arm}, seed {seed}")
     run_dirs = [runs / digest]
@@ -95,8 +99,8 @@ def main() -> None:
         if not asked.page:
             run_missing(notebook, asked.claims or list(notebook.claims), RUNS)
             for name in STUDIES if not asked.claims else ():
-                if not (HERE / "rows" / f"study-{name}.json").is_file():
-                    run_study(name)
+                if not study_is_done(name):
+                    run_study(name, RUNS)
     finally:
         write_pages(notebook, ROOT)
 

@@ -10,7 +10,7 @@ import numpy as np
 from claim import Notebook, interval
 from measures import BEFORE, SPIKE
 from plot import Effect, intervals, losses_by_size
-from studies import STUDIES, read_study
+from studies import STUDIES, read_study, studies_done
 
 SIZES = ("sparse-128", "sparse", "sparse-256", "sparse-384")
 BEGIN, END = "<!-- made by evidence/notebook.py --page -->", "<!-- end -->"
@@ -19,7 +19,7 @@ Which of V3's claims hold at a size that a laptop can run. Made by `python evide
 `evidence/rows`, not edited by hand; `make evidence` runs what is missing, `make evidence-quick` two rows again.
 
 Every row is one arm with one seed, from the same start (`evidence/base.toml`: 5M parameters, hidden 192, 4 layers,
-786,432 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of
+589,824 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of
 data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
 are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
 and not corrected for many claims. Learning rates are tuned once a family, by one seed, on the same held-out text, and a
@@ -225,7 +225,7 @@ def _no_spike(notebook: Notebook) -> list[str]:
 
 def _account(notebook: Notebook) -> list[str]:
     """What the notebook took, by the ledger, beside another project's research."""
-    rows = notebook.all_rows()
+    rows = [*notebook.all_rows(), *studies_done(notebook.folder)]
     hours, usd = sum(row["device_hours"] for row in rows), sum(row["usd"] for row in rows)
     lines = ["## What this notebook cost", ""]
     if not rows:

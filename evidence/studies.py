@@ -1,12 +1,13 @@
 """Small numerical studies, a minute each: tables of errors, not trainings. `python evidence/studies.py [NAME ...]`
 
-Kept in rows/study-NAME.json, and shown in docs/evidence.md.
+Kept in rows/study-NAME.json with the digest of what they are of, and shown in docs/evidence.md.
 
 Shapes: M, N outer, K summed; T tokens, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from baleen.data.prepare import prepare
 from baleen.model.fp8 import dequantize_blocks, quantize_blocks
 from baleen.model.transformer import Transformer
 from baleen.recipe import Recipe, load_recipe
+from baleen.train.loop import run_stage
 from baleen.train.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -227,10 +229,16 @@ def read_study(name: str, study: Study, folder: Path) -> list[str]:
     lines = [f"## {study.title}", "", study.text, ""]
     if not file.is_file():
         return [*lines, f"Not run yet: `python evidence/studies.py {name}`.", ""]
-    table: Table = json.loads(file.read_text(encoding="utf-8"))
+    table: Table = json.loads(file.read_text(encoding="utf-8"))["table"]
     lines += [f"| {' | '.join(table[0])} |", "|" + "---|" * len(table[0])]
     lines += [f"| {' | '.join(_cell(key, value) for key, value in row.items())} |" for row in table]
     return [*lines, "", f"`python evidence/studies.py {name}`", ""]
+
+
+def studies_done(folder: Path) -> list[dict[str, Any]]:
+    """What is kept of each that was run."""
+    files = (folder / "rows" / f"study-{name}.json" for name in STUDIES)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
 def _cell(key: str, value: Any) -> str:
@@ -241,13 +249,31 @@ def _cell(key: str, value: Any) -> str:
     return "not finite" if value is None else str(value)
 
 
-def run_study(name: str) -> None:
+def study_is_done(name: str) -> bool:
+    """With the recipe and the code that there are now."""
+    file = HERE / "rows" / f"study-{name}.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == _digest()
+
+
+def run_study(name: str, runs: Path) -> None:
+    from row import account_of
+
+    run_dir = runs / f"study-{name}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with run_stage(load_recipe(HERE / "base.toml").cost, run_dir, "pretrain"):
+        table = STUDIES[name].run()
     file = HERE / "rows" / f"study-{name}.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(STUDIES[name].run(), indent=1) + "\n", encoding="utf-8")
+    kept = {"of": _digest(), "table": table, **account_of([run_dir])}
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest() -> str:
+    files = (HERE / "base.toml", Path(__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 if __name__ == "__main__":
     for study in sys.argv[1:] or STUDIES:
-        run_study(study)
+        run_study(study, HERE.parent / "runs" / "evidence")
         print("\n".join(read_study(study, STUDIES[study], HERE)))

@@ -73,7 +73,7 @@ def fill(notebook, name, values):
 def test_every_claim_has_arms_that_differ(modules):
     notebook = modules[0].Notebook()
     sweep = notebook.claims[modules[0].SWEEP]
-    notebook.best_arm = lambda name: next(iter(notebook.claims[name].arms))  # as if all sweeps were done
+    notebook.best_arm = lambda name: list(notebook.claims[name].arms)[1]  # as if all sweeps were done
     assert sweep.expects == "least"
     for name, claim in notebook.claims.items():
         rows = [(arm, seed) for arm in claim.arms for seed in claim.seeds]
@@ -137,12 +137,19 @@ def test_stale_rows_do_not_count(make):
     assert make("notes = 'other words'").complete("c")
     assert make('overrides = ["train.tokens=4096"]').rows("c") == []
     assert len(make("[key_value_heads]\nnew = 2\n").rows("c")) == 2
+
+
+def test_a_best_rate_at_the_edge_is_not_taken_and_said_at_once(modules, make, tmp_path, monkeypatch):
+    """Nothing that it tunes is run; what does not hang on it, the page, can still be written."""
+    fill(notebook := make(), "c", {(arm, seed): 1.0 for arm in ("plain", "new") for seed in (0, 1)})
     fill(notebook, "lr-sparse", {("low", 0): 0.5})  # another rate is the best now, with nothing tried beyond it
+    notebook = make(tuned=False)
+    assert notebook.rows("c") == [] and notebook.verdict("lr-sparse") == "low, at the edge: not taken"
     with pytest.raises(UserError, match="the best is low, at the edge"):
-        make(tuned=False).rows("c")
-    fill(notebook, "lr-sparse", {("low", 0): 2.0, ("high", 0): math.inf})
-    with pytest.raises(UserError, match="the best is low"):
-        make(tuned=False).rows("c")
+        modules[1].run_row(notebook, "c", "new", 0, tmp_path)
+    monkeypatch.setattr(modules[1], "run_row", lambda *_: pytest.fail("run before the sweep is settled"))
+    with pytest.raises(UserError, match="the best is low, at the edge"):
+        modules[1].run_missing(notebook, ["c", "lr-sparse"], tmp_path)
 
 
 def test_an_incomplete_claim_has_no_number(modules, make):

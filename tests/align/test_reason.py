@@ -20,12 +20,12 @@ RL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", [ChainSum(terms=(2, 3)), Sorting(numbers=(3, 4))], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [ChainSum(terms=(2, 3)), Sorting(numbers=(3, 5))], ids=lambda task: task.name)
 def test_the_table_asks_what_nothing_has_looked_at(task, monkeypatch):
     monkeypatch.setattr(reason, "QUESTIONS", 100)
-    asked = {question.prompt for question in reason.table_questions([task])}
-    looked_at = {question.prompt for question in distinct_questions([task], "test", HELDOUT_SEED, 100)}
-    drawn = {question.prompt for question in distinct_questions([task], "test", reason.TABLE_SEED, 200)}
+    asked = {question.asked for question in reason.table_questions([task])}
+    looked_at = {question.asked for question in distinct_questions([task], "test", HELDOUT_SEED, 100)}
+    drawn = {question.asked for question in distinct_questions([task], "test", reason.TABLE_SEED, 200)}
     assert len(asked) == 100 and not asked & looked_at
     assert drawn & looked_at, "a task this small shows whether the overlap is left out"
 

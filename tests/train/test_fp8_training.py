@@ -208,8 +208,7 @@ def by_tensor_cores(a_MK, b_KN, a_scale, a_recipe, b_scale, b_recipe, *, output_
     (M, K), N = a_MK.shape, b_KN.shape[1]
     assert a_MK.stride() == (K, 1) and b_KN.stride() == (1, K) and (M % 16, N % 16, K % 128) == (0, 0, 0)
     for scale, rows in ((a_scale, M), (b_scale, N)):
-        assert scale.shape == (rows, K // 128) and scale.stride(0) == 1
-        assert scale.stride(1) == rows or (K == 128 and scale.stride(1) == 1)
+        assert scale.shape == (rows, K // 128) and scale.stride() == (1, rows)
     a, b = (
         x.double() * scale.double().repeat_interleave(128, 1) for x, scale in ((a_MK, a_scale), (b_KN.t(), b_scale))
     )

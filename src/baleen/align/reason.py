@@ -102,9 +102,9 @@ def table_questions(tasks: Sequence[Task]) -> list[Question]:
 
     Raises UserError if there are not QUESTIONS of them.
     """
-    seen = {question.prompt for question in distinct_questions(tasks, "test", HELDOUT_SEED, QUESTIONS)}
+    seen = {question.asked for question in distinct_questions(tasks, "test", HELDOUT_SEED, QUESTIONS)}
     drawn = distinct_questions(tasks, "test", TABLE_SEED, 2 * QUESTIONS)
-    fresh = [question for question in drawn if question.prompt not in seen][:QUESTIONS]
+    fresh = [question for question in drawn if question.asked not in seen][:QUESTIONS]
     if len(fresh) < QUESTIONS:
         raise UserError(f"the tasks have only {len(fresh)} questions left to test on, {QUESTIONS} are wanted")
     return fresh

@@ -58,9 +58,12 @@ class Question:
         return replace(self, worked=("".join(self.worked[::2]),))
 
     @property
+    def asked(self) -> str:
+        return self.key or self.prompt
+
+    @property
     def is_for_testing(self) -> bool:
-        asked = self.key or self.prompt
-        return int.from_bytes(blake2b(asked.encode(), digest_size=8).digest()) % TEST_SHARE == 0
+        return int.from_bytes(blake2b(self.asked.encode(), digest_size=8).digest()) % TEST_SHARE == 0
 
 
 class ChainSum(Strict):
@@ -88,7 +91,7 @@ class ChainSum(Strict):
             prompt += f"{'-' if minus else '+'}{term}"
             worked[-1] += f"{'-' if minus else '+'}{term}"
             worked += [by_place]
-        worked += [f"={total}"]
+        worked += [f"={total}"] if len(worked) % 2 == 0 else ["", f"={total}"]
         return Question(f"{prompt}=", str(total), "number", tuple(worked), str(total))
 
 
@@ -281,7 +284,10 @@ def count_up_to(tasks: Sequence[Task], split: Split, count: int) -> int:
 
 
 def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Question]:
-    """`count` different questions. Raises UserError if the tasks have fewer."""
+    """`count` different questions; for testing, one that is only worded otherwise is no other.
+
+    Raises UserError if the tasks have fewer.
+    """
     found = _different(tasks, split, seed, count)
     if len(found) < count:
         raise UserError(
@@ -292,14 +298,15 @@ def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: in
 
 
 def _different(tasks: Sequence[Task], split: Split, seed: int, count: int) -> dict[str, Question]:
-    """By prompt, `count` at most; fewer if no more turn up."""
+    """By prompt, or for testing by what is asked, `count` at most; fewer if no more turn up."""
     found: dict[str, Question] = {}
     in_vain = 0
     stream = questions(tasks, split, seed)
     while len(found) < count and in_vain < PATIENCE:
         question = next(stream)
-        in_vain = in_vain + 1 if question.prompt in found else 0
-        found.setdefault(question.prompt, question)
+        name = question.asked if split == "test" else question.prompt
+        in_vain = in_vain + 1 if name in found else 0
+        found.setdefault(name, question)
     return found
 
 

@@ -11,8 +11,11 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def multiplies_fp8_tiles(device: torch.device) -> bool:
-    """Whether tensor cores there take a scale for every 128 numbers of a row: those of compute capability 9.0 alone.
+    """Whether tensor cores there take a scale for every 128 numbers of a row.
 
-    Source: what `F.scaled_mm` accepts as BlockWise1x128 (torch 2.13).
+    Source: what `F.scaled_mm` accepts as BlockWise1x128 (torch 2.13): NVIDIA's compute capability 9.0, CUDA 12.9.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    cuda = torch.version.cuda  # None without, and with AMD's
+    if device.type != "cuda" or cuda is None or tuple(map(int, cuda.split(".")[:2])) < (12, 9):
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)

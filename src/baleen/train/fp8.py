@@ -172,7 +172,9 @@ def _filled_up(x_MK: Tensor, scale_MKb: Tensor) -> tuple[Tensor, Tensor]:
     M, K = x_MK.shape
     rows, columns = -M % 16, -K % PROMOTED
     x = F.pad(x_MK.contiguous().view(torch.uint8), (0, columns, 0, rows)).view(x_MK.dtype)
-    return x, F.pad(scale_MKb.t(), (0, rows)).contiguous().t()
+    scale_KbM = scale_MKb.new_zeros(scale_MKb.shape[1], M + rows)
+    scale_KbM.narrow(1, 0, M).copy_(scale_MKb.t())
+    return x, scale_KbM.t()
 
 
 def to_e5m6(x_MI: Tensor) -> Tensor:
