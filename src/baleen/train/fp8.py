@@ -172,8 +172,7 @@ def _filled_up(x_MK: Tensor, scale_MKb: Tensor) -> tuple[Tensor, Tensor]:
     M, K = x_MK.shape
     rows, columns = -M % 16, -K % PROMOTED
     x = F.pad(x_MK.contiguous().view(torch.uint8), (0, columns, 0, rows)).view(x_MK.dtype)
-    scale_KbM = scale_MKb.new_zeros(scale_MKb.shape[1], M + rows)
-    scale_KbM.narrow(1, 0, M).copy_(scale_MKb.t())
+    scale_KbM = F.pad(scale_MKb.t(), (0, rows)).clone(memory_format=torch.contiguous_format)
     return x, scale_KbM.t()
 
 
