@@ -2,24 +2,29 @@
 
     python bench/reason.py [NAME ...] [--run runs/bench-reason] [--seeds 3] [--json]
 
-NAME: chain_sum-0 and so on, or countdown-0; all without one. Resumable: what is done is not done again.
+NAME: chain_sum-0 and so on, or countdown-0; all without one. Resumable: what is done is not done again. Kept in
+bench/results/reason.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from contenders import machine
 from rich.console import Console
 
 from baleen.align.reason import run_reason
 from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.align.tasks import Countdown
 
+RESULTS = Path(__file__).parent / "results" / "reason.json"
 KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
+MORE = ("plateau_gain", "rl_seconds", "rl_usd")
 
 
 def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
@@ -56,9 +61,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    console, found, wanted = Console(stderr=True), {}, runs(arguments.seeds)
+    console, wanted = Console(stderr=True), runs(arguments.seeds)
     if unknown := set(arguments.names) - set(wanted):
         sys.exit(f"no run {min(unknown)}: there are {', '.join(wanted)}")
+    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = {}
     for name, recipe in wanted.items():
         if arguments.names and name not in arguments.names:
             continue
@@ -69,8 +76,11 @@ def main() -> None:
         )
         if summary.get("status") == "stopped":
             sys.exit("stopped: run it again to go on")
-        found[name] = {key: summary[key] for key in summary if key.startswith(KEYS) or key in ("rl_seconds", "rl_usd")}
+        found[name] = {key: summary[key] for key in summary if key.startswith((*KEYS, "answer_tokens")) or key in MORE}
         console.print(f"{name}: " + ", ".join(f"{key} {summary[key]:.1%}" for key in KEYS))
+        measured = datetime.date.fromtimestamp(done.stat().st_mtime)
+        kept[name] = found[name] | {"date": measured.isoformat(), "machine": machine()}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(found))
 

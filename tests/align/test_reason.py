@@ -41,6 +41,7 @@ def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeyp
         for key in (f"accuracy_{name}", f"accuracy_{name}_sampled"):
             low, high = summary[f"{key}_interval"]
             assert 0 <= low <= summary[key] <= high <= 1
+        assert 0 < summary[f"answer_tokens_{name}"] <= 8
     assert summary["rl_steps"] == 2 and summary["rl_seconds"] > 0
     control = read_metrics(tmp_path / "reason-control")
     assert {row["stage"] for row in control} == {"sft"}

@@ -91,8 +91,8 @@ def measure(
     seed: int,
     system: str = "",
 ) -> dict[str, Any]:
-    """{greedy, sampled, votes}: shares with intervals of greedy answers, of the mean of `samples` drawn ones, and of
-    the majority of the first k of them, for each k.
+    """{greedy, sampled, votes, answer_tokens, ...}: shares with intervals of greedy answers, of the mean of `samples`
+    drawn ones, and of the majority of the first k of them, for each k; the mean length of a drawn answer.
 
     Samples of one question hang together, so the interval of their mean counts questions, not samples.
     """
@@ -104,6 +104,7 @@ def measure(
         "greedy": wilson(greedy * count, count)._asdict(),
         "sampled": wilson(mean_correct(drawn) * count, count)._asdict(),
         "samples": samples,
+        "answer_tokens": sum(len(answer.token_ids) for group in drawn for answer in group.answers) / (count * samples),
         "votes": {str(k): wilson(sum(vote_is_right(g, k) for g in drawn), count)._asdict() for k in _ks(samples)},
     }
 

@@ -56,8 +56,10 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
     if stopped["status"] == "stopped":
         return stopped
     models = {"before": pipeline.folder(0), "after": run_dir, "sft_control": control_dir}
-    with run_stage(recipe.cost, run_dir, "eval"):
+    with run_stage(recipe.cost, run_dir, "eval") as stage:
         measured = {name: measured_at(recipe, path, asked) for name, path in models.items()}
+        drawn = sum(found["answer_tokens"] for found in measured.values()) * QUESTIONS * SAMPLES
+        stage.progress(tokens=round(drawn), productive_seconds=stage.seconds)
     summary = summarise(run_dir, measured, rl)
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run_dir)
@@ -128,6 +130,7 @@ def summarise(run_dir: Path, measured: dict[str, dict[str, Any]], rl: list[Stage
         for how, key in (("greedy", f"accuracy_{name}"), ("sampled", f"accuracy_{name}_sampled")):
             summary[key] = found[how]["value"]
             summary[f"{key}_interval"] = [found[how]["low"], found[how]["high"]]
+        summary[f"answer_tokens_{name}"] = found["answer_tokens"]
         summary[f"votes_{name}"] = {k: share["value"] for k, share in found["votes"].items()}
     rows = read_metrics(run_dir)
     last = next(row for row in reversed(rows) if row["stage"] == "rl")
@@ -147,7 +150,7 @@ def tell(
     console: Console, summary: dict[str, Any], measured: dict[str, dict[str, Any]], run_dir: Path, report: Path
 ) -> None:
     table = Table(title=f"{QUESTIONS} unseen questions, 95 % intervals (Wilson)")
-    for column in ("", "greedy", f"mean of {SAMPLES} at T = 1", f"majority of {SAMPLES}"):
+    for column in ("", "greedy", f"mean of {SAMPLES} at T = 1", f"majority of {SAMPLES}", "tokens an answer"):
         table.add_column(column, justify="left" if not column else "right")
     words = {
         "before": "cold start, at its plateau",
@@ -156,7 +159,8 @@ def tell(
     }
     for name, found in measured.items():
         shares = (found["greedy"], found["sampled"], found["votes"][str(SAMPLES)])
-        table.add_row(words[name], *(f"{s['value']:.1%}  [{s['low']:.1%}, {s['high']:.1%}]" for s in shares))
+        cells = [f"{s['value']:.1%}  [{s['low']:.1%}, {s['high']:.1%}]" for s in shares]
+        table.add_row(words[name], *cells, f"{found['answer_tokens']:.1f}")
     console.print(table)
     gain, parts = summary["plateau_gain"], summary["rl_seconds_by_part"]
     if gain is not None:
