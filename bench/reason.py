@@ -1,8 +1,8 @@
-"""Does RL teach what more fine-tuning does not? Three seeds of chain sums and one of countdown, each with its control.
+"""Does RL teach what more fine-tuning does not? Three seeds of chain sums, one of countdown by signs, with controls.
 
     python bench/reason.py [NAME ...] [--run runs/bench-reason] [--seeds 3] [--json]
 
-NAME: chain_sum-0 and so on, or countdown-0; all without one. Resumable: what is done is not done again. Kept in
+NAME: chain_sum-0 and so on, or signs-0; all without one. Resumable: what is done is not done again. Kept in
 bench/results/reason.json.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from baleen.align.reason import run_reason
 from baleen.align.recipe import AlignRecipe, load_align_recipe
-from baleen.align.tasks import Countdown
+from baleen.align.tasks import Signs
 
 RESULTS = Path(__file__).parent / "results" / "reason.json"
 KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
@@ -37,21 +37,21 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def of_countdown(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe with another task, which has fewer questions and longer thoughts; who hurries shows no search."""
+def of_signs(recipe: AlignRecipe) -> AlignRecipe:
+    """The recipe with countdown by plus and minus, which has longer thoughts; who hurries shows no search."""
     sft, rl = recipe.stages
     assert recipe.model is not None
-    train = sft.train.model_copy(update={"tokens": 3_840_000, "batch_tokens": 2560, "seq_len": 320})
-    sft = sft.model_copy(update={"worked": 10_000, "train": train})
-    rl = rl.model_copy(update={"steps": 50, "sampling": rl.sampling.model_copy(update={"max_tokens": 288})})
-    model = recipe.model.model_copy(update={"max_position_embeddings": 352})
-    return recipe.model_copy(update={"tasks": (Countdown(largest=15),), "stages": (sft, rl), "model": model})
+    train = sft.train.model_copy(update={"tokens": 2_112_000, "batch_tokens": 2112, "seq_len": 192})
+    rl = rl.model_copy(update={"sampling": rl.sampling.model_copy(update={"max_tokens": 176})})
+    model = recipe.model.model_copy(update={"max_position_embeddings": 224})
+    stages = (sft.model_copy(update={"train": train}), rl)
+    return recipe.model_copy(update={"tasks": (Signs(largest=13),), "stages": stages, "model": model})
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:
     recipe = load_align_recipe("reason")
     named = {f"chain_sum-{seed}": of_seed(recipe, seed) for seed in range(seeds)}
-    return named | {"countdown-0": of_countdown(recipe)}
+    return named | {"signs-0": of_signs(recipe)}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from baleen.align.tasks import (
     Comparison,
     Countdown,
     LetterCounting,
+    Signs,
     Sorting,
     distinct_questions,
     questions,
@@ -26,6 +27,7 @@ TASKS = [
     ChainSum(terms=(2, 6)),
     ChainSum(terms=(2, 3), digits=2),
     Countdown(numbers=(2, 4)),
+    Signs(),
     Comparison(digits=(1, 5)),
     LetterCounting(words=(1, 3)),
     Sorting(numbers=(1, 6), digits=2),
@@ -159,17 +161,14 @@ def test_the_prompt_never_gives_the_answer_form_away():
 
 @given(seed=st.integers(0, 2**32))
 @settings(deadline=None)
-def test_a_search_tries_until_it_finds(seed):
-    question = Countdown().question(random.Random(seed))
-    *tried, way = "".join(question.worked).split("\n")
-    target = json.loads(question.answer)[0]
-    equations = [each.split("=") for line in [*tried, way] for each in line.replace(":", "").split()]
+def test_signs_are_tried_until_the_target_is_reached(seed):
+    question = Signs(numbers=(2, 5)).question(random.Random(seed))
+    tried, way = "".join(question.worked).split("\n")
+    target, given = json.loads(question.answer)
+    equations = [each.split("=") for each in tried.split()]
     assert all(eval(left) == int(right) for left, right in equations)
-    made, wanted = (
-        [set(re.findall(r"=(\d+)", half)) for half in column]
-        for column in zip(*(t.split(":") for t in tried), strict=True)
-    )
-    hits = [bool(a & b) for a, b in zip(made, wanted, strict=True)]
-    assert hits == [False] * (len(hits) - 1) + [True]
-    assert all(left.startswith(f"{target}") for line in tried for left in line.partition(":")[2].split())
-    assert "\n" not in question.hasty().completion
+    assert len({left for left, _ in equations}) <= 2 ** len(given)
+    assert way == f"{question.solution}={target}" and int(equations[-1][1]) == target
+    used = sorted(map(int, re.findall(r"\d+", question.solution)), reverse=True)
+    assert used == sorted(given, reverse=True) and eval(question.solution) == target > 0
+    assert question.hasty().completion == f"<think>{way}</think><answer>{question.solution}</answer>"

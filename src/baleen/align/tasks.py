@@ -106,11 +106,7 @@ def _place_by_place(total: int, term: int) -> tuple[str, int]:
 
 
 class Countdown(Strict):
-    """Reach a target from given numbers, each used once at most: the thought is the way, `3*5=15 15+9=24`.
-
-    Of three numbers, the search for it comes first, backwards. For each that could come last: what the two others make,
-    then what they would have to make, `5+3=8 5*3=15 5-3=2: 24-9=15`.
-    """
+    """Reach a target from given numbers, each used once at most: the thought is the way the target was made."""
 
     name: Literal["countdown"] = "countdown"
     numbers: tuple[Level, Level] = (3, 3)  # fewest and most
@@ -118,48 +114,56 @@ class Countdown(Strict):
 
     def question(self, rng: random.Random) -> Question:
         given = [rng.randint(1, self.largest) for _ in range(_within(rng, self.numbers))]
-        value, steps = given[0], []
-        for number in given[1:]:
-            operator = rng.choice(["+", "*"] + ["-"] * (value > number) + ["/"] * (value % number == 0))
-            steps.append((operator, number))
-            value = _result(value, operator, number)
-        target, first, search = value, given[0], ""
-        shown = rng.sample(given, len(given))
-        if len(given) == 3:
-            search, first, steps = self._searched(target, shown)
-        value, expression, worked = first, str(first), ["", search, str(first)]
-        for place, (operator, number) in enumerate(steps):
+        value, expression, worked = given[0], str(given[0]), [str(given[0])]
+        for place, number in enumerate(given[1:]):
+            operators = ["+", "*"] + ["-"] * (value > number) + ["/"] * (value % number == 0)
+            operator = rng.choice(operators)
+            result = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[operator]
             if place:
                 worked += [f"={value} {value}", ""]
             worked[-1] += f"{operator}{number}"
             inner = f"({expression})" if operator in "*/" and not expression.isdigit() else expression
-            value, expression = _result(value, operator, number), f"{inner}{operator}{number}"
+            value, expression = result, f"{inner}{operator}{number}"
         worked[-1] += f"={value}"
-        prompt = f"Make {target} from {' '.join(map(str, shown))}"
-        key = f"{target} from {sorted(given)}"
-        return Question(prompt, json.dumps([target, given]), "countdown", tuple(worked), expression, key)
-
-    def _searched(self, target: int, numbers: Sequence[int]) -> tuple[str, int, list[tuple[str, int]]]:
-        """(the search in words, the number to begin with, what to do with it)."""
-        search = ""
-        for place, last in enumerate(numbers):
-            low, high = sorted((*numbers[:place], *numbers[place + 1 :]))
-            steps = [("+", low), ("*", low)] + [("-", low)] * (high > low) + [("/", low)] * (high % low == 0)
-            made = {_result(high, *step): step for step in reversed(steps)}
-            search += " ".join(f"{high}{step[0]}{low}={_result(high, *step)}" for step in steps) + ":"
-            undone = [("-", "+")] * (target > last) + [("+", "-")] + [("/", "*")] * (target % last == 0) + [("*", "/")]
-            for inverse, operator in undone:
-                wanted = _result(target, inverse, last)
-                if wanted <= self.largest**2:  # two numbers make no more
-                    search += f" {target}{inverse}{last}={wanted}"
-                    if wanted in made:
-                        return f"{search}\n", high, [made[wanted], (operator, last)]
-            search += "\n"
-        raise AssertionError(f"{target} cannot be made from {numbers}")
+        shown = " ".join(map(str, rng.sample(given, len(given))))
+        prompt = f"Make {value} from {shown}"
+        key = f"{value} from {sorted(given)}"
+        return Question(prompt, json.dumps([value, given]), "countdown", tuple(worked), expression, key)
 
 
-def _result(value: int, operator: str, number: int) -> int:
-    return {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[operator]
+class Signs(Strict):
+    """Countdown with all numbers, by plus and minus alone: the thought tries the signs, from the largest number down
+    and plus before minus, until one way ends at the target. 10 from 9 5 4: `9+5=14 14+4=18 14-4=10`, so `9+5-4=10`.
+    """
+
+    name: Literal["signs"] = "signs"
+    numbers: tuple[Level, Level] = (4, 4)  # fewest and most
+    largest: Annotated[int, Field(ge=2, le=100)] = 12
+
+    def question(self, rng: random.Random) -> Question:
+        given = [rng.randint(1, self.largest) for _ in range(_within(rng, self.numbers))]
+        first, *others = sorted(given, reverse=True)
+        target = first + sum(rng.choice((1, -1)) * number for number in others)
+        target = target if target > 0 else 2 * first - target  # with all other signs turned
+        tried, signed = _try_signs(first, others, target)
+        expression = f"{first}{signed}"
+        prompt, key = f"Make {target} from {' '.join(map(str, given))}", f"{target} from {sorted(given)}"
+        worked = ("", f"{' '.join(tried)}\n", f"{expression}={target}")
+        return Question(prompt, json.dumps([target, given]), "countdown", worked, expression, key)
+
+
+def _try_signs(value: int, left: Sequence[int], target: int) -> tuple[list[str], str | None]:
+    """(all that is tried, the signed numbers by which `value` becomes the target; None if none do)."""
+    if not left:
+        return [], "" if value == target else None
+    tried: list[str] = []
+    for sign in "+-":
+        reached = value + int(f"{sign}{left[0]}")
+        more, signed = _try_signs(reached, left[1:], target)
+        tried += [f"{value}{sign}{left[0]}={reached}", *more]
+        if signed is not None:
+            return tried, f"{sign}{left[0]}{signed}"
+    return tried, None
 
 
 class Comparison(Strict):
@@ -240,7 +244,7 @@ class ReasoningGym(Strict):
 
 
 Task = Annotated[
-    ChainSum | Countdown | Comparison | LetterCounting | Sorting | ReasoningGym, Field(discriminator="name")
+    ChainSum | Countdown | Signs | Comparison | LetterCounting | Sorting | ReasoningGym, Field(discriminator="name")
 ]
 
 
