@@ -41,11 +41,11 @@ def of_signs(recipe: AlignRecipe) -> AlignRecipe:
     """The recipe with countdown by plus and minus, which has longer thoughts; who hurries shows no search."""
     sft, rl = recipe.stages
     assert recipe.model is not None
-    train = sft.train.model_copy(update={"tokens": 2_112_000, "batch_tokens": 2112, "seq_len": 192})
-    rl = rl.model_copy(update={"sampling": rl.sampling.model_copy(update={"max_tokens": 176})})
-    model = recipe.model.model_copy(update={"max_position_embeddings": 224})
+    train = sft.train.model_copy(update={"tokens": 2_112_000, "batch_tokens": 2112, "seq_len": 352})
+    rl = rl.model_copy(update={"steps": 32, "sampling": rl.sampling.model_copy(update={"max_tokens": 320})})
+    model = recipe.model.model_copy(update={"max_position_embeddings": 384})
     stages = (sft.model_copy(update={"train": train}), rl)
-    return recipe.model_copy(update={"tasks": (Signs(largest=13),), "stages": stages, "model": model})
+    return recipe.model_copy(update={"tasks": (Signs(numbers=(5, 5), largest=9),), "stages": stages, "model": model})
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:

@@ -133,7 +133,7 @@ class Countdown(Strict):
 
 class Signs(Strict):
     """Countdown with all numbers, by plus and minus alone: the thought tries the signs, from the largest number down
-    and plus before minus, until one way ends at the target. 10 from 9 5 4: `9+5=14 14+4=18 14-4=10`, so `9+5-4=10`.
+    and plus before minus, until one way ends at the target. 10 from 9 5 4: `Try 9+5=14 14+4=18 14-4=10`, so `9+5-4=10`.
     """
 
     name: Literal["signs"] = "signs"
@@ -148,7 +148,7 @@ class Signs(Strict):
         tried, signed = _try_signs(first, others, target)
         expression = f"{first}{signed}"
         prompt, key = f"Make {target} from {' '.join(map(str, given))}", f"{target} from {sorted(given)}"
-        worked = ("", f"{' '.join(tried)}\n", f"{expression}={target}")
+        worked = ("", f"Try {' '.join(tried)}\n", f"{expression}={target}")
         return Question(prompt, json.dumps([target, given]), "countdown", worked, expression, key)
 
 
