@@ -2,8 +2,8 @@
 
     python bench/reason.py [NAME ...] [--run runs/bench-reason] [--seeds 3] [--json]
 
-NAME: chain_sum-0 and so on, or signs-0; all without one. Resumable: what is done is not done again. Kept in
-bench/results/reason.json.
+NAME: chain_sum-0 and so on, or signs-0 (not doubled so far: docs/reasoning.md); all without one. Resumable: what is
+done is not done again. Kept in bench/results/reason.json.
 """
 
 from __future__ import annotations
