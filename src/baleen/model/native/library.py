@@ -25,7 +25,12 @@ import torch  # brings the OpenMP runtime that our libraries must share: two poo
 
 from baleen.config import UserError
 
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# For some AMD CPUs GCC takes an FMA apart in one kernel and not in the next: then a sum depends on how many rows it is
+# computed with. Clang does not, and warns of the parameter at most.
+FLAGS = (
+    "-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "--param=avoid-fma-max-bits=0", "-shared",
+    "-fPIC",
+)  # fmt: skip
 MODES = ("auto", "require", "off")
 
 
