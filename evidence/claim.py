@@ -58,6 +58,7 @@ class Claim(Strict):
     margin: float = Field(0.0, ge=0.0)  # of "within": no worse than so much higher
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, max_length=len(T_975))
     quick: bool = False
+    timed: bool = False  # what its arms take is shown beside: times.py
     notes: str = ""  # what a reader of the result must know
     not_run: str = "not run yet"  # why, as long as there are no rows
 
@@ -136,6 +137,28 @@ class Notebook:
         """By seed, of an arm that is complete."""
         rows = [self.row(name, arm, seed) for seed in self.claims[name].seeds]
         return [row["measured"][measure] for row in rows if row is not None]
+
+    def step_seconds(self, name: str) -> dict[str, float] | None:
+        """By arm: the median over its turns (times.py); None as long as they are not timed as they are now."""
+        file, claim = self.folder / "rows" / f"time-{name}.json", self.claims[name]
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if kept.get("of") != {arm: self.hash_of(name, arm, claim.seeds[0]) for arm in claim.arms}:
+            return None
+        return {arm: statistics.median(turns) for arm, turns in kept["seconds"].items()}
+
+    def run_seconds(self, name: str) -> dict[str, float] | None:
+        """By arm: of all its steps."""
+        of_step, seconds = self.step_seconds(name), dict[str, float]()
+        for arm, step in (of_step or {}).items():
+            recipe = self.recipe(name, arm, self.claims[name].seeds[0])
+            assert recipe is not None, "a claim that was timed is tuned"
+            seconds[arm] = step * recipe.train.tokens / recipe.train.batch_tokens
+        return seconds if of_step else None
+
+    def timings(self) -> list[Row]:
+        """What is kept of every claim that is timed as it is now."""
+        files = (self.folder / "rows" / f"time-{name}.json" for name in self.claims if self.step_seconds(name))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
     def gaps(self, name: str, arm: str) -> list[float]:
         """By seed: how far the arm's measure is from the first arm's, relative to that unless it is `absolute`."""

@@ -3,8 +3,9 @@
     python evidence/notebook.py [CLAIM ...] [--quick] [--page] [--list]
 
 A claim is evidence/claims/CLAIM.toml: what is said, a recipe, and arms that differ by overrides. A row is one arm with
-one seed; what is missing is run, sweeps before the claims that they tune, and kept in evidence/rows. Stopped, the same
-command goes on. --quick runs two rows again, beside those that are kept. --page only writes the pages.
+one seed; what is missing is run, sweeps before the claims that they tune, and kept in evidence/rows; studies and
+timings come after. Stopped, the same command goes on. --quick runs two rows again, beside those that are kept. --page
+only writes the pages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from claim import HERE, SWEEP, Notebook, Row, interval
 from page import write_pages
 from studies import STUDIES, run_study, study_is_done
+from times import time_claim
 
 from baleen.config import UserError
 
@@ -101,6 +103,9 @@ def main() -> None:
             for name in STUDIES if not asked.claims else ():
                 if not study_is_done(name):
                     run_study(name, RUNS)
+            for name, claim in notebook.claims.items() if not asked.claims else ():
+                if claim.timed and notebook.step_seconds(name) is None:
+                    time_claim(notebook, name, RUNS)
     finally:
         write_pages(notebook, ROOT)
 

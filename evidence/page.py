@@ -23,8 +23,9 @@ Every row is one arm with one seed, from the same start (`evidence/base.toml`: 5
 data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
 are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
 and not corrected for many claims. Learning rates are tuned once a family, by one seed, on the same held-out text, and a
-best rate at the edge of its grid is refused. *Holds* and *does not hold* mean: beyond that interval, at this size, on
-this text.
+best rate at the edge of its grid is refused. Seconds are those of all steps of an arm, of the median step when the arms
+take turns with nothing beside them (`python evidence/times.py`). *Holds* and *does not hold* mean: beyond that
+interval, at this size, on this text.
 """
 STEPS_OF_A_SPIKE = 5
 OLMO = 0.822  # of Olmo 3's 8.34M GPU-hours: development (arXiv 2605.01158)
@@ -117,10 +118,14 @@ def _section(notebook: Notebook, name: str) -> list[str]:
     if not notebook.complete(name):
         return lines
     measures = list(dict.fromkeys((claim.measure, *claim.shows)))
-    lines += [f"| arm | difference | {' | '.join(measures)} |", "|---|---|" + "---:|" * len(measures)]
+    seconds = notebook.run_seconds(name) if claim.timed else None
+    columns = [*measures, *(["seconds"] if claim.timed else [])]
+    lines += [f"| arm | difference | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for number, arm in enumerate(claim.arms):
         gap = _gap(notebook, name, arm) if number else ""
         values = [_mean(notebook, name, arm, measure) for measure in measures]
+        if claim.timed:
+            values.append(f"{seconds[arm]:.0f}" if seconds else "not timed")
         lines.append(f"| {arm} | {gap} | {' | '.join(values)} |")
     lines += ["", f"{len(claim.seeds)} seeds; `python evidence/notebook.py {name}`.", ""]
     return [*lines, f"![Differences](evidence/{name}.svg)", ""]
@@ -172,10 +177,12 @@ def _sizes(notebook: Notebook) -> list[str]:
         slopes = [np.polyfit(sizes[:, s], losses[:, s], 1)[0] for s in range(sizes.shape[1])]
         lines.append("| {} | {:+.4f} | {:.4f} |".format(arm, *interval([float(b) for b in slopes])))
     dense, sparse = arms
-    seconds, losses = (
-        {arm: [statistics.mean(notebook.values(name, arm, measure)) for name in SIZES] for arm in arms}
-        for measure in ("seconds", "heldout_bpb")
-    )
+    plot = "![Losses by size](evidence/sizes.svg)"
+    timed = [seconds for name in SIZES if (seconds := notebook.run_seconds(name))]
+    if len(timed) < len(SIZES):
+        return [*lines, "", "Not timed yet: `python evidence/times.py`.", "", plot, ""]
+    seconds = {arm: [of_size[arm] for of_size in timed] for arm in arms}
+    losses = {arm: [statistics.mean(notebook.values(name, arm, "heldout_bpb")) for name in SIZES] for arm in arms}
     law = np.polyfit(np.log(seconds[dense]), np.log(losses[dense]), 1)
     lines += [
         "",
@@ -191,7 +198,7 @@ def _sizes(notebook: Notebook) -> list[str]:
             f"| {name} | {mean:+.2%} ± {half:.2%} | {seconds[sparse][i] / seconds[dense][i]:.2f} | "
             f"{losses[sparse][i]:.4f} | {in_time:.4f} | {'yes' if losses[sparse][i] < in_time else 'no'} |"
         )
-    return [*lines, "", "![Losses by size](evidence/sizes.svg)", ""]
+    return [*lines, "", plot, ""]
 
 
 def _sweeps(notebook: Notebook) -> list[str]:
@@ -225,7 +232,7 @@ def _no_spike(notebook: Notebook) -> list[str]:
 
 def _account(notebook: Notebook) -> list[str]:
     """What the notebook took, by the ledger, beside another project's research."""
-    rows = [*notebook.all_rows(), *studies_done(notebook.folder)]
+    rows = [*notebook.all_rows(), *notebook.timings(), *studies_done(notebook.folder)]
     hours, usd = sum(row["device_hours"] for row in rows), sum(row["usd"] for row in rows)
     lines = ["## What this notebook cost", ""]
     if not rows:

@@ -56,18 +56,27 @@ def train_row(
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (str(file),)})})
     with open_run(run_dir, recipe, resume=True):
         with run_stage(recipe.cost, run_dir, "data"):
-            prepared = prepare(
-                recipe.data, vocab_size=recipe.model.vocab_size, seq_len=recipe.train.seq_len, seed=recipe.train.seed,
-                cache_dir=cache, progress=say,
-            )  # fmt: skip
-        model = Transformer(recipe.model).to(device())
-        if key_value_heads is not None:
-            use_shared_heads(model, key_value_heads)
-        model.init_weights(recipe.train.seed)
-        trainer = Trainer(recipe, model, Loader(trimmed(prepared.train), seed=recipe.train.seed))
+            prepared = text_of(recipe, cache)
+        trainer = trainer_of(recipe, prepared, key_value_heads)
         recent = _train(trainer, run_dir)
         with run_stage(recipe.cost, run_dir, "eval"):
             return _measured(trainer, recent, prepared, key_value_heads, run_dir)
+
+
+def text_of(recipe: Recipe, cache: Path) -> Prepared:
+    return prepare(
+        recipe.data, vocab_size=recipe.model.vocab_size, seq_len=recipe.train.seq_len, seed=recipe.train.seed,
+        cache_dir=cache, progress=say,
+    )  # fmt: skip
+
+
+def trainer_of(recipe: Recipe, prepared: Prepared, key_value_heads: int | None = None) -> Trainer:
+    """One that has not begun."""
+    model = Transformer(recipe.model).to(device())
+    if key_value_heads is not None:
+        use_shared_heads(model, key_value_heads)
+    model.init_weights(recipe.train.seed)
+    return Trainer(recipe, model, Loader(trimmed(prepared.train), seed=recipe.train.seed))
 
 
 def _train(trainer: Trainer, run_dir: Path) -> deque[StepResult]:
@@ -125,7 +134,6 @@ def _measured(
         "longest_spike": longest_spike(losses),
         "skipped": counters.skipped,
         "tokens": counters.tokens,
-        "seconds": round(counters.seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "active_parameters": _active(recipe, model),
         "cache_bytes": 2 * recipe.model.num_hidden_layers * cached_numbers(recipe.model, key_value_heads),
@@ -160,7 +168,7 @@ def account_of(run_dirs: Sequence[Path]) -> dict[str, Any]:
     return {
         "device_hours": sum(stage.device_hours for stage in stages),
         "usd": sum(stage.usd for stage in stages),
-        "load": round(os.getloadavg()[0] - threads, 2),  # of others, roughly: beside them seconds mean nothing
+        "load": round(os.getloadavg()[0] - threads, 2),  # of others, roughly
         "machine": f"{threads} of {cpus} CPUs, {processor()}, {platform.system()}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }

@@ -94,7 +94,8 @@ def test_the_pages_are_those_of_the_rows(modules):
 
 def test_every_row_belongs_to_a_claim(modules):
     known = {row["hash"] for row in modules[0].Notebook().all_rows()}
-    assert {file.stem for file in (EVIDENCE / "rows").glob("*.json") if not file.stem.startswith("study-")} == known
+    files = {file.stem for file in (EVIDENCE / "rows").glob("*.json")}
+    assert {stem for stem in files if not stem.startswith(("study-", "time-"))} == known
 
 
 def test_interval_is_students(modules):
@@ -264,22 +265,52 @@ def test_shared_heads_are_plain_attention(modules):
     assert torch.equal(models[0](changed).hidden_BTd[:, :20], a[:, :20])  # causal
 
 
+def a_corpus(folder):
+    rng = random.Random(0)
+    folder.mkdir()
+    for number in range(30):
+        words = rng.choices(["whale", "krill", "ocean", "sieve", "song", "deep"], k=90)
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+SMALL = [
+    "model.vocab_size=300", "model.hidden_size=32", "model.num_hidden_layers=2", "train.tokens=768",
+    "train.batch_tokens=128", "train.seq_len=32", "train.checkpoint_every=2", "data.heldout_fraction=0.2",
+]  # fmt: skip
+
+
+def test_seconds_are_those_of_the_arms_in_turns(modules, make, tmp_path, monkeypatch):
+    import times
+
+    from baleen.train.trainer import Trainer
+
+    monkeypatch.setattr(times, "WARM", 1)
+    monkeypatch.setattr(times, "ROUNDS", 2)
+    monkeypatch.setattr(times, "STEPS", 2)
+    taken, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: taken.append(self.recipe.train.weight_decay) or step(self))
+    keys = [*SMALL, "data.format=text", f"data.sources=['{a_corpus(tmp_path / 'corpus')}']"]
+    notebook = make(f"timed = true\noverrides = {json.dumps(keys)}")
+    assert notebook.run_seconds("c") is None
+    assert notebook.timings() == []
+    times.time_claim(notebook, "c", tmp_path / "runs")
+    assert taken == [0.1, 0.2] + 2 * [0.1, 0.1, 0.2, 0.2]
+    kept = json.loads((notebook.folder / "rows" / "time-c.json").read_text())
+    assert {arm: len(turns) for arm, turns in kept["seconds"].items()} == {"plain": 2, "new": 2}
+    assert notebook.run_seconds("c") == {arm: sum(turns) / 2 * 6 for arm, turns in kept["seconds"].items()}
+    assert kept["device_hours"] > 0
+    assert make(f"timed = true\noverrides = {json.dumps([*keys, 'train.eps=1e-7'])}").run_seconds("c") is None
+
+
 def test_a_row_that_was_stopped_measures_what_an_undisturbed_one_does(modules, tmp_path, monkeypatch):
     import row
 
     from baleen.recipe import load_recipe
     from baleen.train.rundir import Metrics
 
-    rng, corpus = random.Random(0), tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(30):
-        words = rng.choices(["whale", "krill", "ocean", "sieve", "song", "deep"], k=90)
-        (corpus / f"{number}.txt").write_text(" ".join(words))
-    keys = [
-        "model.vocab_size=300", "model.hidden_size=32", "model.num_hidden_layers=2", "train.tokens=768",
-        "train.batch_tokens=128", "train.seq_len=32", "train.checkpoint_every=2", "data.heldout_fraction=0.2",
-    ]  # fmt: skip
-    recipe, write = load_recipe(EVIDENCE / "base.toml", keys, [str(corpus)]), Metrics.write
+    corpus, write = a_corpus(tmp_path / "corpus"), Metrics.write
+    recipe = load_recipe(EVIDENCE / "base.toml", SMALL, [str(corpus)])
     monkeypatch.setattr(row, "LAST", 2)
 
     def train(name, stop=0):
@@ -289,8 +320,7 @@ def test_a_row_that_was_stopped_measures_what_an_undisturbed_one_does(modules, t
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(Metrics, "write", write_and_stop)
-        measured = row.train_row(recipe, tmp_path / name, None, cache=tmp_path / "data")
-        return {key: value for key, value in measured.items() if key != "seconds"}
+        return row.train_row(recipe, tmp_path / name, None, cache=tmp_path / "data")
 
     for step in (1, 5):  # of six, of which the last two are averaged
         with pytest.raises(KeyboardInterrupt):
