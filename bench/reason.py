@@ -1,9 +1,9 @@
-"""Does RL teach what more fine-tuning does not? Three seeds of chain sums, one of countdown by signs, with controls.
+"""Does RL teach what more fine-tuning does not? Three seeds of chain sums, one of sorting sums, each with its control.
 
     python bench/reason.py [NAME ...] [--run runs/bench-reason] [--seeds 3] [--json]
 
-NAME: chain_sum-0 and so on, or signs-0 (not doubled so far: docs/reasoning.md); all without one. Resumable: what is
-done is not done again. Kept in bench/results/reason.json.
+NAME: chain_sum-0 and so on, or sorting-0; all without one. Resumable: what is done is not done again. Kept in
+bench/results/reason.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from baleen.align.reason import run_reason
 from baleen.align.recipe import AlignRecipe, load_align_recipe
-from baleen.align.tasks import Signs
+from baleen.align.tasks import Sorting
 
 RESULTS = Path(__file__).parent / "results" / "reason.json"
 KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
@@ -37,21 +37,21 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def of_signs(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe with countdown by plus and minus, which has longer thoughts; who hurries shows no search."""
+def of_sorting(recipe: AlignRecipe) -> AlignRecipe:
+    """The recipe with sums to be sorted, whose thoughts are longer: half as many steps again for the cold start."""
     sft, rl = recipe.stages
     assert recipe.model is not None
-    train = sft.train.model_copy(update={"tokens": 2_112_000, "batch_tokens": 2112, "seq_len": 352})
-    rl = rl.model_copy(update={"steps": 32, "sampling": rl.sampling.model_copy(update={"max_tokens": 320})})
-    model = recipe.model.model_copy(update={"max_position_embeddings": 384})
-    stages = (sft.model_copy(update={"train": train}), rl)
-    return recipe.model_copy(update={"tasks": (Signs(numbers=(5, 5), largest=9),), "stages": stages, "model": model})
+    model = recipe.model.model_copy(update={"max_position_embeddings": 256})
+    sft = sft.model_copy(update={"train": sft.train.model_copy(update={"tokens": 3_072_000, "seq_len": 256})})
+    rl = rl.model_copy(update={"sampling": rl.sampling.model_copy(update={"max_tokens": 160})})
+    task = Sorting(numbers=(2, 3), terms=(3, 4))
+    return recipe.model_copy(update={"tasks": (task,), "stages": (sft, rl), "model": model})
 
 
 def runs(seeds: int) -> dict[str, AlignRecipe]:
     recipe = load_align_recipe("reason")
     named = {f"chain_sum-{seed}": of_seed(recipe, seed) for seed in range(seeds)}
-    return named | {"signs-0": of_signs(recipe)}
+    return named | {"sorting-0": of_sorting(recipe)}
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
+from baleen.model.machine import device
 from baleen.model.transformer import Transformer
 from baleen.recipe import Recipe
-from baleen.train.loop import Interruption, device, run_stage
+from baleen.train.loop import Interruption, run_stage
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import Metrics, open_run, read_metrics
 from baleen.train.saver import Saver

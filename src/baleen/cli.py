@@ -34,6 +34,7 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the new
 MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this many steps in all.")]
 TrackOption = Annotated[str, typer.Option("--track", help="none, tensorboard, trackio or wandb.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16, fp16, fp8 or fp8-ue8m0.")]
+WeightsOption = Annotated[str | None, typer.Option("--weights", help="On a CPU: fp32, bf16, int8 or int4.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -148,9 +149,11 @@ def chat_(
     api_key: Annotated[str | None, typer.Option(envvar="BALEEN_API_KEY", help="The server's key.")] = None,
     votes: Annotated[int, typer.Option(min=1, help="With --prompt: the majority of so many answers.")] = 1,
     thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thought at most.")] = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Talk to a model, here or on a server."""
     from dataclasses import replace
+    from functools import partial
 
     from rich.console import Console
 
@@ -158,6 +161,7 @@ def chat_(
     from baleen.data.document import Message
     from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat, params_of
     from baleen.infer.engine import Engine
+    from baleen.infer.native.runner import fastest_runner
     from baleen.infer.parse import opens_reasoning
     from baleen.infer.thinking import ThinkingBudget
     from baleen.interop.load import load
@@ -165,8 +169,8 @@ def chat_(
 
     if (run is None) == (url is None):
         raise UserError("chat takes either a RUN or a --url")
-    if url is not None and (votes > 1 or thinking_budget is not None):
-        raise UserError("--votes and --thinking-budget are for a RUN on this machine: leave them out with --url")
+    if url is not None and (votes > 1 or thinking_budget is not None or weights is not None):
+        raise UserError("--votes, --thinking-budget and --weights are for a RUN here: leave them out with --url")
     if votes > 1 and prompt is None:
         raise UserError("--votes is for one question: give it by --prompt")
     params = CHAT_PARAMS
@@ -175,7 +179,7 @@ def chat_(
     else:
         assert run is not None
         loaded = load(run)
-        engine = Engine(loaded.model, loaded.tokenizer)
+        engine = Engine(loaded.model, loaded.tokenizer, runner=partial(fastest_runner, format=weights))  # type: ignore[arg-type]
         partner = Local(engine)
         if votes == 1:  # a vote needs answers that differ
             params = params_of(loaded.path)
@@ -205,6 +209,8 @@ def serve(
     speculate: Annotated[bool, typer.Option(help="Let the MTP layers draft while it pays.")] = True,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 256,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache of a model holds.")] = None,
+    weights: WeightsOption = None,
+    usd_per_device_hour: Annotated[float, typer.Option(min=0, help="For the bill; 0: recipe's or table's.")] = 0.0,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 8 * 2**20,
     max_prompt_tokens: Annotated[int, typer.Option(help="0: what the model's context holds.")] = 0,
     max_choices: Annotated[int, typer.Option(help="Answers of one request: n times its prompts.")] = 64,
@@ -234,6 +240,8 @@ def serve(
         speculate="auto" if speculate else 0,
         max_batch=max_batch,
         cache_tokens=cache_tokens,
+        weights=weights,  # type: ignore[arg-type]
+        usd_per_device_hour=usd_per_device_hour,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
 

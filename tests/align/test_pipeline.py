@@ -19,6 +19,8 @@ from baleen.eval.report import hacked_reward, write_report
 from baleen.interop.huggingface import save_model
 from baleen.interop.load import load
 from baleen.model.transformer import Transformer
+from baleen.train import checkpoint
+from baleen.train.checkpoint import NotSaved
 from baleen.train.display import Display
 from baleen.train.loop import weights_sha256
 from baleen.train.rundir import read_metrics
@@ -282,12 +284,15 @@ def test_a_reward_that_fails_is_nothing_and_counted_and_the_run_goes_on(tmp_path
 
 
 def test_truncated_answers_can_be_left_out_of_learning(tmp_path):
-    rl = RL | {"steps": 1, "kl_coef": 0.0, "mask_truncated": True, "sampling": {"max_tokens": 1}}
-    run(tiny_recipe(SFT, rl), tmp_path / "run")
-    row = read_metrics(tmp_path / "run")[-1]
-    assert row["truncated"] > 0.5
-    if row["truncated"] == 1:
-        assert sha(tmp_path / "run") == sha(tmp_path / "run/stages/1-sft")
+    (tmp_path / "mine.py").write_text("def f(prompt, completion, answer):\n    return sum(completion.encode()) % 5.0\n")
+    rewards = [{"name": f"{tmp_path}/mine.py:f"}]
+    rl = RL | {"steps": 1, "kl_coef": 0.0, "sampling": {"max_tokens": 1}, "rewards": rewards}
+    for left_out in (False, True):
+        run(tiny_recipe(SFT, rl | {"mask_truncated": left_out}), tmp_path / f"run{left_out}")
+        row = read_metrics(tmp_path / f"run{left_out}")[-1]
+        assert row["truncated"] == 1 and row["degenerate_groups"] < 1
+        learnt = sha(tmp_path / f"run{left_out}") != sha(tmp_path / f"run{left_out}/stages/1-sft")
+        assert learnt is not left_out
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.01])
@@ -319,6 +324,30 @@ def test_a_conversation_longer_than_a_row_is_named(tmp_path):
     short = SFT | {"train": SFT["train"] | {"seq_len": 8}}
     with pytest.raises(UserError, match="raise train.seq_len"):
         run(tiny_recipe(short), tmp_path / "run")
+    fewer = SFT | {"worked": 30}  # and so another tokenizer
+    assert run(tiny_recipe(fewer), tmp_path / "run")["status"] == "done"  # the cure, in the same directory
+    run(tiny_recipe(fewer), tmp_path / "straight")
+    assert sha(tmp_path / "run") == sha(tmp_path / "straight")
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        run(tiny_recipe(SFT), tmp_path / "run")
+
+
+def test_a_full_disk_is_told_when_it_stops(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise NotSaved("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    align(tiny_recipe(SFT), tmp_path / "run", max_steps=2)
+    assert "stopped and NOT saved; step 0 is the last that is; go on with --resume" in capsys.readouterr().err
+
+
+def test_the_settings_that_a_base_answers_by_go_along(tmp_path):
+    run(tiny_recipe(SFT), tmp_path / "base")
+    file = tmp_path / "base/model/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False}))
+    run(tiny_recipe(SFT, RL | {"steps": 1}, base=str(tmp_path / "base"), model=None), tmp_path / "run")
+    for name in ("stages/1-sft/model", "stages/2-rl/model", "model"):
+        assert json.loads((tmp_path / f"run/{name}/generation_config.json").read_text())["do_sample"] is False
 
 
 def test_commands_refuse_recipes_of_other_stages():

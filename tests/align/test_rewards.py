@@ -47,7 +47,8 @@ def test_countdown_reached(said):
 
 @pytest.mark.parametrize(
     "said",
-    ["24", "8*8*3", "5*5-1", "3*", "__import__('os')", "3*8.0", "2**3*3", "8/0", "True*24", "-(3*8)*-1", "(" * 9000],
+    ["24", "8*8*3", "5*5-1", "3*", "__import__('os')", "3*8.0", "2**3*3", "8/0", "True*24", "-(3*8)*-1", "(" * 9000]
+    + ["3*8=25", "3*8 # right", "3*8=", "3*8=24=24", "3*8" + 200 * " " + "or not"],
 )
 def test_countdown_not_reached(said):
     assert countdown("", R(said), GIVEN) == 0

@@ -1,6 +1,5 @@
 """Every generated question is answered by its own worked solution, and training shares no question with testing."""
 
-import json
 import random
 import re
 from itertools import islice
@@ -9,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baleen.align.recipe import load_align_recipe
 from baleen.align.rewards import REWARDS, format_
 from baleen.align.tasks import (
     ChainSum,
     Comparison,
     Countdown,
     LetterCounting,
-    Signs,
     Sorting,
     distinct_questions,
     questions,
@@ -27,10 +26,10 @@ TASKS = [
     ChainSum(terms=(2, 6)),
     ChainSum(terms=(2, 3), digits=2),
     Countdown(numbers=(2, 4)),
-    Signs(),
     Comparison(digits=(1, 5)),
     LetterCounting(words=(1, 3)),
     Sorting(numbers=(1, 6), digits=2),
+    Sorting(numbers=(1, 4), terms=(2, 3)),
 ]
 by_name = pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}")
 
@@ -103,11 +102,13 @@ def test_training_and_testing_share_no_question(task, seeds):
     assert not train & test
 
 
-@pytest.mark.parametrize("task", [Countdown(), Sorting(), Comparison()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [Countdown(), Sorting(), Sorting(terms=(2, 3)), Comparison()], ids=lambda task: task.name
+)
 def test_the_same_numbers_in_another_order_are_no_new_question(task):
     def asked(split):
         words = (q.prompt.replace(",", "").split() for q in islice(questions([task], split, 0), 2000))
-        return {tuple(sorted(word for word in prompt if word.isdigit())) for prompt in words}
+        return {tuple(sorted(word for word in prompt if word[0].isdigit())) for prompt in words}
 
     if task.name == "countdown":  # the target is not one of the numbers given
 
@@ -150,8 +151,8 @@ def test_a_task_without_a_question_of_the_split_ends():
 
 
 def test_a_range_that_is_upside_down_is_refused():
-    with pytest.raises(ValueError, match="fewest first"):
-        next(questions([Sorting(numbers=(5, 3))], "train", 0))
+    with pytest.raises(UserError, match=r"tasks.*fewest first"):
+        load_align_recipe("reason", ["tasks=[{name='chain_sum', terms=[5, 3]}]"])
 
 
 def test_the_prompt_never_gives_the_answer_form_away():
@@ -161,14 +162,10 @@ def test_the_prompt_never_gives_the_answer_form_away():
 
 @given(seed=st.integers(0, 2**32))
 @settings(deadline=None)
-def test_signs_are_tried_until_the_target_is_reached(seed):
-    question = Signs(numbers=(2, 5)).question(random.Random(seed))
-    tried, way = "".join(question.worked).split("\n")
-    target, given = json.loads(question.answer)
-    equations = [each.split("=") for each in tried.removeprefix("Try ").split()]
-    assert all(eval(left) == int(right) for left, right in equations)
-    assert len({left for left, _ in equations}) <= 2 ** len(given)
-    assert way == f"{question.solution}={target}" and int(equations[-1][1]) == target
-    used = sorted(map(int, re.findall(r"\d+", question.solution)), reverse=True)
-    assert used == sorted(given, reverse=True) and eval(question.solution) == target > 0
-    assert question.hasty().completion == f"<think>{way}</think><answer>{question.solution}</answer>"
+def test_sums_are_worked_out_before_they_are_sorted(seed):
+    question = Sorting(numbers=(1, 5), terms=(2, 3)).question(random.Random(seed))
+    *lines, last = "".join(question.worked).split("\n")
+    reckoned = [int(line.rpartition("=")[2]) for line in lines]
+    assert [eval(asked) for asked in question.prompt.split()[1:]] == reckoned
+    assert last == f"So {question.solution}" and [*map(int, question.solution.split())] == sorted(reckoned)
+    assert question.hasty().completion == f"<think>{last}</think><answer>{question.solution}</answer>"

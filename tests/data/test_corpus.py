@@ -66,6 +66,17 @@ def test_a_folder_is_read_in_order_and_passes_over_what_is_no_text(tmp_path):
     assert [p.name for p in source_files(str(tmp_path))][:2] == ["a.txt", "b.md"]
 
 
+def test_rows_behind_a_broken_one_are_not_lost_in_silence(tmp_path):
+    """A jsonl that is none from its first line on is passed over in a folder; one that breaks off later is told."""
+    (tmp_path / "none.jsonl").write_bytes(b"\x00\x01\n")
+    (tmp_path / "some.jsonl").write_bytes(b'{"text": "x"}\n\xff\n{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"some\.jsonl:2 is not UTF-8"):
+        texts(tmp_path)
+    (tmp_path / "some.jsonl").unlink()
+    (tmp_path / "a.txt").write_text("first")
+    assert texts(tmp_path, counts=(counts := Counter())) == ["first"] and counts["files_binary"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [

@@ -8,7 +8,6 @@ import pytest
 
 from baleen.config import UserError
 from baleen.data.clean import text_hash
-from baleen.data.loader import Loader
 from baleen.data.prepare import prepare
 from baleen.recipe import DataConfig
 
@@ -95,17 +94,6 @@ def test_chats_are_rendered_by_the_template(chats, tmp_path):
     assert prepared.train.loss_mask is None
 
 
-def test_assistant_only_masks_the_users_words(chats, tmp_path):
-    prepared = run(chats, tmp_path / "cache", vocab_size=300, assistant_only=True)
-    tokens, mask = prepared.train.flat_tokens, prepared.train.flat_loss_mask
-    assert mask is not None
-    inside = False
-    for token, on in zip(tokens.tolist(), mask.tolist(), strict=True):
-        assert on == inside
-        inside = token == prepared.tokenizer.assistant_id or (inside and token != prepared.tokenizer.eos_id)
-    assert Loader(prepared.train, seed=0).next_batch(2).loss_mask is not None
-
-
 def test_fim_and_split_pretokens_lose_nothing(folder, tmp_path):
     plain = run(DataConfig(sources=(str(folder),)), tmp_path / "cache")
     data = DataConfig(sources=(str(folder),), fim_rate=0.5, pretoken_split_rate=0.5)
@@ -152,7 +140,6 @@ def test_settings_that_do_not_fit_the_text(folder, chats, tmp_path):
         "nothing is left of the text": lambda: run(data.model_copy(update={"min_chars": 10**6}), cache),
         "hold others out": lambda: run(data.model_copy(update={"heldout_fraction": 1.0}), cache),
         "are for data.format 'text'": lambda: run(chats.model_copy(update={"fim_rate": 0.1}), cache),
-        "only conversations have an assistant": lambda: run(data, cache, assistant_only=True),
         "neither a file": lambda: run(DataConfig(sources=("nowhere",)), cache),
         "no text to read": lambda: run(DataConfig(), cache),
     }.items():

@@ -168,6 +168,7 @@ def test_a_request_that_never_fits(engine):
     with pytest.raises(UserError, match="may grow to 40 tokens, but the cache holds 32"):
         e.submit(Request(text(10), drawn(max_tokens=30)))
     assert len(e.complete([Request(text(10), drawn(max_tokens=22))], speculate=2)[0].token_ids) == 22
+    assert not e.complete([Request(text(32), drawn(max_tokens=0, prompt_logprobs=0))])[0].token_ids
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def test_drafted_is_plain(tiny_model, depth, temperature):
 
 
 def test_in_float32_only_ties_may_differ(tiny_model):
-    """DESIGN's rule of twins: another token only where the two best logits, or a routing margin, lie within 1e-4."""
+    """The rule of twins: another token only where the two best logits, or a routing margin, lie within 1e-4."""
     model = tiny_model(num_nextn_predict_layers=2)
     engine = Engine(model, ByteTokenizer(), runner=TorchRunner)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)

@@ -30,7 +30,7 @@ WORDY = {str(id): -100 for id in (*range(len(SPECIAL_TOKENS)), *range(TOKENS, CO
 def running(engines, *, limits=None, **options):
     """A server over {name: engine}; yields it with `.url`, `.port` and `.service`."""
     models = Models([Served(name, engine) for name, engine in engines.items()])
-    service = make_service(models, limits or Limits(), devices=1, rate=rate_card("cpu"))
+    service = make_service(models, limits or Limits(), rate_card("cpu"))
     ready = threading.Event()
     app = create_app(service, **options)
     server = Server(app, service, started=ready.set)

@@ -18,11 +18,13 @@ from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load
 from baleen.interop.upcycle import upcycle
 from baleen.recipe import DataConfig
+from baleen.train import checkpoint
+from baleen.train.checkpoint import NotSaved
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import distilled, draft_loss, freeze_trunk
-from baleen.train.own_text import beginnings
-from baleen.train.rundir import Metrics
+from baleen.train.own_text import beginnings, own_text
+from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
 
@@ -65,7 +67,8 @@ def test_only_the_mtp_layers_change(tmp_path, base, recipe):
     assert changed and all(name.startswith("model.layers.3.") for name in changed)
     assert '"do_sample": false' in (tmp_path / "run/model/generation_config.json").read_text()  # as the base says
     assert summary["status"] == "done" and summary["step"] == 8 and 0 <= summary["agreement"] <= 1
-    own = PackedTokens.open(tmp_path / "run/data/own-text", 16)
+    (folder,) = (tmp_path / "run/data/own-text").iterdir()
+    own = PackedTokens.open(folder, 16)
     starts = np.flatnonzero(np.diff(own.flat_document_ids, prepend=-1))
     assert own.flat_loss_mask is not None
     for start, stop in zip(starts, [*starts[1:], len(own.flat_tokens)], strict=True):  # prompt, then what is learnt
@@ -83,6 +86,63 @@ def test_smollm2_drafts_once_its_mtp_layer_has_been_trained(tmp_path, base, reci
     assert trained.path == smollm2.drafting_directory() != fresh == load("smollm2", to_train=True).path
     expected = load_model(tmp_path / "run/model").state_dict()
     assert all(torch.equal(a, expected[name]) for name, a in trained.model.state_dict().items())
+
+
+def test_a_trial_of_a_few_steps_leaves_smollm2_as_it_was(tmp_path, base, recipe, monkeypatch):
+    base()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(tmp_path / "base", smollm2.cached_directory())
+    train_on(recipe().model_copy(update={"base": "smollm2"}), tmp_path / "run", only="mtp", max_steps=2)
+    assert load("smollm2").path == smollm2.cached_directory()
+
+
+@pytest.mark.parametrize("only", ["mtp", "all"])
+def test_micro_batches_make_the_same_step(tmp_path, base, recipe, only):
+    """Rows of the model's own text have fewer learnt targets: a micro-batch counts by those."""
+    base()
+    losses = []
+    for size in (0, 1):
+        plain = recipe(own=6, tokens=64, micro_batch_size=size, mtp_loss_weight=0.0, balance_loss_weight=0.0)
+        train_on(plain, tmp_path / f"run{size}", only=only)
+        losses.append(read_metrics(tmp_path / f"run{size}")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_counted_and_told(tmp_path, base, recipe, monkeypatch, capsys):
+    base()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    train_on(recipe(tokens=128), tmp_path / "run", only="mtp")
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    assert "step 2: the gradient is not finite; the update is left out" in capsys.readouterr().err
+    one, other = (load_model(tmp_path / name).state_dict() for name in ("base", "run/model"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_full_disk_is_told_when_it_stops(tmp_path, base, recipe, monkeypatch, capsys):
+    base()
+
+    def full(*_, **__):
+        raise NotSaved("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(Metrics, "write", lambda self, row: row["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    train_on(recipe(), tmp_path / "run", only="mtp")
+    assert "stopped at step 2 and NOT saved; step 0 is the last that is" in capsys.readouterr().err
+
+
+def test_own_words_are_those_of_this_text_and_this_model(tmp_path, base, recipe):
+    prepared = PackedTokens(16, np.arange(3, 275, dtype=np.int32), np.arange(272, dtype=np.int32) // 16)
+    model, config = base(), OwnTextConfig(prompts=4, prompt_tokens=4, max_tokens=4)
+    tokenizer = load(tmp_path / "base").tokenizer
+
+    def made(seed=0):
+        own_text(model, tokenizer, prepared, config, tmp_path / "own", seed=seed, progress=lambda _: None)
+        return len(list((tmp_path / "own").iterdir()))
+
+    assert (made(), made(), made(seed=1)) == (1, 1, 2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    assert made() == 3
 
 
 def test_an_mtp_layer_learns_what_the_trunk_will_say(base):

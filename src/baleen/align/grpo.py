@@ -66,9 +66,12 @@ def grpo(work: Work, stage: RLStage) -> Progress:
             started = time.monotonic()
             drawn_before = progress.tokens
             groups, degenerate = collect(work, stage, judge, progress)
+            left_out = progress.skipped
             with _timed(progress.seconds, "update"):
                 row = policy.update(groups)
             progress.step += 1
+            if progress.skipped > left_out:
+                work.display.warn_if_left_out(work.first_step + progress.step, math.nan)
             speed = (progress.tokens - drawn_before) / (time.monotonic() - started)
             row = {"step": work.first_step + progress.step, "stage": "rl", **describe(groups), **row}
             row |= {"degenerate_groups": degenerate, "tokens_per_second": round(speed, 1)}
@@ -280,11 +283,13 @@ class Policy:
                         seen["gap_tokens"] += tokens.mask_NT.sum().item()
                         seen["largest_gap"] = max(seen["largest_gap"], gap_NT.max().item())
                 seen["updates"] += 1
-                seen["grad_norm"] += self._step(lr, loads)
+                norm = self._step(lr, loads)
+                seen["grad_norm"] += norm if math.isfinite(norm) else 0.0
+                seen["finite"] += math.isfinite(norm)
         return {
             "loss": seen["loss"] / max(1, seen["updates"]),
             "lr": lr,
-            "grad_norm": seen["grad_norm"] / max(1, seen["updates"]),
+            "grad_norm": seen["grad_norm"] / seen["finite"] if seen["finite"] else None,
             "entropy": _ratio(seen["entropy"], seen["tokens"]),
             "kl": _ratio(seen["kl"], seen["tokens"]) if self.reference is not None else None,
             "clipped": _ratio(seen["clipped"], seen["tokens"]),
@@ -301,7 +306,7 @@ class Policy:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.clip_norm)
         if not torch.isfinite(norm):
             self.progress.skipped += 1
-            return 0.0
+            return norm.item()
         self.optimizer.step(lr)
         if self.stage.bias_update_speed:
             for gate, load in zip(self.model.gates, loads, strict=False):  # those of the MTP layers saw nothing

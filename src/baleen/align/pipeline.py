@@ -6,7 +6,7 @@ done: that is how a resumed run knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
-from baleen.interop.load import Loaded, load, model_path
+from baleen.interop.load import Loaded, generation_of, load, model_path
+from baleen.model.machine import device
 from baleen.model.transformer import Transformer
 from baleen.train.display import Display
-from baleen.train.loop import Interruption, device, run_stage
+from baleen.train.loop import Interruption, run_stage
 from baleen.train.rundir import open_run, read_metrics, require_one_process, write_aside
 from baleen.train.saver import Saver
 from baleen.train.upcycled import keep_constants
+
+KEEP = 2  # checkpoints of a stage whose recipe does not say
 
 
 def align(
@@ -71,6 +74,7 @@ def check(recipe: AlignRecipe, stages: Sequence[Stage]) -> None:
 class Pipeline:
     def __init__(self, recipe: AlignRecipe, run_dir: Path, display: Display, max_steps: int | None = None):
         self.recipe, self.run_dir, self.display, self.max_steps = recipe, run_dir, display, max_steps
+        self._standing = "and saved"
 
     def run(self, resume: bool) -> dict[str, Any]:
         require_one_process("post-training")
@@ -85,7 +89,7 @@ class Pipeline:
                 if self.is_done(number):
                     continue
                 if interruption.wanted or not self._do(number, stage, interruption):
-                    self.display.say("stopped and saved; go on with --resume")
+                    self.display.say(f"stopped {self._standing}; go on with --resume")
                     return self.summary("stopped")
         self._export()
         return self.summary("done")
@@ -97,18 +101,19 @@ class Pipeline:
         with run_stage(recipe.cost, self.run_dir, self.ledger_name(number)) as ledger, self.display:
             loaded = self.start_of(number)
             folder = self.folder(number)
-            saver = Saver(folder / "checkpoints", keep=2, warn=self.display.warn)
+            keep = stage.train.keep_checkpoints if isinstance(stage, SFTStage) else KEEP
+            saver = Saver(folder / "checkpoints", keep=keep, warn=self.display.warn)
             work = Work(
                 recipe, self.run_dir, folder, self.first_step(number), loaded.model.train(), loaded.tokenizer,
                 ledger, saver, self.display, interruption, self.max_steps,
             )  # fmt: skip
-            finished = self._work(work, number)
+            finished = self._work(work, number, generation_of(loaded.path))
             if not finished:
                 ledger.interrupted()
         return finished
 
-    def _work(self, work: Work, number: int) -> bool:
-        """One stage; whether it came to its end."""
+    def _work(self, work: Work, number: int, generation: Mapping[str, Any]) -> bool:
+        """One stage; whether it came to its end. generation: the settings that its model came with, which stay."""
         stage = self.recipe.stages[number]
         if isinstance(stage, SampleStage):
             return sample_answers(work, stage)
@@ -119,9 +124,10 @@ class Pipeline:
         else:
             trainer = fine_tune(work, stage, conversations(work, stage, self.sampled(number)))
             finished, steps = trainer.done, trainer.counters.step
+        self._standing = work.saver.standing(steps)
         if finished:
             write_aside(work.folder / "steps", f"{steps}\n")
-            save_model(work.model, work.folder / "model", tokenizer=work.tokenizer)
+            save_model(work.model, work.folder / "model", tokenizer=work.tokenizer, generation=generation)
         return finished
 
     # --- what a stage finds and leaves
@@ -144,17 +150,17 @@ class Pipeline:
         """The model that a stage begins with."""
         stage = self.recipe.stages[number]
         if isinstance(stage, SampleStage) and stage.teacher:
-            return load(stage.teacher, device=device())
+            return load(stage.teacher)
         fresh = not isinstance(stage, SampleStage) and stage.start == "base"
         trained = [] if fresh else [i for i in range(number) if self.recipe.stages[i].kind != "sample"]
         if trained:
-            return load(self.folder(trained[-1]), dtype=torch.float32, device=device())
+            return load(self.folder(trained[-1]), dtype=torch.float32)
         return self.base()
 
     def base(self) -> Loaded:
         """recipe.base, or a new network from its seed with a tokenizer of the tasks' own words."""
         if self.recipe.base:
-            return load(self.recipe.base, dtype=torch.float32, device=device(), to_train=True)
+            return load(self.recipe.base, dtype=torch.float32, to_train=True)
         assert self.recipe.model is not None
         model = Transformer(self.recipe.model).to(device())
         model.init_weights(self.seed)
@@ -207,7 +213,8 @@ class Pipeline:
             loaded = load(self.folder(trained[-1])) if trained else self.base()
             cost = card_paragraph(cost_card(self.run_dir))
             card = model_card(loaded.model.config, name=self.recipe.name, cost=cost)
-            save_model(loaded.model, self.run_dir / "model", tokenizer=loaded.tokenizer, card=card)
+            rest = {"tokenizer": loaded.tokenizer, "generation": generation_of(loaded.path), "card": card}
+            save_model(loaded.model, self.run_dir / "model", **rest)
 
     def summary(self, status: str) -> dict[str, Any]:
         rows: Sequence[dict[str, Any]] = read_metrics(self.run_dir)

@@ -22,7 +22,7 @@ from baleen.cost.ledger import lab_of
 from baleen.eval.report import write_report
 from baleen.interop.load import load
 from baleen.train.display import Display
-from baleen.train.loop import device, run_stage
+from baleen.train.loop import run_stage
 from baleen.train.precision import keep_freed_memory
 from baleen.train.rundir import read_metrics, write_aside
 
@@ -63,7 +63,7 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
     summary = summarise(run_dir, measured, rl)
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run_dir)
-    tell(console, summary, measured, run_dir, report)
+    tell(console, summary, measured, run_dir, report, asked[0].prompt)
     return summary
 
 
@@ -92,7 +92,7 @@ def measured_at(recipe: AlignRecipe, path: Path, asked: Sequence[Question]) -> d
     """Accuracy of the model at `path` on these questions."""
     rl = recipe.stages[1]
     assert isinstance(rl, RLStage)
-    loaded = load(path, device=device())
+    loaded = load(path)
     with Judge(sorted({question.verifier for question in asked}), rl.reward_seconds) as judge:
         return measure(
             loaded.model, loaded.tokenizer, asked, judge, rl.sampling, samples=SAMPLES, seed=1, system=recipe.system
@@ -147,7 +147,7 @@ def summarise(run_dir: Path, measured: dict[str, dict[str, Any]], rl: list[Stage
 
 
 def tell(
-    console: Console, summary: dict[str, Any], measured: dict[str, dict[str, Any]], run_dir: Path, report: Path
+    console: Console, summary: dict[str, Any], measured: dict[str, Any], run_dir: Path, report: Path, ask: str
 ) -> None:
     table = Table(title=f"{QUESTIONS} unseen questions, 95 % intervals (Wilson)")
     for column in ("", "greedy", f"mean of {SAMPLES} at T = 1", f"majority of {SAMPLES}", "tokens an answer"):
@@ -171,4 +171,4 @@ def tell(
     console.print(f"RL took {duration(summary['rl_seconds'])} ({shares}) and {usd(summary['rl_usd'])}.")
     if summary["usd_per_point"] is not None:
         console.print(f"What a point of accuracy cost: {usd(summary['usd_per_point'])}.")
-    console.print(f"Ask it:   baleen chat {run_dir} --prompt '3+8-2+7='\nCurves:   {report}", highlight=False)
+    console.print(f"Ask it:   baleen chat {run_dir} --prompt '{ask}'\nCurves:   {report}", highlight=False)

@@ -55,13 +55,15 @@ class SFTStage(Strict):
     sources: tuple[str, ...] = ()  # files or packages of conversations
     sampled: bool = False  # what the sample stages before kept
     eval_samples: Count = 0  # answers to a held-out question at temperature 1, beside the greedy one
-    train: TrainConfig
+    train: TrainConfig  # eval_every: of held-out questions, at the end too; 0: not at all. No samples are shown
     schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
     def _something(self) -> SFTStage:
         if not (self.worked or self.sources or self.sampled):
             raise ValueError("an sft stage has nothing to learn from: set worked, sources or sampled = true")
+        if self.train.ema_decay:
+            raise ValueError("an sft stage hands on the weights, not their average: leave out train.ema_decay")
         return self
 
 

@@ -23,7 +23,7 @@ Reward = Callable[[str, str, str], float]
 FORMAT = re.compile(r"\s*<think>(?P<thought>.+?)</think>\s*<answer>(?P<answer>.+?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 LONG = 200  # characters at which `length` is full
-MAX_EXPRESSION = 200  # characters of a countdown answer that are read
+EXPRESSION = re.compile(r"(?P<expression>[\d+\-*/() ]{1,200})(?:= *(?P<value>\d{1,20}))?", re.ASCII)  # of countdown
 
 
 def number(prompt: str, completion: str, answer: str) -> float:
@@ -54,10 +54,12 @@ def countdown(prompt: str, completion: str, answer: str) -> float:
     answer: JSON [target, [numbers]].
     """
     target, numbers = json.loads(answer)
-    found = (answer_of(completion) or "").split("=")[0]
+    match = EXPRESSION.fullmatch((answer_of(completion) or "").strip())
+    if match is None or (match["value"] and int(match["value"]) != target):
+        return 0.0
     try:
         used: list[int] = []
-        value = _evaluate(ast.parse(found.strip()[:MAX_EXPRESSION], mode="eval").body, used)
+        value = _evaluate(ast.parse(match["expression"].strip(), mode="eval").body, used)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return 0.0
     return float(value == target and not Counter(used) - Counter(numbers))

@@ -91,9 +91,10 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
             "step": work.first_step + counters.step, "stage": "sft", "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3), "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
             "tokens_per_second": round(result.tokens / result.seconds, 1), "max_violation": result.max_violation,
-            "usd": work.ledger.usd_of_run,
+            "skipped": counters.skipped, "usd": work.ledger.usd_of_run,
         }  # fmt: skip
-        if stage.train.eval_every and counters.step % stage.train.eval_every == 0:
+        work.display.warn_if_left_out(counters.step, result.grad_norm)
+        if stage.train.eval_every and (trainer.done or counters.step % stage.train.eval_every == 0):
             row |= heldout_accuracy(work, stage)
             counters.wall_seconds = wall + time.monotonic() - started
         _tell(work, trainer, row)

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import islice, pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
 from baleen.config import Strict, UserError
 
@@ -32,6 +32,15 @@ WORDS = (
 # fmt: on
 
 Level = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _ascending(limits: tuple[int, int]) -> tuple[int, int]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{list(limits)}: write the fewest first, then the most")
+    return limits
+
+
+Limits = Annotated[tuple[Level, Level], AfterValidator(_ascending)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class ChainSum(Strict):
     """
 
     name: Literal["chain_sum"] = "chain_sum"
-    terms: tuple[Level, Level] = (2, 5)  # fewest and most
+    terms: Limits = (2, 5)  # fewest and most
     digits: Annotated[int, Field(ge=1, le=6)] = 1
 
     def question(self, rng: random.Random) -> Question:
@@ -109,7 +118,7 @@ class Countdown(Strict):
     """Reach a target from given numbers, each used once at most: the thought is the way the target was made."""
 
     name: Literal["countdown"] = "countdown"
-    numbers: tuple[Level, Level] = (3, 3)  # fewest and most
+    numbers: Limits = (3, 3)  # fewest and most
     largest: Annotated[int, Field(ge=2, le=100)] = 10
 
     def question(self, rng: random.Random) -> Question:
@@ -131,46 +140,11 @@ class Countdown(Strict):
         return Question(prompt, json.dumps([value, given]), "countdown", tuple(worked), expression, key)
 
 
-class Signs(Strict):
-    """Countdown with all numbers, by plus and minus alone: the thought tries the signs, from the largest number down
-    and plus before minus, until one way ends at the target. 10 from 9 5 4: `Try 9+5=14 14+4=18 14-4=10`, so `9+5-4=10`.
-    """
-
-    name: Literal["signs"] = "signs"
-    numbers: tuple[Level, Level] = (4, 4)  # fewest and most
-    largest: Annotated[int, Field(ge=2, le=100)] = 12
-
-    def question(self, rng: random.Random) -> Question:
-        given = [rng.randint(1, self.largest) for _ in range(_within(rng, self.numbers))]
-        first, *others = sorted(given, reverse=True)
-        target = first + sum(rng.choice((1, -1)) * number for number in others)
-        target = target if target > 0 else 2 * first - target  # with all other signs turned
-        tried, signed = _try_signs(first, others, target)
-        expression = f"{first}{signed}"
-        prompt, key = f"Make {target} from {' '.join(map(str, given))}", f"{target} from {sorted(given)}"
-        worked = ("", f"Try {' '.join(tried)}\n", f"{expression}={target}")
-        return Question(prompt, json.dumps([target, given]), "countdown", worked, expression, key)
-
-
-def _try_signs(value: int, left: Sequence[int], target: int) -> tuple[list[str], str | None]:
-    """(all that is tried, the signed numbers by which `value` becomes the target; None if none do)."""
-    if not left:
-        return [], "" if value == target else None
-    tried: list[str] = []
-    for sign in "+-":
-        reached = value + int(f"{sign}{left[0]}")
-        more, signed = _try_signs(reached, left[1:], target)
-        tried += [f"{value}{sign}{left[0]}={reached}", *more]
-        if signed is not None:
-            return tried, f"{sign}{left[0]}{signed}"
-    return tried, None
-
-
 class Comparison(Strict):
     """The larger of two numbers of the same length: the thought is the first digits that differ."""
 
     name: Literal["comparison"] = "comparison"
-    digits: tuple[Level, Level] = (2, 6)
+    digits: Limits = (2, 6)
 
     def question(self, rng: random.Random) -> Question:
         digits = _within(rng, self.digits)
@@ -193,7 +167,7 @@ class LetterCounting(Strict):
     """How often a letter stands in a word: the thought spells the word, counting."""
 
     name: Literal["letter_counting"] = "letter_counting"
-    words: tuple[Level, Level] = (1, 2)  # joined by spaces
+    words: Limits = (1, 2)  # joined by spaces
 
     def question(self, rng: random.Random) -> Question:
         text = " ".join(rng.choice(WORDS) for _ in range(_within(rng, self.words)))
@@ -209,14 +183,22 @@ class LetterCounting(Strict):
 
 
 class Sorting(Strict):
-    """Numbers in ascending order: the thought takes the least, again and again, and writes down what is left."""
+    """Numbers in ascending order: the thought takes the least, again and again, and writes down what is left.
+
+    Of more than one term they are sums, and the thought is first what each comes to: `4+9=13\n8-3=5\nSo 5 13`.
+    """
 
     name: Literal["sorting"] = "sorting"
-    numbers: tuple[Level, Level] = (3, 6)
+    numbers: Limits = (3, 6)
     digits: Annotated[int, Field(ge=1, le=6)] = 1
+    terms: Limits = (1, 1)  # of each number, fewest and most
 
     def question(self, rng: random.Random) -> Question:
-        left = [rng.randint(0, 10**self.digits - 1) for _ in range(_within(rng, self.numbers))]
+        count = _within(rng, self.numbers)
+        return self._of_numbers(rng, count) if self.terms == (1, 1) else self._of_sums(rng, count)
+
+    def _of_numbers(self, rng: random.Random, count: int) -> Question:
+        left = [rng.randint(0, 10**self.digits - 1) for _ in range(count)]
         prompt, ordered = f"Sort {' '.join(map(str, left))}", sorted(left)
         worked = [str(ordered[0])]
         for number, following in pairwise(ordered):
@@ -224,6 +206,15 @@ class Sorting(Strict):
             worked += [f":{' '.join(map(str, left))}", f"\n{following}"]
         solution = " ".join(map(str, ordered))
         return Question(prompt, solution, "sorting", tuple(worked), solution, key=f"Sort {solution}")
+
+    def _of_sums(self, rng: random.Random, count: int) -> Question:
+        term = ChainSum(terms=self.terms, digits=self.digits)
+        sums = [term.question(rng) for _ in range(count)]
+        asked = [one.prompt.removesuffix("=") for one in sums]
+        solution = " ".join(map(str, sorted(int(one.answer) for one in sums)))
+        worked = ("", "".join(f"{''.join(one.worked)}\n" for one in sums), f"So {solution}")
+        key = f"Sort {' '.join(sorted(asked))}"
+        return Question(f"Sort {' '.join(asked)}", solution, "sorting", worked, solution, key)
 
 
 class ReasoningGym(Strict):
@@ -244,25 +235,8 @@ class ReasoningGym(Strict):
 
 
 Task = Annotated[
-    ChainSum | Countdown | Signs | Comparison | LetterCounting | Sorting | ReasoningGym, Field(discriminator="name")
+    ChainSum | Countdown | Comparison | LetterCounting | Sorting | ReasoningGym, Field(discriminator="name")
 ]
-
-
-class Mixture(Strict):
-    """Several tasks, drawn from evenly."""
-
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Mixture:
-        for task in self.tasks:
-            for key, value in task:
-                if isinstance(value, tuple) and value[0] > value[1]:
-                    raise ValueError(f"{task.name}: {key} is {list(value)}: write the fewest first, then the most")
-        return self
-
-    def question(self, rng: random.Random) -> Question:
-        return rng.choice(self.tasks).question(rng)
 
 
 def questions(tasks: Sequence[Task], split: Split, seed: int) -> Iterator[Question]:
@@ -270,10 +244,10 @@ def questions(tasks: Sequence[Task], split: Split, seed: int) -> Iterator[Questi
 
     Raises UserError if the tasks have no question of that split.
     """
-    mixture, rng = Mixture(tasks=tuple(tasks)), random.Random(f"{split} {seed}")
+    rng = random.Random(f"{split} {seed}")
     in_vain = 0
     while in_vain < PATIENCE:
-        question = mixture.question(rng)
+        question = rng.choice(tasks).question(rng)
         if question.is_for_testing == (split == "test"):
             in_vain = 0
             yield question

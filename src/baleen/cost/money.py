@@ -143,7 +143,7 @@ def _accelerator_card(name: str, usd: float, factors: Factors) -> RateCard:
     device = recognise(name)
     if device is None:
         if usd == 0:
-            raise UserError(f"no price is known for {name!r}: give one with --set cost.usd_per_device_hour=N")
+            raise UserError(f"no price is known for {name!r}: set cost.usd_per_device_hour, or --usd-per-device-hour")
         return RateCard(usd, f"one {name}", "given by the user")
     draw = factors["draw_share"]
     watts = None if device.watts is None else device.watts * draw.value

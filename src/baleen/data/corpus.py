@@ -177,7 +177,13 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            if not (text := decode_text(line, where).strip()):
+            try:
+                text = decode_text(line, where).strip()
+            except NotText as fault:
+                if empty:
+                    raise  # no jsonl at all
+                raise UserError(f"{fault} (the rows before it are good ones)") from None
+            if not text:
                 continue
             try:
                 row = json.loads(text)

@@ -53,21 +53,18 @@ def prepare(
     seed: int,
     cache_dir: Path,
     tokenizer: Tokenizer | None = None,
-    assistant_only: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Prepared:
     """Reads, cleans, splits, trains the tokenizer on the training part (unless one is given), tokenises and packs.
 
     The result is kept in `cache_dir` under a key of the settings and of the sources' names, sizes and times, so that a
-    second call only opens it. `assistant_only` masks the loss to the assistant's words (SFT). `progress` is told each
-    step in words. Raises UserError for bad sources, settings that do not fit together, or too little text.
+    second call only opens it. `progress` is told each step in words. Raises UserError for bad sources, settings that do
+    not fit together, or too little text.
     """
     check_data(data)
-    if assistant_only and data.format != "chat":
-        raise UserError("only conversations have an assistant to learn from: set data.format to 'chat'")
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries: set model.vocab_size to that or more")
-    key = _cache_key(data, vocab_size, seq_len, seed, tokenizer, assistant_only)
+    key = _cache_key(data, vocab_size, seq_len, seed, tokenizer)
     directory = cache_dir / key
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(cache_dir):
@@ -76,7 +73,7 @@ def prepare(
             shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
             aside.mkdir()
             try:
-                _build(aside, data, vocab_size, seq_len, seed, tokenizer, assistant_only, progress)
+                _build(aside, data, vocab_size, seq_len, seed, tokenizer, progress)
                 os.replace(aside, directory)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -98,14 +95,12 @@ def check_data(data: DataConfig) -> None:
         source_files(source)
 
 
-def _cache_key(
-    data: DataConfig, vocab_size: int, seq_len: int, seed: int, tokenizer: Tokenizer | None, assistant_only: bool
-) -> str:
+def _cache_key(data: DataConfig, vocab_size: int, seq_len: int, seed: int, tokenizer: Tokenizer | None) -> str:
     files = [(str(path), path.stat()) for source in data.sources for path in source_files(source)]
     identity = {
         "version": [FORMAT_VERSION, tokenizers.__version__],
         "data": data.model_dump(),
-        "numbers": [vocab_size, seq_len, seed, assistant_only],
+        "numbers": [vocab_size, seq_len, seed],
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files],
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
     }
@@ -127,7 +122,6 @@ def _build(
     seq_len: int,
     seed: int,
     tokenizer: Tokenizer | None,
-    assistant_only: bool,
     progress: Callable[[str], None],
 ) -> None:
     counts: Counter[str] = Counter()
@@ -160,7 +154,7 @@ def _build(
     tokenizer.save(directory / "tokenizer")
     progress("turning the text into tokens")
     training = _counted(train_documents(), "train", counts)
-    packed = pack_to(directory, _tokenise(training, tokenizer, data, seed, assistant_only, counts), seq_len)
+    packed = pack_to(directory, _tokenise(training, tokenizer, data, seed, counts), seq_len)
     spool.unlink()
     (directory / "stats.json").write_text(json.dumps(dict(sorted(counts.items())), indent=2), encoding="utf-8")
     progress(
@@ -198,13 +192,12 @@ def _tokenise(
     tokenizer: Tokenizer,
     data: DataConfig,
     seed: int,
-    assistant_only: bool,
     counts: Counter[str],
 ) -> Iterator[TokenisedDocument]:
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
         if data.format == "chat":
-            tokenised = _tokenise_chats(batch, tokenizer, assistant_only)
+            tokenised = _tokenise_chats(batch, tokenizer)
         else:
             tokenised = _tokenise_texts(batch, tokenizer, data, seed)
         for document in tokenised:
@@ -212,11 +205,11 @@ def _tokenise(
             yield document
 
 
-def _tokenise_chats(batch: list[Document], tokenizer: Tokenizer, assistant_only: bool) -> Iterator[TokenisedDocument]:
+def _tokenise_chats(batch: list[Document], tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
     for ids in tokenizer.encode_chats([document.messages or () for document in batch]):
         if ids[-1] != tokenizer.eos_id:  # the user had the last word
             ids.append(tokenizer.eos_id)
-        yield TokenisedDocument(ids, tokenizer.assistant_mask(ids) if assistant_only else None)
+        yield TokenisedDocument(ids)
 
 
 def _tokenise_texts(

@@ -56,6 +56,7 @@ def mtp_acceptance_forced(model: Transformer, tokens: Tensor, batch_size: int = 
     assert tokens.ndim == 2 and tokens.shape[0] >= 1 and tokens.shape[1] >= 2, tokens.shape
     agreed = 0
     for rows_BT in tokens.split(batch_size):
+        rows_BT = rows_BT.to(model.device)
         hidden_BTd = model(rows_BT).hidden_BTd
         ahead_BTd = model.predict_ahead(0, hidden_BTd[:, :-1], rows_BT[:, 1:]).hidden_BTd
         chosen_BT = model.logits(hidden_BTd[:, 1:]).argmax(-1)

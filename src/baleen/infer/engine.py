@@ -192,7 +192,8 @@ class Engine:
         _check_ids(request, self.context, self.model.config.vocab_size)
         if request.params.stop and self._tokenizer is None:
             raise UserError("stop strings need a tokenizer: give stop_ids")
-        longest = len(request.prompt_ids) + (request.params.max_tokens or self.context)
+        most = request.params.max_tokens
+        longest = len(request.prompt_ids) + (self.context if most is None else most)
         check_fits(min(longest, self.context), self.pages)
 
     def _depth_of(self, speculate: Speculate) -> Speculate:

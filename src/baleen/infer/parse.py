@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baleen.data.tokenizer import Tokenizer
+from baleen.infer.text import overlap
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
@@ -157,12 +158,6 @@ def words_of(texts: Iterable[str]) -> Iterator[Words]:
     for text in texts:
         yield from (piece for piece in parser.feed(text) if isinstance(piece, Words))
     yield from (piece for piece in parser.flush() if isinstance(piece, Words))
-
-
-def overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that begins `marker` and is not the whole of it."""
-    longest = min(len(text), len(marker) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def is_object(text: str) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from baleen.config import UserError
+from baleen.config import UserError, read_json
 from baleen.data.tokenizer import Tokenizer
 from baleen.interop import smollm2
 from baleen.interop.checkpoint import PICKLES
 from baleen.interop.gguf_checkpoint import GGUFCheckpoint
 from baleen.interop.huggingface import load_model, model_from_stream
+from baleen.model import machine
 from baleen.model.transformer import Transformer
 
 GGUF = ".gguf"
@@ -28,21 +29,28 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     to_train: bool = False,
 ) -> Loaded:
     """The model at `path`: a run directory (its model/), a Hugging Face directory, a GGUF file, or `smollm2`.
 
-    The model is in evaluation mode; `dtype` None: as on disk, float32 from GGUF. to_train: `smollm2` as it came, not
-    with an MTP layer that has been trained here, so that a recipe begins where it began before. Raises UserError where
-    there is nothing to load.
+    The model is in evaluation mode; `dtype` None: as on disk, float32 from GGUF. device None: a GPU, if there is one.
+    to_train: `smollm2` as it came, not with an MTP layer that has been trained here, so that a recipe begins where it
+    began before. Raises UserError where there is nothing to load.
     """
     path = model_path(path, to_train=to_train)
+    device = device or machine.device()
     if path.suffix == GGUF:
         checkpoint = GGUFCheckpoint(path)
         model = model_from_stream(checkpoint.config, checkpoint.tensors(), dtype or checkpoint.dtype, device)
         return Loaded(model.eval(), checkpoint.tokenizer(), path)
     return Loaded(load_model(path, dtype=dtype, device=device).eval(), Tokenizer.load(path), path)
+
+
+def generation_of(path: Path) -> dict[str, Any]:
+    """generation_config.json of a model's own directory; empty where there is none."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def model_path(path: str | Path, *, to_train: bool = False) -> Path:

@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 
 
+def device() -> torch.device:
+    """Where models are trained and run: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def counted_devices() -> tuple[str, int]:
+    """(name, number) of the devices of a process, as the ledger counts them: a GPU, or the threads of the CPU."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name(), 1
+    return "cpu", torch.get_num_threads()
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -11,8 +11,9 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -22,7 +23,9 @@ from baleen.cost.ledger import Ledger, Stage
 from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
 from baleen.infer.native.runner import fastest_runner
+from baleen.infer.native.weights import Format
 from baleen.interop.load import Loaded
+from baleen.model.machine import counted_devices
 from baleen.recipe import cost_of
 from baleen.serve.app import create_app
 from baleen.serve.limits import Limits
@@ -95,6 +98,8 @@ def serve(
     speculate: Speculate = "auto",
     max_batch: int = 256,
     cache_tokens: int | None = None,
+    weights: Format | None = None,
+    usd_per_device_hour: float = 0.0,
     say: Callable[[str], None],
 ) -> None:
     """Load the models, serve until SIGTERM or Ctrl-C, and book the time: on the first RUN that has a ledger."""
@@ -110,7 +115,7 @@ def serve(
             cache_tokens=cache_tokens,
             max_queue=limits.queue,
             queue_seconds=limits.queue_seconds,
-            runner=fastest_runner,
+            runner=partial(fastest_runner, format=weights),
         )
 
     # A thread that has computed keeps OpenMP's helpers as long as it lives, and those of the worker's would be put to
@@ -118,9 +123,9 @@ def serve(
     with ThreadPoolExecutor(1) as passing:
         models = passing.submit(load_models, runs, engine).result()
     gc.freeze()  # what is there now stays: nobody need look through it for garbage again
-    devices, rate = torch.get_num_threads(), rate_card("cpu")
-    with stage_of(models, devices, rate) as stage:
-        service = make_service(models, limits, devices, rate, stage)
+    rate = rate_of(models, usd_per_device_hour)
+    with stage_of(models, rate) as stage:
+        service = make_service(models, limits, rate, stage)
         app = create_app(service, api_key=address.api_key, origins=address.origins)
 
         def started() -> None:
@@ -130,8 +135,9 @@ def serve(
             Server(app, service, started).run(sockets=[door])
 
 
-def make_service(models: Models, limits: Limits, devices: int, rate: RateCard, stage: Stage | None = None) -> Service:
+def make_service(models: Models, limits: Limits, rate: RateCard, stage: Stage | None = None) -> Service:
     """The service, whose steps are booked on the stage, if there is one."""
+    device_name, devices = counted_devices()
     tokens, seconds = 0, 0.0
 
     def on_step(new: int, taken: float) -> None:
@@ -140,22 +146,33 @@ def make_service(models: Models, limits: Limits, devices: int, rate: RateCard, s
         if stage is not None:
             stage.progress(tokens=tokens, productive_seconds=seconds)
 
-    meter = open_meter("cpu", devices, rate.watts_per_device)
+    meter = open_meter(device_name, devices, rate.watts_per_device)
     worker = Worker(models.engines, devices=devices, meter=meter, on_step=on_step)
     return Service(models, worker, limits, Tariff(devices, rate, meter.how))
 
 
 @contextlib.contextmanager
-def stage_of(models: Models, devices: int, rate: RateCard) -> Iterator[Stage | None]:
+def stage_of(models: Models, rate: RateCard) -> Iterator[Stage | None]:
     """The ledger's stage of the first model that is a run of ours; a server of others' models has none."""
-    run_dir = next((model.run_dir for model in models if model.run_dir is not None), None)
+    run_dir = own_run(models)
     if run_dir is None:
         yield None
         return
-    cost = cost_of(run_dir)
+    cost, (device_name, devices) = cost_of(run_dir), counted_devices()
     ledger = Ledger.open(run_dir, project=cost.project)
-    with ledger.stage("serve", purpose=cost.purpose, devices=devices, device_name="cpu", rate=rate) as stage:
+    with ledger.stage("serve", purpose=cost.purpose, devices=devices, device_name=device_name, rate=rate) as stage:
         yield stage
+
+
+def own_run(models: Models) -> Path | None:
+    return next((model.run_dir for model in models if model.run_dir is not None), None)
+
+
+def rate_of(models: Models, usd_per_device_hour: float) -> RateCard:
+    """What a device of this machine costs: as given if above 0, else as that run's recipe says, else by the table."""
+    run_dir = own_run(models)
+    own = cost_of(run_dir).usd_per_device_hour if run_dir else 0.0
+    return rate_card(counted_devices()[0], usd_per_device_hour or own)
 
 
 def listen(address: Address) -> socket.socket:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from baleen.config import UserError, read_json
+from baleen.config import UserError
 from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Stage
@@ -24,18 +24,19 @@ from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop import smollm2
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
-from baleen.interop.load import Loaded, load
+from baleen.interop.load import Loaded, generation_of, load
 from baleen.model.layer import DecoderLayer
-from baleen.train import checkpoint
+from baleen.train.checkpoint import Checkpoint
 from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
 from baleen.train.display import Display
 from baleen.train.draft import draft_loss, freeze_trunk
-from baleen.train.loop import Interruption, device, run_stage
+from baleen.train.loop import Interruption, run_stage
 from baleen.train.loss import training_loss
 from baleen.train.own_text import own_text
 from baleen.train.precision import Precision, computing_in, keep_freed_memory, resolve_precision
 from baleen.train.rundir import Metrics, open_run, require_one_process
+from baleen.train.saver import Saver
 from baleen.train.schedule import Curve
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
@@ -64,7 +65,7 @@ def train_on(
     require_one_process(f"--only {only}")
     display = display or Display()
     keep_freed_memory()
-    loaded = load(recipe.base, dtype=torch.float32, device=device(), to_train=True)
+    loaded = load(recipe.base, dtype=torch.float32, to_train=True)
     if recipe.context is not None:
         loaded = loaded._replace(model=with_context(loaded.model, recipe.context))
     if recipe.train.seq_len > loaded.model.config.max_position_embeddings:
@@ -105,7 +106,8 @@ def _train_on(
             part_experts(run.trained_layers, recipe.train.expert_noise, recipe.train.seed)
         status = run.train(max_steps)
     if status == "stopped":
-        display.say(f"stopped at step {run.counters.step} and saved; go on with --resume")
+        step = run.counters.step
+        display.say(f"stopped at step {step} {run.saver.standing(step)}; go on with --resume")
         return run.summary(status, None)
     heldout = None
     if only == "all":
@@ -121,7 +123,13 @@ class _Counters:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0  # updates left out because the gradient was not finite
     heldout_bpb_before: float | None = None  # the first step
+
+
+def _learnt(tokens_BT: Tensor, mask_BT: Tensor | None, first: int) -> int:
+    """How many targets count in the loss of these rows, of which each begins with `first` tokens that are none."""
+    return tokens_BT[:, first:].numel() if mask_BT is None else int(mask_BT[:, first:].sum())
 
 
 class _Run:
@@ -137,8 +145,7 @@ class _Run:
     ):
         self.recipe, self.run_dir, self.only, self.stage, self.display = recipe, run_dir, only, stage, display
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        generation = loaded.path / "generation_config.json"
-        self.generation = read_json(generation) if generation.is_file() else {}
+        self.generation = generation_of(loaded.path)
         self.loaders = [Loader(text, seed=recipe.train.seed) for text in texts]
         if only == "mtp":
             freeze_trunk(self.model)
@@ -156,11 +163,11 @@ class _Run:
         self.precision: Precision = resolve_precision(train.precision, self.model.device)
         self.counters, self.loss, self.agreement = _Counters(), math.nan, math.nan
         torch.manual_seed(train.seed)
-        newest = checkpoint.load_newest(run_dir / "checkpoints", display.warn)
+        self.saver = Saver(run_dir / "checkpoints", keep=train.keep_checkpoints, warn=display.warn)
+        newest = self.saver.newest()
         if newest is not None:
-            assert isinstance(newest, checkpoint.Checkpoint), "continued training is one process"
+            assert isinstance(newest, Checkpoint), "continued training is one process"
             self._restore(newest)
-        self.saved_step = self.counters.step
         count = sum(p.numel() for p in self.trained.values())
         display.say(f"{recipe.name}: {count / 1e6:.1f}M parameters trained, {self.precision}, on {self.model.device}")
 
@@ -193,6 +200,8 @@ class _Run:
         started, train, counters = time.monotonic(), self.recipe.train, self.counters
         batch = self._batch(train.batch_tokens // train.seq_len)
         B, size = len(batch.tokens), train.micro_batch_size or len(batch.tokens)
+        first = 2 if self.only == "mtp" else 1  # the text's next token, or the one after it
+        total = max(1, _learnt(batch.tokens, batch.loss_mask, first))
         self.optimizer.zero_grad(set_to_none=True)
         self.loss, self.agreement = 0.0, 0.0
         loads: list[Tensor] = []
@@ -201,7 +210,7 @@ class _Run:
             parts = (batch.tokens, batch.document_ids, batch.loss_mask)
             tokens, documents, mask = (None if t is None else t[rows].to(self.model.device) for t in parts)
             assert tokens is not None and documents is not None
-            share = len(tokens) / B
+            share = _learnt(tokens, mask, first) / total
             with computing_in(self.precision, self.model.device):
                 loss, agreement, of_part = self._loss(tokens, documents, mask)
             (loss * share).backward()
@@ -215,7 +224,10 @@ class _Run:
             self.optimizer.step()
             for gate, load in zip(self._gates(), loads, strict=True):
                 gate.update_bias(load, train.bias_update_speed)
+        else:
+            counters.skipped += 1
         counters.step += 1
+        self.display.warn_if_left_out(counters.step, norm)
         counters.tokens += B * train.seq_len
         counters.seconds += time.monotonic() - started
         share = min(1.0, self.position / train.tokens)
@@ -230,7 +242,7 @@ class _Run:
         row = {
             "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3), "loss": self.loss,
             "agreement": self.agreement, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm,
-            "usd": self.stage.usd,
+            "skipped": counters.skipped, "usd": self.stage.usd_of_run,
         }  # fmt: skip
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
@@ -290,7 +302,8 @@ class _Run:
         )
         rest = {"tokenizer": self.tokenizer, "generation": self.generation, "card": card}
         save_model(self.model, self.run_dir / "model", **rest)
-        if self.only == "mtp" and self.recipe.base == smollm2.NAME:
+        whole = self.position >= self.recipe.train.tokens  # not a few steps, for a trial
+        if self.only == "mtp" and self.recipe.base == smollm2.NAME and whole:
             save_model(self.model, smollm2.drafting_directory(), **rest)
             self.display.say(f"`baleen chat {smollm2.NAME}` drafts with it from now on")
 
@@ -309,7 +322,7 @@ class _Run:
         }
 
     def _save(self) -> None:
-        if self.counters.step == self.saved_step:
+        if self.counters.step == self.saver.saved_step:
             return
         names = {id(parameter): name for name, parameter in self.trained.items()}
         moments = {
@@ -326,14 +339,9 @@ class _Run:
             "only": self.only,
         }
         tensors = {"model": weights | biases, "optimizer": moments}
-        try:
-            found = checkpoint.Checkpoint(self.counters.step, tensors, state)
-            checkpoint.save(self.run_dir / "checkpoints", found, keep=self.recipe.train.keep_checkpoints)
-            self.saved_step = self.counters.step
-        except checkpoint.NotSaved as error:
-            self.display.warn(str(error))
+        self.saver.save(Checkpoint(self.counters.step, tensors, state))
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         if found.state["only"] != self.only:
             raise UserError(f"{self.run_dir} was begun with --only {found.state['only']}: go on with the same")
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Self
@@ -37,6 +38,10 @@ class Display:
 
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(message)}")
+
+    def warn_if_left_out(self, step: int, grad_norm: float) -> None:
+        if not math.isfinite(grad_norm):
+            self.warn(f"step {step}: the gradient is not finite; the update is left out")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.console.print(f"[dim]step {step}[/]  [cyan]{escape(prompt)}[/] [bold]{escape(text)}[/]")

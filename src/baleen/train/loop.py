@@ -27,6 +27,7 @@ from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 from baleen.interop.card import model_card
 from baleen.interop.huggingface import save_model
+from baleen.model.machine import counted_devices, device
 from baleen.model.transformer import Transformer
 from baleen.parallel.mesh import Grid
 from baleen.parallel.ranks import ALONE, Ranks, fingerprint_of_code, joined
@@ -114,10 +115,10 @@ def _train(
             tracker.close()
         if stopped:
             stage.interrupted()
-        saved = run.save()
+        run.save()
     if stopped:
-        where = "and saved" if saved else f"and NOT saved; step {run.saver.saved_step} is the last that is"
-        display.say(f"stopped at step {run.trainer.counters.step} {where}; {go_on}")
+        step = run.trainer.counters.step
+        display.say(f"stopped at step {step} {run.saver.standing(step)}; {go_on}")
         return run.summary("stopped", None)
     with run_stage(recipe.cost, run_dir, "eval", ranks):
         heldout = run.heldout_bpb()
@@ -184,8 +185,7 @@ class _Run:
         }  # fmt: skip
         if result.nodes_reached is not None:
             row["nodes_reached"] = result.nodes_reached
-        if not math.isfinite(result.grad_norm):
-            self.display.warn(f"step {counters.step}: the gradient is not finite; the update is left out")
+        self.display.warn_if_left_out(counters.step, result.grad_norm)
         if counters.step % STEPS_BETWEEN_LOADS == 0:
             row["expert_load"] = [(load / load.sum()).tolist() for load in result.loads]
         if train.eval_every and counters.step % train.eval_every == 0:
@@ -252,11 +252,10 @@ class _Run:
         if every and self.trainer.counters.step % every == 0:
             self._begin_save()
 
-    def save(self) -> bool:
-        """A checkpoint of now, unless this step has one; whether it is on the disk then."""
+    def save(self) -> None:
+        """A checkpoint of now, unless this step has one."""
         self._begin_save()
         self.saver.settle(wait=True)
-        return self.trainer.counters.step == self.saver.saved_step
 
     def _begin_save(self) -> None:
         self.saver.settle(wait=False)
@@ -340,10 +339,6 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
     prepared = prepare(
         recipe.data,
@@ -364,12 +359,11 @@ def _prepare(recipe: Recipe, run_dir: Path, display: Display) -> Prepared:
 
 def run_stage(cost: CostConfig, run_dir: Path, name: StageName, ranks: Ranks = ALONE) -> Stage:
     """The ledger's stage, kept by rank 0 for all: a device is a GPU, or a thread of the CPU."""
-    gpu = device().type == "cuda"
-    device_name = torch.cuda.get_device_name() if gpu else "cpu"
+    device_name, devices = counted_devices()
     return Ledger.open(run_dir, project=cost.project, rank=ranks.rank).stage(
         name,
         purpose=cost.purpose,
-        devices=ranks.world * (1 if gpu else torch.get_num_threads()),
+        devices=ranks.world * devices,
         device_name=device_name,
         rate=rate_card(device_name, cost.usd_per_device_hour),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,11 +30,12 @@ def own_text(
     seed: int,
     progress: Callable[[str], None],
 ) -> PackedTokens:
-    """Prompts from the packed documents with the model's answers, which the loss mask marks, packed into `directory`,
-    or found there.
+    """Prompts from the packed documents with the model's answers, which the loss mask marks, packed into a folder of
+    `directory`, or found there: named by all that the answers hang on.
 
     A killed process leaves nothing there, and its work is done again.
     """
+    directory /= _digest(model, packed, config, seed)
     if not directory.is_dir():
         prompts = beginnings(tokenizer, packed, config, seed)
         aside = directory.with_name(f".{directory.name}.partial")
@@ -42,6 +44,13 @@ def own_text(
         pack_to(aside, _answered(Engine(model, tokenizer), tokenizer, prompts, config, progress), packed.seq_len)
         os.replace(aside, directory)
     return PackedTokens.open(directory, packed.seq_len)
+
+
+def _digest(model: Transformer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> str:
+    digest = hashlib.blake2b(f"{config.model_dump_json()} {seed} {packed.fingerprint}".encode(), digest_size=8)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().float().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def beginnings(tokenizer: Tokenizer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from baleen.recipe import ParallelConfig, Recipe, read_recipe
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 BEFORE_TRAINING = {RECIPE, "run_id", "data", "tensorboard", "wandb"}  # what a run makes until its first step
+BEFORE_STAGES = {"tokenizer", "stages"}  # and one of post-training, with nothing in the folders of its stages
 
 
 @contextmanager
@@ -51,7 +53,9 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
         stored, asked = (_apart_from_layout(each) for each in (read_recipe(type(recipe), file), recipe))
         other = stored != asked
         names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
-        if names <= BEFORE_TRAINING and (not other or "run_id" in names):  # without run_id it is a user's own file
+        begun = names - BEFORE_TRAINING - BEFORE_STAGES or any(p.is_file() for p in run_dir.glob("stages/**/*"))
+        if not begun and (not other or "run_id" in names):  # without run_id it is a user's own file
+            shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # that of another recipe's words
             write_aside(file, recipe.to_toml())
             return
         if other:

@@ -47,6 +47,10 @@ class Saver:
     def settle(self, *, wait: bool) -> None:
         """Finish a save that is under way, if it can be or must be. Called after every step."""
 
+    def standing(self, step: int) -> str:
+        """In words, whether what was trained up to `step` is on the disk."""
+        return "and saved" if step == self.saved_step else f"and NOT saved; step {self.saved_step} is the last that is"
+
 
 class TeamSaver(Saver):
     """Checkpoints of several processes: `save` copies tensors aside, `settle` publishes what all ranks have written.
