@@ -121,10 +121,10 @@ def test_speculation_changes_no_word(chat):
 )
 def test_mistakes_change_nothing(chat, line, says):
     chat, printed = chat(num_nextn_predict_layers=0)
-    before = (chat.params, chat.depth, chat.messages)
+    before = (chat.params, chat.draft, chat.messages)
     chat.take(line)
     assert says in printed()
-    assert before == (chat.params, chat.depth, chat.messages)
+    assert before == (chat.params, chat.draft, chat.messages)
 
 
 def test_temperature_and_help(chat):
@@ -257,12 +257,12 @@ def test_control_characters_never_reach_the_terminal():
 class Scripted:
     """A partner, and its reply: it says these pieces, and raises those that are exceptions."""
 
-    depth, dropped, stats = 0, 0, Stats()
+    drafts, dropped, stats = False, 0, Stats()
 
     def __init__(self, *pieces):
         self.pieces = pieces
 
-    def reply(self, messages, params, speculate):
+    def reply(self, messages, params, draft):
         return self
 
     def __iter__(self):

@@ -41,12 +41,12 @@ def test_a_conversation(scripted):
 
 def test_reasoning_is_shown_as_the_model_wrote_it(scripted):
     server = scripted("<think>\nhm</think>\n\nso")
-    assert "".join(Remote(server.url).reply([Message("user", "x")], PARAMS, 0)) == "<think>\nhm</think>\nso"
+    assert "".join(Remote(server.url).reply([Message("user", "x")], PARAMS, False)) == "<think>\nhm</think>\nso"
 
 
 def test_old_turns_are_dropped_by_the_server(scripted):
     turns = [Message("user", "over hills and far away " * 20), Message("assistant", "so")] * 4
-    reply = Remote(scripted("yes").url).reply([*turns, Message("user", "which birds")], PARAMS, 0)
+    reply = Remote(scripted("yes").url).reply([*turns, Message("user", "which birds")], PARAMS, False)
     assert reply.dropped >= 2 and "".join(reply) == "yes"
 
 
@@ -61,15 +61,15 @@ def test_what_goes_wrong_is_said(scripted, tiny):
     locked = scripted("yes", api_key="sesame")
     with pytest.raises(UserError, match="API key"):
         Remote(locked.url)
-    assert "".join(Remote(locked.url, api_key="sesame").reply([Message("user", "x")], PARAMS, 0)) == "yes"
+    assert "".join(Remote(locked.url, api_key="sesame").reply([Message("user", "x")], PARAMS, False)) == "yes"
     slow = scripted("word " * 90, limits=Limits(request_seconds=1), pause=0.05)
     with pytest.raises(UserError, match="longer than 1 seconds"):
-        list(Remote(slow.url).reply([Message("user", "x")], PARAMS, 0))
+        list(Remote(slow.url).reply([Message("user", "x")], PARAMS, False))
 
 
 def test_stopping_to_listen_stops_the_server(scripted):
     server = scripted("word " * 90, pause=0.02)
-    pieces = iter(Remote(server.url).reply([Message("user", "x")], PARAMS, 0))
+    pieces = iter(Remote(server.url).reply([Message("user", "x")], PARAMS, False))
     next(pieces)
     next(pieces)
     pieces.close()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from test_wire import chat_body, events, request, send, talk, wait_until
 
 from baleen.config import UserError
 from baleen.cost.ledger import read_rows
+from baleen.cost.money import rate_card
 from baleen.interop.huggingface import save_model
+from baleen.model.machine import counted_devices, device
 from baleen.model.transformer import Transformer
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, Served, name_of
-from baleen.serve.server import Address, listen, serve
+from baleen.serve.server import Address, listen, rate_of, serve
 
 RECIPE = """
 name = "whale"
@@ -130,9 +133,25 @@ def test_mistakes(run_dir):
     for runs, words in (([run_dir / "nothing"], "neither a run"), ([run_dir, run_dir / "model"], "same name")):
         with pytest.raises(UserError, match=words):
             serve([str(run) for run in runs], Address(port=0), Limits(), say=said.append)
+    with pytest.raises(UserError, match="take one of fp32, bf16, int8, int4"):
+        serve([str(run_dir)], Address(port=0), Limits(), weights="int7", say=said.append)
     with pytest.raises(UserError, match="queue"):
         Limits(queue=0)
     assert said == []
+
+
+def test_the_bill_is_of_the_device_that_computes(run_dir, monkeypatch):
+    """By what is given, else by the run's recipe, else by the table."""
+    models = [SimpleNamespace(run_dir=None), SimpleNamespace(run_dir=run_dir)]
+    assert rate_of(models, 0.0) == rate_card("cpu") and rate_of(models, 0.5).usd_per_device_hour == 0.5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert device().type == "cuda" and counted_devices() == ("NVIDIA H100 80GB HBM3", 1)
+    assert rate_of(models, 0.0) == rate_card("h100") != rate_card("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 3000")
+    with pytest.raises(UserError, match="--usd-per-device-hour"):
+        rate_of(models, 0.0)
+    assert rate_of(models, 0.5).usd_per_device_hour == 0.5
 
 
 def test_a_taken_port_is_a_mistake():

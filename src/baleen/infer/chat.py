@@ -46,12 +46,12 @@ class Reply(Protocol):
 
 
 class Partner(Protocol):
-    """Whoever answers. `depth`: how far ahead its MTP layers draft if nobody says otherwise; 0 if it is not to say."""
+    """Whoever answers. `drafts`: whether it has MTP layers that may draft ahead, and leaves it to us."""
 
     @property
-    def depth(self) -> int: ...
+    def drafts(self) -> bool: ...
 
-    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply: ...
+    def reply(self, messages: Sequence[Message], params: SamplingParams, draft: bool) -> Reply: ...
 
 
 class Local:
@@ -61,13 +61,13 @@ class Local:
         self.engine = engine
 
     @property
-    def depth(self) -> int:
-        return self.engine.model.config.num_nextn_predict_layers
+    def drafts(self) -> bool:
+        return self.engine.model.config.num_nextn_predict_layers > 0
 
-    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> Reply:
+    def reply(self, messages: Sequence[Message], params: SamplingParams, draft: bool) -> Reply:
         kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
         prompt_ids = self.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)
-        generation = respond(self.engine, prompt_ids, params, "auto" if speculate else 0)
+        generation = respond(self.engine, prompt_ids, params, "auto" if draft else 0)
         return _LocalReply(generation, opening_of(self.engine, prompt_ids), len(messages) - len(kept))
 
 
@@ -131,7 +131,7 @@ def answer_once(
     partner: Partner, prompt: str, out: TextIO, thoughts: TextIO, params: SamplingParams = CHAT_PARAMS
 ) -> Stats:
     """One answer to one prompt, as it comes, each part with a line break: `baleen chat RUN --prompt TEXT`."""
-    reply = partner.reply([Message("user", prompt)], params, partner.depth)
+    reply = partner.reply([Message("user", prompt)], params, partner.drafts)
     _write(reply, out, thoughts)
     return reply.stats
 
@@ -174,7 +174,7 @@ class Chat:
 
     def __init__(self, partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS):
         self.partner, self.console, self.params = partner, console, params
-        self.depth = partner.depth
+        self.draft = partner.drafts
         self.messages: list[Message] = []
         self.stats: Stats | None = None
         self._dropped, self._thought = 0, ""
@@ -218,7 +218,7 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         messages = [*self.messages, Message("user", text)]
-        reply = self.partner.reply(messages, self.params, self.depth)
+        reply = self.partner.reply(messages, self.params, self.draft)
         if reply.dropped > self._dropped:
             self._say(f"(the context is full: the oldest {reply.dropped} messages are no longer seen)")
         self._dropped = reply.dropped
@@ -263,9 +263,9 @@ class Chat:
     def _speculate(self, argument: str) -> None:
         if argument not in ("on", "off"):
             raise UserError(f"/speculate takes on or off, not {argument!r}")
-        if not self.partner.depth:
+        if not self.partner.drafts:
             raise UserError("there is nothing to choose: the model has no MTP layer to draft with, or a server decides")
-        self.depth = self.partner.depth if argument == "on" else 0
+        self.draft = argument == "on"
 
     def _show_thought(self, argument: str) -> None:
         if not self._thought:

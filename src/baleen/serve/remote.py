@@ -25,7 +25,7 @@ class Remote:
     model: None for the first that it has. Raises UserError where it can't be reached or has no such model.
     """
 
-    depth = 0  # the server decides
+    drafts = False  # the server decides
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None):
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
@@ -39,7 +39,7 @@ class Remote:
         self.model = model or next(iter(cards))
         self._is_ours = "baleen" in cards[self.model]
 
-    def reply(self, messages: Sequence[Message], params: SamplingParams, speculate: int) -> RemoteReply:
+    def reply(self, messages: Sequence[Message], params: SamplingParams, draft: bool) -> RemoteReply:
         body: dict[str, Any] = {name: value for name in SENT if (value := getattr(params, name))}
         body |= {"temperature": params.temperature, "model": self.model, "stream": True}
         body["messages"] = [{"role": message.role, "content": message.content} for message in messages]
