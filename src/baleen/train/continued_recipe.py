@@ -6,8 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from baleen.config import Count, Fraction, LongRope, Momentum, NotNegative, Positive, RopeScaling, Strict
-from baleen.recipe import CostConfig, DataConfig, Knot
+from baleen.config import (
+    Count,
+    Fraction,
+    LongRope,
+    ModelConfig,
+    Momentum,
+    NotNegative,
+    Positive,
+    RopeScaling,
+    Strict,
+    validated,
+)
+from baleen.recipe import CostConfig, DataConfig, Knot, Recipe
+
+OWN_KEYS = {"lr_schedule", "router_jitter", "expert_noise"}  # of [train], which pretraining does not have
 
 
 class OwnTextConfig(Strict):
@@ -85,3 +98,10 @@ class ContinuedRecipe(Strict):
                 f"({self.train.seq_len})"
             )
         return self
+
+    def training(self, model: ModelConfig, *, document_mask: bool) -> Recipe:
+        """As a recipe of training on that model, which the trainer takes. Raises UserError if it does not fit."""
+        train = self.train.model_dump(exclude=OWN_KEYS) | {"document_mask": document_mask}
+        parts = {"data": self.data.model_dump(), "cost": self.cost.model_dump(), "model": model.model_dump()}
+        raw = {"name": self.name, "train": train, "schedule": {"lr": self.train.lr_schedule}, **parts}
+        return validated(Recipe, raw, f"recipe {self.name}")

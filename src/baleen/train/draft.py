@@ -7,13 +7,17 @@ Shapes: B sequences, T positions, N rows, d hidden, Z = vocab_size.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baleen.model.moe import Gate
 from baleen.model.transformer import Transformer
+from baleen.parallel.stage import Objective
+from baleen.parallel.worker import Alone, MicroBatch, Totals
 
 ROWS_AT_ONCE = 512
 
@@ -29,6 +33,45 @@ def freeze_trunk(model: Transformer) -> None:
     model.requires_grad_(False)
     for layer in model.mtp_layers:
         layer.requires_grad_(True)
+
+
+class Drafting(Alone):
+    """One process that trains the MTP layers alone; `agreement` is that of the last step."""
+
+    def __init__(self, model: Transformer):
+        super().__init__(model)
+        freeze_trunk(model)
+        self.agreement = math.nan
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        cfg = self.model.config
+        trunk = sum(cfg.is_moe_layer(i) for i in range(cfg.num_hidden_layers))
+        return dict(enumerate(self.model.gates[trunk:]))
+
+    def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
+        """A micro-batch counts by the targets of the first depth, of which each row has one less than the text's."""
+        learnt = [
+            m.tokens[:, 2:].numel() if m.loss_mask is None else int(m.loss_mask[:, 2:].sum()) for m in micro_batches
+        ]
+        total, agreement, loads = 0.0, 0.0, list[Tensor]()
+        for batch, count in zip(micro_batches, learnt, strict=True):
+            assert batch.document_ids is not None, "drafts are told apart by document"
+            with objective.computing(self.device):
+                loss = draft_loss(self.model, batch.tokens[:, :-1], batch.document_ids[:, :-1], batch.loss_mask)
+            share = count / max(1, sum(learnt))
+            (loss.total * share).backward()
+            total += loss.total.item() * share
+            agreement += loss.agreement * share
+            loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
+        self.agreement = agreement
+        return Totals(total, 0.0, 0.0, loads)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What learns; the rest is in the base."""
+        learns = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        held = super().tensors()
+        return {n: t for n, t in held.items() if n in learns or n.endswith("e_score_correction_bias")}
 
 
 def draft_loss(

@@ -7,9 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from baleen.data.loader import Batch, Loader
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
 from baleen.data.tokenizer import Tokenizer, find
 from baleen.infer.engine import Engine, Request
@@ -44,6 +47,28 @@ def own_text(
         pack_to(aside, _answered(Engine(model, tokenizer), tokenizer, prompts, config, progress), packed.seq_len)
         os.replace(aside, directory)
     return PackedTokens.open(directory, packed.seq_len)
+
+
+class WithOwnText(Loader):
+    """Rows of the text, and behind them in each batch a share of rows of the model's own."""
+
+    def __init__(self, text: PackedTokens, own: PackedTokens, share: float, *, seed: int):
+        super().__init__(text, seed=seed)
+        self._own, self._share = Loader(own, seed=seed), share
+
+    def next_batch(self, sequences: int) -> Batch:
+        own = round(sequences * self._share)
+        parts = [super().next_batch(sequences - own)] if own < sequences else []
+        parts += [self._own.next_batch(own)] if own else []
+        masks = [torch.ones_like(p.tokens) if p.loss_mask is None else p.loss_mask for p in parts]
+        return Batch(torch.cat([p.tokens for p in parts]), torch.cat([p.document_ids for p in parts]), torch.cat(masks))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"own": self._own.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._own.load_state_dict(state["own"])
 
 
 def _digest(model: Transformer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> str:
