@@ -21,10 +21,11 @@ from rich.console import Console
 from baleen.align.reason import run_reason
 from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.align.tasks import Sorting
+from baleen.recipe import read_recipe
 
 RESULTS = Path(__file__).parent / "results" / "reason.json"
 KEYS = ("accuracy_before", "accuracy_after", "accuracy_sft_control")
-MORE = ("plateau_gain", "rl_seconds", "rl_usd")
+MORE = ("rl_seconds", "rl_usd")
 
 
 def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
@@ -71,12 +72,14 @@ def main() -> None:
             continue
         folder = arguments.run / name
         done = folder / "summary.json"
-        summary: dict[str, Any] = (
-            json.loads(done.read_text()) if done.is_file() else run_reason(recipe, folder, console)
-        )
+        if done.is_file() and read_recipe(AlignRecipe, folder / "recipe.toml") == recipe:
+            summary: dict[str, Any] = json.loads(done.read_text())
+        else:
+            summary = run_reason(recipe, folder, console)  # which refuses a folder of another recipe
         if summary.get("status") == "stopped":
             sys.exit("stopped: run it again to go on")
-        found[name] = {key: summary[key] for key in summary if key.startswith((*KEYS, "answer_tokens")) or key in MORE}
+        wanted_keys = (*KEYS, "answer_tokens", "votes", "plateau_gain")
+        found[name] = {key: summary[key] for key in summary if key.startswith(wanted_keys) or key in MORE}
         console.print(f"{name}: " + ", ".join(f"{key} {summary[key]:.1%}" for key in KEYS))
         measured = datetime.date.fromtimestamp(done.stat().st_mtime)
         kept[name] = found[name] | {"date": measured.isoformat(), "machine": machine()}

@@ -20,6 +20,7 @@ from measures import groups_reached, largest_jump, longest_spike, middle_bits_pe
 from passages import write_passages
 
 from baleen.cost.account import find_run, read_ledger
+from baleen.cost.ledger import lab_of
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
 from baleen.data.prepare import Prepared, prepare
@@ -162,7 +163,7 @@ def _active(recipe: Recipe, model: Transformer) -> int:
 
 def account_of(run_dirs: Sequence[Path]) -> dict[str, Any]:
     """What the ledger has of a row's runs, evaluation and interrupted parts included."""
-    lab = run_dirs[0].parent
+    lab = lab_of(run_dirs[0])
     ledger = read_ledger(lab)
     stages = [stage for run_dir in run_dirs for stage in ledger.of_run(find_run(lab, run_dir))]
     threads, cpus = torch.get_num_threads(), os.cpu_count()

@@ -250,7 +250,7 @@ def _cell(key: str, value: Any) -> str:
 
 
 def study_is_done(name: str) -> bool:
-    """With the recipe and the code that there are now."""
+    """With the base recipe and this file as they are now."""
     file = HERE / "rows" / f"study-{name}.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == _digest()
 

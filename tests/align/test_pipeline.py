@@ -262,14 +262,45 @@ def test_nothing_right_is_told_and_loses_nothing(tmp_path):
 
 
 def test_distillation_learns_from_the_teacher_alone(tmp_path, monkeypatch):
+    """The teacher's answers, all of them and nothing else, in a network of another width with words of its own."""
+    from baleen.align import pipeline, sampling
+
     run(tiny_recipe(SFT), tmp_path / "teacher")
-    student = tiny_recipe(SFT, {"kind": "sample", **LIMITS}, model=MODEL | {"hidden_size": 8})
+    samples = {"kind": "sample", **LIMITS}
+    student = tiny_recipe(samples, {**SFT, "worked": 0, "sampled": True}, model=MODEL | {"hidden_size": 8})
     with pytest.raises(UserError, match="needs a teacher"):
         for_command("distill", student)
     student = for_command("distill", student, teacher=str(tmp_path / "teacher"))
+    true_sample, true_tune, asked, learnt = sampling.sample, pipeline.fine_tune, [], []
+    monkeypatch.setattr(sampling, "sample", lambda model, *a, **k: asked.append(model) or true_sample(model, *a, **k))
+    monkeypatch.setattr(sampling, "kept", lambda group, judge, count: [answer.text for answer in group.answers][:count])
+    monkeypatch.setattr(
+        pipeline, "fine_tune", lambda work, stage, chats: learnt.extend(chats) or true_tune(work, stage, chats)
+    )
     assert run(student, tmp_path / "student")["stages_done"] == 2
+    assert {weights_sha256(model.state_dict()) for model in asked} == {sha(tmp_path / "teacher")}
+    rows = (tmp_path / "student/stages/1-sample/sampled.jsonl").read_text().splitlines()
+    said = [[turn["content"] for turn in json.loads(row)["messages"]] for row in rows]
+    assert said == [[message.content for message in chat] for chat in learnt] and len(said) == LIMITS["questions"]
+    assert load(tmp_path / "student").model.config.hidden_size == 8
     ledger = [json.loads(x) for f in (tmp_path / "ledger").glob("student*") for x in f.read_text().splitlines()]
-    assert {row["stage"] for row in ledger} == {"sft", "distill", "export"}
+    assert {row["stage"] for row in ledger} == {"distill", "export"}
+
+
+def test_the_reference_is_the_policy_of_so_many_steps_ago(tmp_path, monkeypatch):
+    replaced = []
+    true_load = Transformer.load_state_dict
+
+    def seen(self, state, *args, **keys):
+        replaced.append(weights_sha256(state))
+        return true_load(self, state, *args, **keys)
+
+    rl = RL | {"steps": 5, "reference_every": 2, "eval_every": 0, "checkpoint_every": 0}
+    run(tiny_recipe(SFT), tmp_path / "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "load_state_dict", seen)
+        run(tiny_recipe(rl, base=str(tmp_path / "base"), model=None), tmp_path / "run")
+    assert replaced[-3:][0] == sha(tmp_path / "base") and len(set(replaced[-3:])) == 3  # at steps 0, 2 and 4
 
 
 @pytest.mark.parametrize("body", ["raise ValueError('x')", "return float('nan')", "return float('inf')"])

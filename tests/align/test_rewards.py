@@ -72,6 +72,7 @@ def test_json_compares_values():
         "<think></think><answer>7</answer>",
         "<think> </think><answer>7</answer>",
         "<think>a</think><answer></answer>",
+        "<think>a</think><answer> </answer>",
         "so <think>a</think><answer>7</answer>",
         "<think>a</think><answer>7</answer> done",
         "<think>a</think><answer>7</answer><answer>8</answer>",

@@ -12,7 +12,7 @@ from baleen.data.document import Document
 from baleen.eval import programs
 from baleen.eval.likelihood import likelihoods
 from baleen.eval.programs import pass_at_k, runs_without_fault
-from baleen.eval.score import beginning, score_task
+from baleen.eval.score import beginning, fitting, score_task
 from baleen.eval.tasks import Choice, Cloze, Program, Write, made_task, read_task
 from baleen.eval.token_loss import token_nats
 
@@ -87,6 +87,14 @@ def test_programs_are_run_with_what_the_model_wrote(engine, monkeypatch):
     assert all(p.startswith("def one():\n") and p.endswith("\nassert one() == 1\n") for p in seen) and len(seen) == 2
 
 
+def test_an_answer_gets_what_the_prompt_leaves(engine):
+    context = engine.context
+    assert fitting(engine, [1] * 10, 10**6) == ([1] * 10, context - 10)
+    assert fitting(engine, [1] * 10, 5) == ([1] * 10, 5)
+    ids, room = fitting(engine, list(range(2 * context)), 10**6)
+    assert room == context // 4 and ids == list(range(2 * context))[-(context - room) :]
+
+
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
@@ -147,6 +155,8 @@ def test_pass_at_k_is_unbiased():
         ("import json, random\nassert json.loads('1') == 1", True),
         ("assert False", False),
         ("import sys\nsys.exit(77)", False),
+        ("raise SystemExit\nassert False", False),
+        ("import os\nos._exit(0)\nassert False", False),
         (CONNECT, False),
         ("bytearray(10**9)", False),
         ("open('f', 'w').write('x' * 10**7)", False),
@@ -170,7 +180,7 @@ def test_nothing_outlives_a_program(guarded, tmp_path):
 @pytest.mark.parametrize(("platform", "fault"), [("darwin", "use Linux"), ("linux", "allow user namespaces")])
 def test_where_a_network_cannot_be_taken_away_no_program_is_run(platform, fault, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(programs, "_exit_code", lambda program: programs.UNGUARDED)
+    monkeypatch.setattr(programs, "_run", lambda program: (programs.UNGUARDED, False))
     monkeypatch.setattr(programs, "_check_guard", programs._check_guard.__wrapped__)
     with pytest.raises(UserError, match=fault):
         runs_without_fault("")

@@ -9,6 +9,7 @@ import torch
 from served import WORDY
 
 from baleen.data.template import BALEEN_TEMPLATE
+from baleen.serve.limits import Limits
 
 HELLO = [{"role": "user", "content": "the cat"}]
 
@@ -458,6 +459,15 @@ def test_fit_drops_the_oldest_turns(client):
     assert fitted.usage.prompt_tokens <= 384 and fitted.model_dump()["baleen"]["dropped_messages"] % 2 == 0
     first = next(iter(chat(client, turns, max_tokens=3, stream=True, extra_body={"baleen": {"fit": True}})))
     assert first.model_dump()["baleen"] == {"dropped_messages": fitted.model_dump()["baleen"]["dropped_messages"]}
+
+
+@pytest.mark.parametrize("limit, most", [(100, 100), (8192, 384)])
+def test_fit_heeds_the_limit_and_the_context(scripted, limit, most):
+    server = scripted("yes", limits=Limits(prompt_tokens=limit))
+    turns = 20 * [{"role": "user", "content": "over hills"}, {"role": "assistant", "content": "and far away " * 4}]
+    asked = [*turns, {"role": "user", "content": "which birds"}]
+    fitted = chat(client_of(server), asked, model="script", extra_body={"baleen": {"fit": True}})
+    assert most - 60 < fitted.usage.prompt_tokens <= most
 
 
 # --- faults

@@ -22,8 +22,8 @@ from baleen.train import checkpoint
 from baleen.train.checkpoint import NotSaved
 from baleen.train.continued import train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
-from baleen.train.draft import distilled, draft_loss, freeze_trunk
-from baleen.train.own_text import beginnings, own_text
+from baleen.train.draft import Drafting, distilled, draft_loss, freeze_trunk
+from baleen.train.own_text import WithOwnText, beginnings, own_text
 from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
 
@@ -128,6 +128,26 @@ def test_a_full_disk_is_told_when_it_stops(tmp_path, base, recipe, monkeypatch, 
     monkeypatch.setattr(Metrics, "write", lambda self, row: row["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM))
     train_on(recipe(), tmp_path / "run", only="mtp")
     assert "stopped at step 2 and NOT saved; step 0 is the last that is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+def test_a_share_of_the_rows_are_own_words_however_small_the_batch(share):
+    def packed(first):
+        return PackedTokens(4, np.arange(first, first + 41, dtype=np.int32), np.zeros(41, dtype=np.int32))
+
+    loader = WithOwnText(packed(0), packed(1000), share, seed=0)
+    given = [loader.next_batch(1).tokens[0, 0] for _ in range(20)]
+    assert sum(int(token) >= 1000 for token in given) == 20 * share
+    again = WithOwnText(packed(0), packed(1000), share, seed=0)
+    again.load_state_dict(loader.state_dict())
+    assert all(torch.equal(again.next_batch(3).tokens, loader.next_batch(3).tokens) for _ in range(4))
+
+
+def test_jitter_leaves_the_frozen_trunk_alone(base):
+    model = base()
+    jitter_routers(Drafting(model).gates.values(), 0.9)
+    jittered = [bool(gate._forward_pre_hooks) for gate in model.gates]
+    assert jittered == [False, False, True]
 
 
 def test_own_words_are_those_of_this_text_and_this_model(tmp_path, base, recipe):
@@ -246,7 +266,7 @@ def test_constants_stay_and_all_else_learns(base):
 
 def test_jitter_moves_routes_in_training_only(tiny_model):
     model, ids = tiny_model(), torch.arange(60)[None]
-    jitter_routers(model, 0.5)
+    jitter_routers(model.gates, 0.5)
 
     def routes():
         return torch.cat([routing.indices_NK.sort(-1).values for routing in model(ids).routings])

@@ -63,7 +63,7 @@ def grpo(work: Work, stage: RLStage) -> Progress:
     metrics = work.metrics(progress.step)
     with Judge(reward_specs(stage, tasks), stage.reward_seconds) as judge:
         while progress.step < stage.steps and not work.must_stop(progress.step):
-            started = time.monotonic()
+            started, failed = time.monotonic(), Counter(judge.failures)
             drawn_before = progress.tokens
             groups, degenerate = collect(work, stage, judge, progress)
             left_out = progress.skipped
@@ -80,6 +80,8 @@ def grpo(work: Work, stage: RLStage) -> Progress:
                     work.model, work.tokenizer, heldout, judge, stage.sampling.max_tokens, work.recipe.system
                 )
                 row["sample"] = _shown(groups[0])
+            for kind, count in (judge.failures - failed).items():
+                progress.failures[kind] = progress.failures.get(kind, 0) + count
             parts = {name: seconds - before[0][name] for name, seconds in progress.seconds.items()}
             work.ledger.progress(
                 tokens=progress.tokens - before[1], productive_seconds=sum(parts.values()), parts=parts
@@ -129,10 +131,7 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tup
             )
         progress.tokens += sum(len(answer.token_ids) for group in drawn for answer in group.answers)
         with _timed(progress.seconds, "reward"):
-            earlier = Counter(judge.failures)
             judged = [score(judge, stage.rewards, group) for group in drawn]
-            for kind, count in (judge.failures - earlier).items():
-                progress.failures[kind] = progress.failures.get(kind, 0) + count
         useful += [group for group in judged if group.has_variance]
         idle += [group for group in judged if not group.has_variance]
         if len(useful) == wanted:
@@ -348,8 +347,9 @@ def _tell(work: Work, stage: RLStage, judge: Judge, row: Row) -> None:
     if (row["logprob_gap"] or 0.0) > LARGE_GAP:
         work.display.warn(f"rollout and training differ by {row['logprob_gap']:.2f} nats a token at step {row['step']}")
     parts = {"": f"rl step {done}", "reward": f"{row['reward']:.3f}", "right": f"{row['accuracy']:.1%}"}
-    if "heldout_accuracy" in row:
-        parts["held out"] = f"{row['heldout_accuracy']:.1%}"
+    work.heldout = row.get("heldout_accuracy", work.heldout)
+    if work.heldout is not None:
+        parts["held out"] = f"{work.heldout:.1%}"
     parts |= {"tokens": f"{row['answer_tokens']:.0f}", "alike": f"{row['degenerate_groups']:.0%}"}
     parts |= {key: f"{row[key]:.3f}" for key in ("entropy", "kl") if row[key] is not None}
     parts |= {"tok/s": f"{row['tokens_per_second']:,.0f}", "$": f"{row['usd']:.4f}"}

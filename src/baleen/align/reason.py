@@ -112,14 +112,15 @@ def table_questions(tasks: Sequence[Task]) -> list[Question]:
     return fresh
 
 
-def plateau_gain(rows: list[dict[str, Any]]) -> float | None:
-    """How much the held-out accuracy of drawn answers rose over the last fifth of the cold start; None if it was not
+def plateau_gain(rows: list[dict[str, Any]], measure: str = "heldout_sampled") -> float | None:
+    """How much held-out accuracy, of drawn answers, rose over the last fifth of the cold start; None if it was not
     looked at then.
 
-    Not of greedy ones: where two ways to answer are nearly as likely, these turn with every step.
+    Of greedy ones (`heldout_accuracy`) it wavers: where two ways to answer are nearly as likely, these turn with every
+    step.
     """
     sft = [row for row in rows if row["stage"] == "sft"]
-    late = [row["heldout_sampled"] for row in sft if "heldout_sampled" in row and row["step"] >= 0.8 * sft[-1]["step"]]
+    late = [row[measure] for row in sft if measure in row and row["step"] >= 0.8 * sft[-1]["step"]]
     return late[-1] - late[0] if len(late) > 1 else None
 
 
@@ -138,6 +139,7 @@ def summarise(run_dir: Path, measured: dict[str, dict[str, Any]], rl: list[Stage
     spent = sum(record.usd for record in rl)
     return summary | {
         "plateau_gain": plateau_gain(rows),
+        "plateau_gain_greedy": plateau_gain(rows, "heldout_accuracy"),
         "rl_steps": sum(row["stage"] == "rl" for row in rows),
         "rl_seconds": sum(record_seconds(record) for record in rl),
         "rl_seconds_by_part": {name: last[f"seconds_{name}"] for name in ("rollout", "reward", "update")},
@@ -153,7 +155,7 @@ def tell(
     for column in ("", "greedy", f"mean of {SAMPLES} at T = 1", f"majority of {SAMPLES}", "tokens an answer"):
         table.add_column(column, justify="left" if not column else "right")
     words = {
-        "before": "cold start, at its plateau",
+        "before": "cold start",
         "after": "after RL",
         "sft_control": f"control: {duration(summary['rl_seconds'])} more of SFT",
     }
@@ -165,7 +167,8 @@ def tell(
     gain, parts = summary["plateau_gain"], summary["rl_seconds_by_part"]
     if gain is not None:
         console.print(
-            f"The cold start's last fifth of steps gained {100 * gain:+.1f} points on held-out questions, at T = 1."
+            f"The cold start's last fifth of steps gained {100 * gain:+.1f} points on held-out questions at T = 1, "
+            f"{100 * summary['plateau_gain_greedy']:+.1f} in greedy answers."
         )
     shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     console.print(f"RL took {duration(summary['rl_seconds'])} ({shares}) and {usd(summary['rl_usd'])}.")

@@ -84,7 +84,8 @@ def json_value(prompt: str, completion: str, answer: str) -> float:
 def format_(prompt: str, completion: str, answer: str) -> float:
     """1 for <think>...</think><answer>...</answer>, both filled and nothing else. Says nothing of the truth."""
     match = FORMAT.fullmatch(completion)
-    return float(match is not None and len(TAG.findall(completion)) == 4 and bool(match["thought"].strip()))
+    filled = match is not None and bool(match["thought"].strip()) and bool(match["answer"].strip())
+    return float(filled and len(TAG.findall(completion)) == 4)
 
 
 def language(prompt: str, completion: str, answer: str) -> float:

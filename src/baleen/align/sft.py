@@ -130,7 +130,8 @@ def heldout_accuracy(work: Work, stage: SFTStage) -> Row:
 
 def _tell(work: Work, trainer: Trainer, row: Row) -> None:
     parts = {"": f"sft step {trainer.counters.step}", "loss": f"{row['loss']:.3f}"}
-    if row.get("heldout_accuracy") is not None:
-        parts["held out"] = f"{row['heldout_accuracy']:.1%}"
+    work.heldout = row.get("heldout_accuracy", work.heldout)
+    if work.heldout is not None:
+        parts["held out"] = f"{work.heldout:.1%}"
     parts |= {"tok/s": f"{row['tokens_per_second']:,.0f}", "$": f"{row['usd']:.4f}"}
     work.display.update(trainer.position / trainer.recipe.train.tokens, parts)

@@ -38,6 +38,7 @@ class Work:
     interruption: Interruption
     max_steps: int | None = None
     warned: bool = False  # of rewards that fail: once is enough
+    heldout: float | None = None  # accuracy at the last look at held-out questions
 
     def tasks(self, own: Sequence[Task]) -> Sequence[Task]:
         return own or self.recipe.tasks

@@ -178,8 +178,8 @@ class LetterCounting(Strict):
             spelled += [str(count), f" {character}"]
         count += text[-1] == letter
         spelled[-1] += str(count)
-        prompt = f'How many "{letter}" are in "{text}"?'
-        return Question(prompt, str(count), "number", tuple(spelled), str(count))
+        prompt, key = f'How many "{letter}" are in "{text}"?', f"{letter} in {sorted(text.split())}"
+        return Question(prompt, str(count), "number", tuple(spelled), str(count), key)
 
 
 class Sorting(Strict):

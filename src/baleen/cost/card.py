@@ -180,12 +180,15 @@ def card_notes(card: dict[str, Any]) -> str:
 
 def card_paragraph(card: dict[str, Any]) -> str:
     """One plain paragraph for a model card."""
-    rate = card["rate_card"]
+    rates = " and ".join(
+        f"{usd(rate['usd_per_device_hour'])} a device-hour ({rate['what']})"
+        for rate in (card["rate_card"], *card["earlier_rate_cards"])
+    )
     goodput = card["productive_share"]
     missing = [name for name, value in card["recorded"].items() if value == NOT_RECORDED]
     text = (
         f"The final run took {quantity(card['device_hours'])} device-hours ({card['device_name']}) and cost "
-        f"{usd(card['headline_usd'])} at {usd(rate['usd_per_device_hour'])} a device-hour ({rate['what']}). "
+        f"{usd(card['headline_usd'])} at {rates}. "
         f"The whole project, with its {card['runs']} runs, failures, data, evaluation and serving, has cost "
         f"{usd(card['full_usd'])} so far"
     )

@@ -19,7 +19,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 # Share of a dense peak that large matrix products reach where nobody has published a figure (0.78-0.87 elsewhere).
 USUAL_ACHIEVED_SHARE = 0.8
-# One precision's peak where the table has only another's: tensor cores halve from FP8 to BF16 to TF32.
 PRECISION_FIELDS = {"fp32": "peak_fp32", "bf16": "peak_bf16", "fp8": "peak_fp8"}
 
 

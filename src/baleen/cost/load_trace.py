@@ -19,12 +19,17 @@ from baleen.cost.placement import Floats, place_experts
 def read_loads(run: Path) -> Floats:
     """[records, L, E]: the share of the tokens of a batch that went to each expert, from a run's metrics.jsonl."""
     try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("}\n"):
+            lines.pop()  # torn: the run was killed, or is under way
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"{run} has no metrics.jsonl that can be read ({error}): give the directory of a run") from None
     loads = [row["expert_load"] for row in rows if row.get("expert_load")]
     if len(loads) < 2:
-        raise UserError(f"{run} recorded the experts' load {len(loads)} times: two are needed, so train it for longer")
+        raise UserError(
+            f"{run} recorded the experts' load {len(loads)} times: two are needed: train for longer, without --only"
+        )
     layers = min(map(len, loads))  # those of MTP come last, and are missing where it was left out
     return np.array([load[:layers] for load in loads])
 

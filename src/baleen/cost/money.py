@@ -136,7 +136,7 @@ def rate_card(device_name: str, usd_per_device_hour: float = 0.0, overrides: Ite
         card = _accelerator_card(device_name, usd_per_device_hour, factors)
     if usd_per_device_hour == 0:
         return card
-    return replace(card, usd_per_device_hour=usd_per_device_hour, source="given by the user")
+    return replace(card, usd_per_device_hour=usd_per_device_hour, what=f"one {device_name}", source="given by the user")
 
 
 def _accelerator_card(name: str, usd: float, factors: Factors) -> RateCard:

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from baleen.config import UserError
 from baleen.eval.likelihood import Likelihood, likelihoods
-from baleen.eval.score import beginning
+from baleen.eval.score import beginning, fitting
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 
@@ -67,13 +67,14 @@ class EngineLM(LM):
     def _request(self, context: str, settings: dict[str, Any]) -> Request:
         engine = self.engine
         stop = settings.get("until") or ()
-        room = min(settings.get("max_gen_toks", MAX_TOKENS), engine.context - 1)
+        wanted = settings.get("max_gen_toks", MAX_TOKENS)
+        ids, room = fitting(engine, beginning(engine.tokenizer, context), wanted)
         temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
         params = SamplingParams(
             temperature=temperature, top_p=settings.get("top_p", 1.0), max_tokens=room, seed=0,
             stop=(stop,) if isinstance(stop, str) else tuple(s for s in stop if s),
         )  # fmt: skip
-        return Request(beginning(engine.tokenizer, context)[-(engine.context - room) :], params)
+        return Request(ids, params)
 
 
 def score_by_harness(engine: Engine, task: str) -> dict[str, float]:

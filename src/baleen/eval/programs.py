@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -29,15 +31,16 @@ libc.prctl(DEATH_SIGNAL, signal.SIGKILL)
 for limit, value in ((resource.RLIMIT_CPU, {cpu}), (resource.RLIMIT_AS, {memory}), (resource.RLIMIT_FSIZE, {file}),
                      (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)):
     resource.setrlimit(limit, (value, value))
-program = sys.stdin.read()
+nonce, program = sys.stdin.readline(), sys.stdin.read()
 sys.stdin = open(os.devnull)
 exec(compile(program, "program", "exec"), {{"__name__": "__main__"}})
+os.write({end}, nonce.encode())
 """
 UNGUARDED = 77
 
 
 def runs_without_fault(program: str) -> bool:
-    """Whether a Python program ends by itself with exit code 0.
+    """Whether a Python program runs to its last line, and ends by itself with exit code 0.
 
     It runs in an empty folder that is removed, in a process without environment or network (a namespace of its own),
     with SECONDS of CPU and MEMORY_BYTES; what it starts ends with it, and but for root it may start nothing. It may
@@ -45,30 +48,40 @@ def runs_without_fault(program: str) -> bool:
     Raises UserError where the network can't be taken away, which needs Linux with user namespaces.
     """
     _check_guard()
-    return _exit_code(program) == 0
+    return _run(program) == (0, True)
 
 
 @cache
 def _check_guard() -> None:
     if not sys.platform.startswith("linux"):
         raise UserError("programs are run only where their network can be taken away: use Linux for this task")
-    if _exit_code("") == UNGUARDED:
+    if _run("")[0] == UNGUARDED:
         raise UserError("this system does not let a process give up its network: allow user namespaces for this task")
 
 
-def _exit_code(program: str) -> int:
-    guard = GUARD.format(cpu=SECONDS, memory=MEMORY_BYTES, file=FILE_BYTES, unguarded=UNGUARDED)
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", guard], cwd=folder, env={"HOME": folder}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            process.communicate(program, timeout=2 * SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return process.returncode
+def _run(program: str) -> tuple[int, bool]:
+    """(exit code, whether the last line was reached: a program may leave before its tests)."""
+    nonce = f"{secrets.token_hex(16)}\n"
+    proof, end = os.pipe()
+    guard = GUARD.format(cpu=SECONDS, memory=MEMORY_BYTES, file=FILE_BYTES, unguarded=UNGUARDED, end=end)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", guard], cwd=folder, env={"HOME": folder}, text=True, pass_fds=(end,),
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            os.close(end)
+            try:
+                process.communicate(nonce + program, timeout=2 * SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        os.set_blocking(proof, False)
+        with contextlib.suppress(BlockingIOError):
+            return process.returncode, os.read(proof, len(nonce)) == nonce.encode()
+        return process.returncode, False
+    finally:
+        os.close(proof)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -78,9 +78,16 @@ def _score_programs(engine: Engine, questions: Sequence[Program], samples: int, 
 def _request(
     engine: Engine, prompt: str, stop: tuple[str, ...], max_tokens: int, temperature: float, seed: int
 ) -> Request:
-    room = min(max_tokens, engine.context - 1)
-    ids = beginning(engine.tokenizer, prompt)[-(engine.context - room) :]
+    ids, room = fitting(engine, beginning(engine.tokenizer, prompt), max_tokens)
     return Request(ids, SamplingParams(temperature=temperature, max_tokens=room, stop=stop, seed=seed))
+
+
+def fitting(engine: Engine, ids: list[int], max_tokens: int) -> tuple[list[int], int]:
+    """(the prompt, tokens of an answer) for the model's context: the answer gets what the prompt leaves, a quarter of
+    it at least; only where that is not there is the prompt's beginning cut off."""
+    least = min(max_tokens, engine.context // 4)
+    room = max(least, min(max_tokens, engine.context - len(ids)))
+    return ids[-(engine.context - room) :], room
 
 
 def _share(name: str, right: Sequence[bool]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from importlib.util import find_spec
@@ -26,6 +27,13 @@ def smollm2_directory(*, drafting: bool) -> Path:
         if (made / "config.json").is_file():
             return made
     source = _packaged_file()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that want it at once the second waits
+        return out if (out / "config.json").is_file() else _made(source, out)
+
+
+def _made(source: Path, out: Path) -> Path:
     with source.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:

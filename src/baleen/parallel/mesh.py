@@ -125,10 +125,6 @@ class Mesh:
         return self.data.get_local_rank()
 
     @property
-    def expert_rank(self) -> int:
-        return self._all.get_local_rank("expert")
-
-    @property
     def pipeline_group(self) -> ProcessGroup:
         return self._all.get_group("pipeline")
 

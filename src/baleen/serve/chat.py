@@ -138,7 +138,8 @@ class Chat:
         ids = chat_prompt(self._model.tokenizer, self._request)
         if not self._request.baleen.fit:
             return ids
-        room = self._service.limits.prompt_tokens or self._model.engine.context * 3 // 4
+        context = self._model.engine.context
+        room = min(self._service.limits.prompt_tokens or context, context * 3 // 4)
         while len(ids) > room:
             first = next(i for i, message in enumerate(messages) if message.role not in ("system", "developer"))
             turn = next((i for i in range(first + 1, len(messages)) if messages[i].role == "user"), None)

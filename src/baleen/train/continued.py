@@ -22,6 +22,7 @@ from baleen.interop.huggingface import save_model
 from baleen.interop.load import Loaded, generation_of, load
 from baleen.model.layer import DecoderLayer
 from baleen.parallel.worker import Alone
+from baleen.recipe import Recipe
 from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
 from baleen.train.display import Display
@@ -66,13 +67,21 @@ def train_on(
         raise UserError(f"train.seq_len ({recipe.train.seq_len}) is longer than the context of {recipe.base}")
     if only == "mtp" and not loaded.model.mtp_layers:
         raise UserError(f"{recipe.base} has no MTP layer to train: make it with `baleen upcycle ... --mtp 1`")
+    training = recipe.training(loaded.model.config, document_mask=recipe.train.document_mask or only == "mtp")
     check_data(recipe.data)  # what is refused leaves neither directory nor cost
     with open_run(run_dir, recipe, resume=resume):
-        return _train_on(recipe, run_dir, loaded, only, math.inf if max_steps is None else max_steps, display)
+        last_step = math.inf if max_steps is None else max_steps
+        return _train_on(recipe, training, run_dir, loaded, only, last_step, display)
 
 
 def _train_on(
-    recipe: ContinuedRecipe, run_dir: Path, loaded: Loaded, only: Only, max_steps: float, display: Display
+    recipe: ContinuedRecipe,
+    training: Recipe,
+    run_dir: Path,
+    loaded: Loaded,
+    only: Only,
+    max_steps: float,
+    display: Display,
 ) -> dict[str, Any]:
     with run_stage(recipe.cost, run_dir, "data"):
         prepared = prepare(
@@ -92,7 +101,7 @@ def _train_on(
             )  # fmt: skip
             loader = WithOwnText(prepared.train, own, recipe.own_text.share, seed=recipe.train.seed)
     with run_stage(recipe.cost, run_dir, "pretrain" if recipe.context is None else "extend") as stage, display:
-        run = _Run(recipe, run_dir, loaded, loader, only, stage, display)
+        run = _Run(recipe, training, run_dir, loaded, loader, only, stage, display)
         if only == "all" and not run.step:
             run.heldout_bpb_before = run.heldout_bpb(prepared)
             part_experts(run.trained_layers, recipe.train.expert_noise, recipe.train.seed)
@@ -115,6 +124,7 @@ class _Run:
     def __init__(
         self,
         recipe: ContinuedRecipe,
+        training: Recipe,
         run_dir: Path,
         loaded: Loaded,
         loader: Loader,
@@ -124,13 +134,13 @@ class _Run:
     ):
         self.recipe, self.run_dir, self.only, self.stage, self.display = recipe, run_dir, only, stage, display
         self.model, self.tokenizer, self.generation = loaded.model, loaded.tokenizer, generation_of(loaded.path)
+        self.drafts_for_smollm2 = only == "mtp" and loaded.path == smollm2.cached_directory()
         self.worker = Drafting(self.model) if only == "mtp" else Alone(self.model)
         keep_constants(self.model)
-        jitter_routers(self.model, recipe.train.router_jitter)
-        document_mask = recipe.train.document_mask or only == "mtp"
-        self.trainer = Trainer(recipe.training(self.model.config, document_mask=document_mask), self.worker, loader)
+        jitter_routers(self.worker.gates.values(), recipe.train.router_jitter)
+        self.trainer = Trainer(training, self.worker, loader)
         self.heldout_bpb_before: float | None = None
-        self.last: StepResult | None = None
+        self.loss = self.agreement = math.nan  # of the last step
         torch.manual_seed(recipe.train.seed)
         self.saver = Saver(run_dir / "checkpoints", keep=recipe.train.keep_checkpoints, warn=display.warn)
         newest = self.saver.newest()
@@ -140,6 +150,7 @@ class _Run:
             for difference in self.trainer.restore(newest):
                 display.warn(f"this run may not repeat bit for bit: {difference}")
             self.heldout_bpb_before = newest.state["heldout_bpb_before"]
+            self.loss, self.agreement = newest.state["loss"], newest.state["agreement"]
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         where = f"{self.trainer.precision}, on {self.model.device}"
         display.say(f"{recipe.name}: {count / 1e6:.1f}M parameters trained, {where}")
@@ -156,35 +167,34 @@ class _Run:
         self.model.train()
         with closing(Metrics(self.run_dir, self.step)) as metrics, Interruption() as interruption:
             while not trainer.done and self.step < last_step and not interruption.wanted:
-                self.last = trainer.step()
+                result = trainer.step()
+                self.loss = result.loss
+                if isinstance(self.worker, Drafting):
+                    self.agreement = self.worker.agreement
                 counters.wall_seconds = counters.seconds  # the clock of train.minutes is that of steps
                 self.stage.progress(tokens=counters.tokens - tokens, productive_seconds=counters.seconds - seconds)
-                metrics.write(self._told(self.last))
+                metrics.write(self._told(result))
                 if every and self.step % every == 0:
                     self._save()
+            if self.step != self.saver.saved_step:
+                self._save()
         if interruption.wanted:
             self.stage.interrupted()
-        if self.step != self.saver.saved_step:
-            self._save()
         self.model.eval()
         return "stopped" if interruption.wanted else "done"
 
     def _save(self) -> None:
         taken = self.trainer.checkpoint()
         taken.state.update(only=self.only, heldout_bpb_before=self.heldout_bpb_before)
+        taken.state.update(loss=self.loss, agreement=self.agreement)
         self.saver.save(taken)
-
-    @property
-    def agreement(self) -> float | None:
-        found = self.worker.agreement if isinstance(self.worker, Drafting) else math.nan
-        return found if math.isfinite(found) else None
 
     def _told(self, result: StepResult) -> dict[str, Any]:
         """Tells the step to whoever looks on, and returns its row."""
         counters, share = self.trainer.counters, min(1.0, self.trainer.position / self.recipe.train.tokens)
         self.display.warn_if_left_out(counters.step, result.grad_norm)
         parts = {"": f"step {counters.step}", "loss": f"{result.loss:.3f}"}
-        if self.agreement is not None:
+        if self.only == "mtp":
             parts["agree"] = f"{self.agreement:.1%}"
         parts["tok/s"] = f"{counters.tokens / counters.seconds:,.0f}"
         parts["left"] = duration(counters.seconds / share - counters.seconds)
@@ -192,7 +202,8 @@ class _Run:
         row = {
             "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3),
             "loss": result.loss, "mtp_loss": result.mtp_loss, "agreement": self.agreement, "lr": result.lr,
-            "grad_norm": result.grad_norm, "skipped": counters.skipped, "usd": self.stage.usd_of_run,
+            "grad_norm": result.grad_norm, "max_violation": result.max_violation, "skipped": counters.skipped,
+            "usd": self.stage.usd_of_run,
         }  # fmt: skip
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
@@ -219,7 +230,7 @@ class _Run:
         )
         rest = {"tokenizer": self.tokenizer, "generation": self.generation, "card": card}
         save_model(self.model, self.run_dir / "model", **rest)
-        if self.only == "mtp" and self.recipe.base == smollm2.NAME and self.trainer.done:  # not a trial of a few steps
+        if self.drafts_for_smollm2 and self.trainer.done:  # not a trial of a few steps
             save_model(self.model, smollm2.drafting_directory(), **rest)
             self.display.say(f"`baleen chat {smollm2.NAME}` drafts with it from now on")
 
@@ -231,8 +242,8 @@ class _Run:
             "step": counters.step,
             "tokens": counters.tokens,
             "train_seconds": round(counters.seconds, 1),
-            "loss": self.last.loss if self.last and math.isfinite(self.last.loss) else None,
-            "agreement": self.agreement,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "agreement": self.agreement if math.isfinite(self.agreement) else None,
             "heldout_bpb_before": self.heldout_bpb_before,
             "heldout_bpb": heldout_bpb,
             "closest_experts": closest_experts(self.trained_layers),

@@ -65,10 +65,10 @@ class ContinuedConfig(Strict):
     clip_norm: float = Field(1.0, gt=0.0)
     mtp_loss_weight: NotNegative = 0.3  # of the whole model; MTP layers alone have no other loss
     bias_update_speed: NotNegative = 0.001
-    balance_loss_weight: NotNegative = 1e-4
+    balance_loss_weight: NotNegative = 1e-4  # of the whole model, as mtp_loss_weight
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # inputs of routers times 1 +- this, so copies part
     expert_noise: NotNegative = 0.0  # on routed experts before the first step of all, a share of their weights' spread
-    document_mask: bool = True  # attend within a document only
+    document_mask: bool = True  # attend within a document only; MTP layers alone always do
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: Count = 0  # steps; 0: only at the end
     keep_checkpoints: Positive = 2

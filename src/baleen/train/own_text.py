@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def own_text(
 
     A killed process leaves nothing there, and its work is done again.
     """
-    directory /= _digest(model, packed, config, seed)
+    directory /= _digest(model, tokenizer, packed, config, seed)
     if not directory.is_dir():
         prompts = beginnings(tokenizer, packed, config, seed)
         aside = directory.with_name(f".{directory.name}.partial")
@@ -54,27 +55,30 @@ class WithOwnText(Loader):
 
     def __init__(self, text: PackedTokens, own: PackedTokens, share: float, *, seed: int):
         super().__init__(text, seed=seed)
-        self._own, self._share = Loader(own, seed=seed), share
+        self._own, self._share, self._given = Loader(own, seed=seed), share, 0
 
     def next_batch(self, sequences: int) -> Batch:
-        own = round(sequences * self._share)
+        before, self._given = self._given, self._given + sequences  # a share of all rows, however few a batch has
+        own = round(self._given * self._share) - round(before * self._share)
         parts = [super().next_batch(sequences - own)] if own < sequences else []
         parts += [self._own.next_batch(own)] if own else []
         masks = [torch.ones_like(p.tokens) if p.loss_mask is None else p.loss_mask for p in parts]
         return Batch(torch.cat([p.tokens for p in parts]), torch.cat([p.document_ids for p in parts]), torch.cat(masks))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"own": self._own.state_dict()}
+        return super().state_dict() | {"own": self._own.state_dict(), "given": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._own.load_state_dict(state["own"])
+        self._given = state["given"]
 
 
-def _digest(model: Transformer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> str:
-    digest = hashlib.blake2b(f"{config.model_dump_json()} {seed} {packed.fingerprint}".encode(), digest_size=8)
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().numpy().data)
+def _digest(model: Transformer, tokenizer: Tokenizer, packed: PackedTokens, config: OwnTextConfig, seed: int) -> str:
+    named = [config.model_dump_json(), model.config.model_dump_json(), tokenizer.fingerprint, packed.fingerprint, seed]
+    digest = hashlib.blake2b(json.dumps(named).encode(), digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().float().cpu().numpy().data)
     return digest.hexdigest()
 
 

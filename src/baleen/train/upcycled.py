@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from baleen.model.layer import DecoderLayer
-from baleen.model.moe import DeepseekMoE
+from baleen.model.moe import DeepseekMoE, Gate
 from baleen.model.transformer import Transformer
 
 
@@ -32,12 +32,12 @@ def keep_constants(model: Transformer) -> int:
     return kept
 
 
-def jitter_routers(model: Transformer, amount: float) -> None:
-    """In training mode each router reads its input times a random 1 +- amount (Switch, arXiv 2101.03961 §2.2).
+def jitter_routers(gates: Iterable[Gate], amount: float) -> None:
+    """In training mode each of them reads its input times a random 1 +- amount (Switch, arXiv 2101.03961 §2.2).
 
     Tokens then reach either copy of an expert, and copies learn different things.
     """
-    for gate in model.gates if amount else []:
+    for gate in gates if amount else ():
         gate.register_forward_pre_hook(lambda gate, args: _jittered(gate.training, args, amount))
 
 
