@@ -198,6 +198,22 @@ def test_reasoning_is_told_apart(scripted, tokenizer):
     assert [usage.completion_tokens_details.reasoning_tokens for usage in usages] == [reasoning]
 
 
+def test_a_thought_ends_with_its_budget(client):
+    """By the real engine: so many tokens and the one that closes it."""
+    for budget in (0, 5):
+        extra = {"chat_template_kwargs": {"thinking": True}, "baleen": {"thinking_budget": budget}}
+        answer = chat(client, max_tokens=20, logit_bias=WORDY, extra_body=extra)
+        assert answer.usage.completion_tokens_details.reasoning_tokens == budget + 1
+    for extra, fault in (
+        ({"baleen": {"thinking_budget": -1}}, "thinking_budget"),
+        ({"baleen": {"thinking_budget": 5}, "response_format": {"type": "json_object"}}, "leave one out"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=fault):
+            chat(client, extra_body=extra)
+    with pytest.raises(openai.BadRequestError, match="thinking_budget"):
+        text(client, extra_body={"baleen": {"thinking_budget": 5}})
+
+
 def test_thinking_is_opened_closed_or_left(scripted):
     seen = []
     server = scripted(lambda prompt: seen.append(prompt.rpartition("<|assistant|>")[2]) or "<think>hm</think>so")

@@ -12,7 +12,8 @@ from typing import Any
 from baleen.infer.chat import CHAT_PARAMS
 from baleen.infer.engine import Request
 from baleen.infer.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words, opens_reasoning
-from baleen.infer.sampler import SamplingParams
+from baleen.infer.sampler import Constraint, SamplingParams
+from baleen.infer.thinking import ThinkingBudget
 from baleen.serve.constrain import GrammarConstraint
 from baleen.serve.errors import BadRequest
 from baleen.serve.logprobs import chat_logprobs
@@ -126,11 +127,24 @@ class Chat:
         self._model.check_prompt(self._prompt_ids, "messages", service.limits)
         params = self._params()
         thinking = opens_reasoning(self._model.tokenizer, self._prompt_ids)
-        constraints = self._model.constrainer.of(request, thinking) or [None] * count
+        constraints = self._constraints(thinking) or [None] * count
         each = [of_choice(params, place, constraint) for place, constraint in enumerate(constraints)]
         self._requests = [Request(self._prompt_ids, one) for one in each]
         self._choices = [Choice(request, self._model, self._prompt_ids, one) for one in each]
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def _constraints(self, thinking: bool) -> Sequence[Constraint] | None:
+        """One for each choice; thinking: the prompt has opened a thought."""
+        constraints = self._model.constrainer.of(self._request, thinking)
+        budget = self._request.baleen.thinking_budget
+        if budget is None:
+            return constraints
+        if constraints is not None:
+            raise BadRequest(
+                "a thinking budget and an answer held to a form can't be had together: leave one out", param="baleen"
+            )
+        vocab_size = self._model.engine.model.config.vocab_size
+        return [ThinkingBudget(self._model.tokenizer, vocab_size, budget, opened=thinking)] * (self._request.n or 1)
 
     def _read(self) -> list[int]:
         """The prompt's tokens; asked to fit, without the oldest turns that the context has no room for."""

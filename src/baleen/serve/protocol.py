@@ -43,6 +43,12 @@ class Extension(Strict):
     fit: bool = False
 
 
+class ChatExtension(Extension):
+    """thinking_budget: tokens of thought, after which it is closed and the model must answer."""
+
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
+
+
 class Sampling(Strict):
     """top_k and min_p are not OpenAI's but everybody's; 0 turns them off."""
 
@@ -215,6 +221,7 @@ class TemplateArguments(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
+    baleen: ChatExtension = ChatExtension()
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
