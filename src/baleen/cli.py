@@ -159,12 +159,13 @@ def chat_(
 
     from baleen.config import UserError
     from baleen.data.document import Message
-    from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, chat, params_of
+    from baleen.infer.chat import CHAT_PARAMS, Local, answer_by_vote, answer_once, asked, chat, params_of
     from baleen.infer.engine import Engine
     from baleen.infer.native.runner import fastest_runner
     from baleen.infer.parse import opens_reasoning
     from baleen.infer.thinking import ThinkingBudget
     from baleen.interop.load import load
+    from baleen.recipe import recipe_sections
     from baleen.serve.remote import Remote
 
     if (run is None) == (url is None):
@@ -173,12 +174,12 @@ def chat_(
         raise UserError("--votes, --thinking-budget and --weights are for a RUN here: leave them out with --url")
     if votes > 1 and prompt is None:
         raise UserError("--votes is for one question: give it by --prompt")
-    params = CHAT_PARAMS
+    params, system = CHAT_PARAMS, ""
     if url is not None:
         partner = Remote(url, model, api_key)
     else:
         assert run is not None
-        loaded = load(run)
+        loaded, system = load(run), recipe_sections(run).get("system", "")  # as it was trained to be asked
         engine = Engine(loaded.model, loaded.tokenizer, runner=partial(fastest_runner, format=weights))  # type: ignore[arg-type]
         partner = Local(engine)
         if votes == 1:  # a vote needs answers that differ
@@ -190,13 +191,13 @@ def chat_(
             budget = ThinkingBudget(tokenizer, loaded.model.config.vocab_size, thinking_budget, opened=opened)
             params = replace(params, constraint=budget)
         if votes > 1 and prompt is not None:
-            vote = answer_by_vote(engine, prompt, sys.stdout, sys.stderr, votes, params)
+            vote = answer_by_vote(engine, asked(prompt, system), sys.stdout, sys.stderr, votes, params)
             print(f"{vote.votes} of {vote.cast} answers agree", file=sys.stderr)
             return
     if prompt is None:
-        chat(partner, Console(), params)
+        chat(partner, Console(), params, system)
     else:
-        answer_once(partner, prompt, sys.stdout, sys.stderr, params)
+        answer_once(partner, asked(prompt, system), sys.stdout, sys.stderr, params)
 
 
 @app.command()

@@ -9,14 +9,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from baleen import cli
 from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.data.tokenizer import Tokenizer
 from baleen.data.tokenizer_training import train_tokenizer
-from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, params_of, printable, recent
+from baleen.infer import chat as infer_chat
+from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, asked, params_of, printable, recent
 from baleen.infer.engine import Engine, Request, Stats
 from baleen.infer.parse import words_of
 from baleen.infer.sampler import SamplingParams
+from baleen.interop.huggingface import save_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -216,15 +219,28 @@ def test_the_last_turn_may_fill_the_context(engine):
     turns = [Message("user", "hi"), Message("assistant", "hello"), Message("user", "?" * 50)]
     assert recent(engine, turns, 32) == turns[2:]
     with pytest.raises(UserError, match="context holds 64"):
-        answer_once(Local(engine), "?" * 80, io.StringIO(), io.StringIO())
+        answer_once(Local(engine), asked("?" * 80), io.StringIO(), io.StringIO())
 
 
 def test_one_answer(engine):
     engine = engine()
     out = io.StringIO()
-    stats = answer_once(Local(engine), "hello", out, io.StringIO(), GREEDY)
+    stats = answer_once(Local(engine), asked("hello"), out, io.StringIO(), GREEDY)
     assert out.getvalue() == words(expected(engine, [Message("user", "hello")])) + "\n"
     assert 0 < stats.tokens <= 12
+
+
+def test_a_run_is_asked_as_it_was_trained(engine, tmp_path, monkeypatch):
+    """Under its recipe's system message, at the prompt and in a conversation alike."""
+    model, said = engine(), []
+    save_model(model.model.float(), tmp_path / "model", tokenizer=model.tokenizer)
+    (tmp_path / "recipe.toml").write_text('system = "Work out the sum."')
+    monkeypatch.setattr(infer_chat, "answer_once", lambda partner, messages, *_: said.append(messages))
+    monkeypatch.setattr(infer_chat.Chat, "run", lambda self, read: said.append(list(self.messages)))
+    cli.chat_(tmp_path, prompt="1+1=")
+    cli.chat_(tmp_path)
+    system = Message("system", "Work out the sum.")
+    assert said == [[system, Message("user", "1+1=")], [system]]
 
 
 def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
@@ -234,7 +250,7 @@ def test_a_user_turn_of_the_models_own_ends_the_answer(engine):
         engine.model.model.norm.weight.zero_()
     engine = Engine(engine.model, MarkerFirst(engine.tokenizer))
     out = io.StringIO()
-    stats = answer_once(Local(engine), "hello", out, io.StringIO(), GREEDY)
+    stats = answer_once(Local(engine), asked("hello"), out, io.StringIO(), GREEDY)
     assert out.getvalue() == "" and stats.tokens == 1
 
 
@@ -295,7 +311,7 @@ def test_a_thought_may_be_interrupted():
 
 def test_thought_and_answer_of_one_question_go_apart():
     out, thoughts = io.StringIO(), io.StringIO()
-    answer_once(Scripted("<think>\n3+8=11</think>", "<answer>1", "1</answer>"), "3+8=", out, thoughts)
+    answer_once(Scripted("<think>\n3+8=11</think>", "<answer>1", "1</answer>"), asked("3+8="), out, thoughts)
     assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
 
 
@@ -316,20 +332,20 @@ def test_a_template_may_open_the_thought(thinker):
 
 def test_votes_know_a_thought_that_the_template_opened(thinker, monkeypatch):
     texts = ["3+8 is", "3+8=10</think>10", "3+8=11</think>11", "3+8 is", "8+3=11</think>11"]
-    asked = []
+    drawn = []
 
     def complete(requests):
-        asked.extend(requests)
+        drawn.extend(requests)
         return [SimpleNamespace(text=text) for text in texts]
 
     monkeypatch.setattr(thinker, "complete", complete)
     out, thoughts = io.StringIO(), io.StringIO()
-    assert answer_by_vote(thinker, "3+8=", out, thoughts, 5) == (2, 2, 3)
+    assert answer_by_vote(thinker, asked("3+8="), out, thoughts, 5) == (2, 2, 3)
     assert (out.getvalue(), thoughts.getvalue()) == ("11\n", "3+8=11\n")
-    assert len(asked) == 5 and all(thinker.tokenizer.user_id in request.params.stop_ids for request in asked)
+    assert len(drawn) == 5 and all(thinker.tokenizer.user_id in request.params.stop_ids for request in drawn)
     del texts[1:3], texts[2:]
     with pytest.raises(UserError, match="none of the 2 answers"):
-        answer_by_vote(thinker, "3+8=", io.StringIO(), io.StringIO(), 2)
+        answer_by_vote(thinker, asked("3+8="), io.StringIO(), io.StringIO(), 2)
 
 
 def test_an_interrupt_before_the_first_word_leaves_no_turn(thinker):

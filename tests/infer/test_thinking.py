@@ -79,12 +79,12 @@ def test_the_majority_of_many_answers_is_printed(tokenizer, tiny_model, monkeypa
 
     engine = Engine(tiny_model(vocab_size=276).eval(), tokenizer)
     params = SamplingParams(temperature=3.0, max_tokens=3, seed=0)
-    vote = chat.answer_by_vote(engine, "3+4=", io.StringIO(), io.StringIO(), 5, params)
+    vote = chat.answer_by_vote(engine, chat.asked("3+4="), io.StringIO(), io.StringIO(), 5, params)
     assert 1 <= vote.votes <= vote.cast <= 5
     texts = []
     monkeypatch.setattr(chat, "majority", texts.extend)
     with pytest.raises(UserError, match="none of the 5 answers"):
-        chat.answer_by_vote(engine, "3+4=", io.StringIO(), io.StringIO(), 5, params)
+        chat.answer_by_vote(engine, chat.asked("3+4="), io.StringIO(), io.StringIO(), 5, params)
     assert len({*texts}) > 1
 
 
@@ -94,5 +94,5 @@ def test_the_winner_is_printed_without_its_thought(tokenizer):
     texts = said(6, 7, 7)
     engine = SimpleNamespace(tokenizer=tokenizer, complete=lambda requests: [SimpleNamespace(text=t) for t in texts])
     out, thoughts = io.StringIO(), io.StringIO()
-    assert chat.answer_by_vote(engine, "3+4=", out, thoughts, 3) == (1, 2, 3)
+    assert chat.answer_by_vote(engine, chat.asked("3+4="), out, thoughts, 3) == (1, 2, 3)
     assert (out.getvalue(), thoughts.getvalue()) == ("7\n", "so\n")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from baleen.config import UserError
 from baleen.data.document import Message
-from baleen.infer.chat import Chat, answer_once
+from baleen.infer.chat import Chat, answer_once, asked
 from baleen.infer.sampler import SamplingParams
 from baleen.serve.limits import Limits
 from baleen.serve.remote import Remote
@@ -20,13 +20,13 @@ PARAMS = SamplingParams(temperature=0.25, top_p=0.5, seed=7)
 def test_an_answer_streams_and_is_counted(scripted, tokenizer):
     server = scripted("naïve whales")
     out = io.StringIO()
-    stats = answer_once(Remote(server.url), "hello", out, io.StringIO(), PARAMS)
+    stats = answer_once(Remote(server.url), asked("hello"), out, io.StringIO(), PARAMS)
     assert out.getvalue() == "naïve whales\n"
     tokens = len(tokenizer.encode("naïve whales")) + 1
     assert (stats.tokens, stats.turns, stats.accepted) == (tokens, tokens, [0]) and stats.seconds > 0
-    asked = server.engine.requests[0]
-    assert (asked.params.temperature, asked.params.top_p, asked.params.seed) == (0.25, 0.5, 7)
-    assert asked.prompt_ids == tokenizer.encode_chat([Message("user", "hello")], add_generation_prompt=True)
+    request = server.engine.requests[0]
+    assert (request.params.temperature, request.params.top_p, request.params.seed) == (0.25, 0.5, 7)
+    assert request.prompt_ids == tokenizer.encode_chat([Message("user", "hello")], add_generation_prompt=True)
 
 
 def test_a_conversation(scripted):

@@ -127,23 +127,33 @@ def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Messa
         turns = turns[following:]
 
 
+def asked(prompt: str, system: str = "") -> list[Message]:
+    """A conversation of one question, under a system message if there is one."""
+    return [*([Message("system", system)] if system else []), Message("user", prompt)]
+
+
 def answer_once(
-    partner: Partner, prompt: str, out: TextIO, thoughts: TextIO, params: SamplingParams = CHAT_PARAMS
+    partner: Partner, messages: Sequence[Message], out: TextIO, thoughts: TextIO, params: SamplingParams = CHAT_PARAMS
 ) -> Stats:
-    """One answer to one prompt, as it comes, each part with a line break: `baleen chat RUN --prompt TEXT`."""
-    reply = partner.reply([Message("user", prompt)], params, partner.drafts)
+    """One answer, as it comes, each part with a line break: `baleen chat RUN --prompt TEXT`."""
+    reply = partner.reply(messages, params, partner.drafts)
     _write(reply, out, thoughts)
     return reply.stats
 
 
 def answer_by_vote(
-    engine: Engine, prompt: str, out: TextIO, thoughts: TextIO, votes: int, params: SamplingParams = CHAT_PARAMS
+    engine: Engine,
+    messages: Sequence[Message],
+    out: TextIO,
+    thoughts: TextIO,
+    votes: int,
+    params: SamplingParams = CHAT_PARAMS,
 ) -> Vote:
     """The majority of `votes` answers, drawn together: writes the first that says it. Raises UserError if none does.
 
     With a seed, answer i takes seed + i.
     """
-    prompt_ids = engine.tokenizer.encode_chat([Message("user", prompt)], add_generation_prompt=True)
+    prompt_ids = engine.tokenizer.encode_chat(messages, add_generation_prompt=True)
     seeds = [None if params.seed is None else params.seed + i for i in range(votes)]
     requests = [turn(engine, prompt_ids, replace(params, seed=seed)) for seed in seeds]
     opening = opening_of(engine, prompt_ids)
@@ -172,10 +182,10 @@ def printable(text: str) -> str:
 class Chat:
     """One conversation on one console. `messages` keeps every turn, those too that the context no longer holds."""
 
-    def __init__(self, partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS):
+    def __init__(self, partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS, system: str = ""):
         self.partner, self.console, self.params = partner, console, params
         self.draft = partner.drafts
-        self.messages: list[Message] = []
+        self.messages: list[Message] = [Message("system", system)] if system else []
         self.stats: Stats | None = None
         self._dropped, self._thought = 0, ""
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
@@ -301,9 +311,9 @@ class Chat:
         self._running = False
 
 
-def chat(partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS) -> None:
+def chat(partner: Partner, console: Console, params: SamplingParams = CHAT_PARAMS, system: str = "") -> None:
     """The REPL, with the terminal's own line editing where there is one."""
     with contextlib.suppress(ImportError):  # not on Windows
         importlib.import_module("readline")  # input() uses it once it is loaded
     console.print("Type a message, or /help. Ctrl-C stops an answer.", style="dim")
-    Chat(partner, console, params).run(lambda: console.input("[bold cyan]>[/] "))
+    Chat(partner, console, params, system).run(lambda: console.input("[bold cyan]>[/] "))
