@@ -14,7 +14,9 @@ VARIANTS = [
     ("grpo", "sequence", 0.2, 0.04),
     ("dapo", "token", 0.28, 0.0),
     ("dapo", "sequence", 0.28, 0.0),
+    ("dapo", "sequence", 0.28, 0.04),
     ("dr_grpo", "token", 0.2, 0.0),
+    ("dr_grpo", "sequence", 0.28, 0.04),
     ("dr_grpo", "token", 10.0, 0.001),
 ]
 MAX_TOKENS = 9

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_stages import MODEL, SFT, tiny_recipe
 from baleen.align import grpo as grpo_module
 from baleen.align.pipeline import align
 from baleen.align.recipe import for_command
+from baleen.align.rollout import Answer, Group, Score
 from baleen.align.sft import conversations
 from baleen.config import ModelConfig, UserError
 from baleen.data.tokenizer_training import train_tokenizer
@@ -100,6 +102,38 @@ def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(tmp_path, 
     monkeypatch.setattr(grpo_module, "sample", true_sample)
     run(pipeline, tmp_path / "killed", resume=True)
     assert sha(tmp_path / "straight") == sha(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("further", "rounds", "useful"), [(0, 1, 1), (1, 2, 2), (5, 3, 3)])
+def test_dynamic_sampling_replaces_groups_without_variance(monkeypatch, further, rounds, useful):
+    """Of what a rollout draws one group has variance, so each fills one place and asks anew for the others."""
+    asked_for, scored = [], []
+
+    def drawn(model, tokenizer, asked, group_size, sampling, *, seed, system):
+        asked_for.append((len(asked), seed))
+        answer = Answer((1,), (5, 6), (0.0, 0.0), "", False)
+        return [Group(question, (answer,) * group_size) for question in asked]
+
+    def judged(judge, rewards, group):
+        totals = [0.0, 1.0] if scored.count(asked_for[-1]) == 0 else [1.0, 1.0]
+        scored.append(asked_for[-1])
+        return replace(group, scores=tuple(Score({}, total, total) for total in totals))
+
+    monkeypatch.setattr(grpo_module, "sample", drawn)
+    monkeypatch.setattr(grpo_module, "score", judged)
+    monkeypatch.setattr(grpo_module, "that_fit", lambda model, tokenizer, questions, system: questions)
+    practised = [{"name": "chain_sum", "terms": [6, 7]}]
+    recipe = tiny_recipe(SFT, RL | {"questions": 3, "group_size": 2, "dynamic_sampling": further}, tasks=practised)
+    work = SimpleNamespace(model=None, tokenizer=None, recipe=recipe, tasks=lambda own: recipe.tasks)
+    progress = grpo_module.Progress()
+    groups, degenerate = grpo_module.collect(work, recipe.stages[1], None, progress)
+    assert [count for count, _ in asked_for] == [3, 2, 1][:rounds]
+    assert len({seed for _, seed in asked_for}) == rounds  # other questions each time
+    assert [group.has_variance for group in groups] == [True] * useful + [False] * (3 - useful)
+    assert len({group.question.prompt for group in groups}) == 3
+    drawn_groups = sum([3, 2, 1][:rounds])
+    assert degenerate == (drawn_groups - useful) / drawn_groups  # those thrown away count
+    assert progress.tokens == 2 * 2 * drawn_groups
 
 
 def test_constants_of_an_upcycled_base_stay(tmp_path):
