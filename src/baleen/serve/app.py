@@ -14,26 +14,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from baleen.serve.answers import ChatCompletion, Completion, ErrorBody, Health, Html, ModelCard, ModelList, Tokens
 from baleen.serve.chat import Chat
 from baleen.serve.completions import Completions
 from baleen.serve.errors import ApiError, install_handlers
 from baleen.serve.gate import Gate
 from baleen.serve.metrics import CONTENT_TYPE
 from baleen.serve.prompt import beginning, conversation
-from baleen.serve.protocol import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ErrorBody,
-    Health,
-    Html,
-    ModelCard,
-    ModelList,
-    RenderRequest,
-    TokenizeRequest,
-    Tokens,
-)
+from baleen.serve.protocol import ChatRequest, CompletionRequest, RenderRequest, TokenizeRequest
 from baleen.serve.render import Renderer
 from baleen.serve.service import Service
 from baleen.serve.stream import EVENT_STREAM, EventStream, Whole

@@ -14,12 +14,7 @@ from baleen.infer.engine import Request
 from baleen.infer.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words, opens_reasoning
 from baleen.infer.sampler import Constraint, SamplingParams
 from baleen.infer.thinking import ThinkingBudget
-from baleen.serve.constrain import GrammarConstraint
-from baleen.serve.errors import BadRequest
-from baleen.serve.logprobs import chat_logprobs
-from baleen.serve.models import Served
-from baleen.serve.prompt import chat_prompt
-from baleen.serve.protocol import (
+from baleen.serve.answers import (
     AnswerMessage,
     CallDelta,
     ChatChoice,
@@ -27,12 +22,15 @@ from baleen.serve.protocol import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatRequest,
     Delta,
     FinishReason,
-    FunctionCall,
-    ToolCall,
 )
+from baleen.serve.constrain import GrammarConstraint
+from baleen.serve.errors import BadRequest
+from baleen.serve.logprobs import chat_logprobs
+from baleen.serve.models import Served
+from baleen.serve.prompt import chat_prompt
+from baleen.serve.protocol import ChatRequest, FunctionCall, ToolCall
 from baleen.serve.service import ChoicePart, Service, of_choice, sampling_params
 from baleen.serve.tally import Tally, join_traces, trace_of, usage_of
 from baleen.serve.worker import Arrival

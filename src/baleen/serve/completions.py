@@ -10,16 +10,11 @@ from dataclasses import dataclass
 
 from baleen.infer.engine import Request
 from baleen.infer.sampler import SamplingParams
+from baleen.serve.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from baleen.serve.logprobs import TextLogprobs
 from baleen.serve.models import Served
 from baleen.serve.prompt import beginning, completion_prompts
-from baleen.serve.protocol import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    Usage,
-)
+from baleen.serve.protocol import CompletionRequest
 from baleen.serve.service import ChoicePart, Service, of_choice, sampling_params
 from baleen.serve.tally import Tally, join_traces, trace_of, usage_of
 from baleen.serve.worker import Arrival

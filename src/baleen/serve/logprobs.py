@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from baleen.data.tokenizer import Tokenizer
 from baleen.infer.request import Logprob
-from baleen.serve.protocol import CompletionLogprobs, TokenLogprob, TopLogprob
+from baleen.serve.answers import CompletionLogprobs, TokenLogprob, TopLogprob
 
 LEAST = -9999.0  # JSON has no infinity; what a token of no probability gets
 

@@ -16,10 +16,10 @@ from baleen.infer.chat import CHAT_PARAMS
 from baleen.infer.engine import Engine
 from baleen.infer.parse import THINK, ToolMarkers
 from baleen.interop.load import Loaded, load
+from baleen.serve.answers import ModelCard
 from baleen.serve.constrain import Constrainer
 from baleen.serve.errors import ApiError, BadRequest
 from baleen.serve.limits import Limits
-from baleen.serve.protocol import ModelCard
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
 

@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypeVar
 
 from baleen.infer.engine import Request
 from baleen.infer.sampler import Constraint, SamplingParams
+from baleen.serve.answers import FinishReason
 from baleen.serve.errors import BadRequest
 from baleen.serve.limits import Limits
 from baleen.serve.metrics import Metrics
 from baleen.serve.models import Models, Served
-from baleen.serve.protocol import FinishReason, Sampling
+from baleen.serve.protocol import Sampling
 from baleen.serve.tally import Tally, Tariff
 from baleen.serve.worker import Arrival, Flight, Worker
 

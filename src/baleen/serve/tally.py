@@ -9,7 +9,7 @@ from typing import Any
 
 from baleen.cost.money import RateCard
 from baleen.data.tokenizer import Tokenizer
-from baleen.serve.protocol import CompletionDetails, PromptDetails, Usage
+from baleen.serve.answers import CompletionDetails, PromptDetails, Usage
 from baleen.serve.worker import Arrival
 
 
