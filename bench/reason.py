@@ -39,11 +39,11 @@ def of_seed(recipe: AlignRecipe, seed: int) -> AlignRecipe:
 
 
 def of_sorting(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe with sums to be sorted, whose thoughts are longer: half as many steps again for the cold start."""
+    """The recipe with sums to be sorted, whose thoughts are longer."""
     sft, rl = recipe.stages
     assert recipe.model is not None
     model = recipe.model.model_copy(update={"max_position_embeddings": 256})
-    sft = sft.model_copy(update={"train": sft.train.model_copy(update={"tokens": 3_072_000, "seq_len": 256})})
+    sft = sft.model_copy(update={"train": sft.train.model_copy(update={"seq_len": 256})})
     rl = rl.model_copy(update={"sampling": rl.sampling.model_copy(update={"max_tokens": 160})})
     task = Sorting(numbers=(2, 3), terms=(3, 4))
     return recipe.model_copy(update={"tasks": (task,), "stages": (sft, rl), "model": model})
