@@ -187,8 +187,8 @@ def _recipe(file: Path, overrides: tuple[str, ...]) -> Recipe:
 @cache
 def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool, passages: bool) -> str:
     decides: list[object] = [recipe.model_copy(update={"name": ""}).to_toml(), key_value_heads, MEASURED]
-    decides += [load_extensions()] if extended else []
-    decides += ["passages"] if passages else []
+    decides += [load_extensions(), _text_of("needles.py")] if extended else []
+    decides += [_text_of("passages.py")] if passages else []
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
@@ -196,6 +196,10 @@ def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool, passage
 def load_extensions() -> list[str]:
     """The recipes of the two stages to a longer context."""
     return [(resources.files("baleen.recipes") / f"{name}.toml").read_text(encoding="utf-8") for name in EXTENSIONS]
+
+
+def _text_of(script: str) -> str:
+    return (HERE / script).read_text(encoding="utf-8")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
