@@ -113,7 +113,10 @@ class Notebook:
 
     def row(self, name: str, arm: str, seed: int) -> Row | None:
         """The finished row, or None."""
-        file = self.folder / "rows" / f"{self.hash_of(name, arm, seed)}.json"
+        return self._kept(f"{self.hash_of(name, arm, seed)}")
+
+    def _kept(self, stem: str) -> Row | None:
+        file = self.folder / "rows" / f"{stem}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def write(self, row: Row) -> None:
@@ -138,27 +141,44 @@ class Notebook:
         rows = [self.row(name, arm, seed) for seed in self.claims[name].seeds]
         return [row["measured"][measure] for row in rows if row is not None]
 
-    def step_seconds(self, name: str) -> dict[str, float] | None:
-        """By arm: the median over its turns (times.py); None as long as they are not timed as they are now."""
-        file, claim = self.folder / "rows" / f"time-{name}.json", self.claims[name]
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if kept.get("of") != {arm: self.hash_of(name, arm, claim.seeds[0]) for arm in claim.arms}:
-            return None
-        return {arm: statistics.median(turns) for arm, turns in kept["seconds"].items()}
+    def timing(self) -> Row | None:
+        """What times.py found: {"seconds": {hash of an arm's first row: by turn, those of a median step}, ...}."""
+        return self._kept("times")
 
-    def run_seconds(self, name: str) -> dict[str, float] | None:
-        """By arm: of all its steps."""
-        of_step, seconds = self.step_seconds(name), dict[str, float]()
-        for arm, step in (of_step or {}).items():
-            recipe = self.recipe(name, arm, self.claims[name].seeds[0])
-            assert recipe is not None, "a claim that was timed is tuned"
-            seconds[arm] = step * recipe.train.tokens / recipe.train.batch_tokens
-        return seconds if of_step else None
+    def run_seconds(self, name: str) -> dict[str, list[float]] | None:
+        """By arm: of all its steps, turn by turn; None as long as not all its arms are timed as they are now."""
+        kept, seed, seconds = (self.timing() or {}).get("seconds", {}), self.claims[name].seeds[0], {}
+        for arm in self.claims[name].arms:
+            recipe, turns = self.recipe(name, arm, seed), kept.get(self.hash_of(name, arm, seed))
+            if recipe is None or turns is None:
+                return None
+            steps = recipe.train.tokens / recipe.train.batch_tokens
+            seconds[arm] = [turn * steps for turn in turns]
+        return seconds
 
-    def timings(self) -> list[Row]:
-        """What is kept of every claim that is timed as it is now."""
-        files = (self.folder / "rows" / f"time-{name}.json" for name in self.claims if self.step_seconds(name))
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    def superseded(self) -> Row:
+        """What became of no use, as its recipe or its code changed: {"rows", "device_hours", "usd"}. It was spent."""
+        file = self.folder / "superseded.json"
+        nothing = {"rows": 0, "device_hours": 0.0, "usd": 0.0}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else nothing
+
+    def supersede(self, row: Row | None) -> None:
+        """Count a row that something new replaces."""
+        if row is not None:
+            before = self.superseded()
+            after = {"rows": before["rows"] + 1}
+            after |= {key: round(before[key] + row[key], 6) for key in ("device_hours", "usd")}
+            (self.folder / "superseded.json").write_text(json.dumps(after, indent=1) + "\n", encoding="utf-8")
+
+    def stale(self) -> list[Path]:
+        """Files of rows that no claim asks for any more. Raises UserError as long as a sweep is not settled, for then
+        nobody knows."""
+        for name, claim in self.claims.items():
+            if any(self.hash_of(name, arm, claim.seeds[0]) is None for arm in claim.arms):
+                raise UserError(f"{name} is tuned by a sweep that is not done: run `make evidence` first")
+        known = {row["hash"] for row in self.all_rows()} | {"times"}
+        files = sorted((self.folder / "rows").glob("*.json"))
+        return [file for file in files if file.stem not in known and not file.stem.startswith("study-")]
 
     def gaps(self, name: str, arm: str) -> list[float]:
         """By seed: how far the arm's measure is from the first arm's, relative to that unless it is `absolute`."""

@@ -1,24 +1,24 @@
 """The lab notebook: which of V3's claims hold at a size that a laptop can run.
 
-    python evidence/notebook.py [CLAIM ...] [--quick] [--page] [--list]
+    python evidence/notebook.py [CLAIM ...] [--quick] [--page] [--list] [--retire]
 
 A claim is evidence/claims/CLAIM.toml: what is said, a recipe, and arms that differ by overrides. A row is one arm with
 one seed; what is missing is run, sweeps before the claims that they tune, and kept in evidence/rows; studies and
 timings come after. Stopped, the same command goes on. --quick runs two rows again, beside those that are kept. --page
-only writes the pages.
+only writes the pages. --retire takes rows away that no claim asks for any more, and keeps count of what they cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
 from pathlib import Path
 
 from claim import HERE, SWEEP, Notebook, Row, interval
 from page import write_pages
 from studies import STUDIES, run_study, study_is_done
-from times import time_claim
+from times import time_arms
 
 from baleen.config import UserError
 
@@ -70,13 +70,12 @@ def run_again(notebook: Notebook, runs: Path) -> bool:
     for arm in list(claim.arms)[:2]:
         kept = notebook.values(name, arm, claim.measure)
         now = run_row(notebook, name, arm, claim.seeds[0], runs)["measured"][claim.measure]
-        # one value beside others of its kind, not beside their mean: the interval of a prediction
-        half = interval(kept)[1] * (len(kept) + 1) ** 0.5
-        within = abs(now - statistics.mean(kept)) <= half
+        half = interval(kept)[1]
+        within = abs(now - kept[0]) <= half
         all_within &= within
         print(
-            f"{name}, {arm}, seed {claim.seeds[0]}: {claim.measure} {now:.4f}, kept {kept[0]:.4f}, "
-            f"interval {statistics.mean(kept):.4f} ± {half:.4f}: {'within' if within else 'OUTSIDE'}"
+            f"{name}, {arm}, seed {claim.seeds[0]}: {claim.measure} {now:.4f}, kept {kept[0]:.4f} "
+            f"({now / kept[0] - 1:+.2%}), interval ± {half:.4f}: {'within' if within else 'OUTSIDE'}"
         )
     return all_within
 
@@ -87,6 +86,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--retire", action="store_true")
     asked, notebook = parser.parse_args(), Notebook()
     unknown = set(asked.claims) - set(notebook.claims)
     if unknown:
@@ -97,15 +97,19 @@ def main() -> None:
         for name, claim in notebook.claims.items():
             print(f"{len(notebook.rows(name)):3} of {len(claim.arms) * len(claim.seeds):3} rows  {name}")
         return
+    if asked.retire:
+        for file in notebook.stale():
+            notebook.supersede(json.loads(file.read_text(encoding="utf-8")))
+            file.unlink()
     try:
-        if not asked.page:
+        if not asked.page and not asked.retire:
             run_missing(notebook, asked.claims or list(notebook.claims), RUNS)
             for name in STUDIES if not asked.claims else ():
                 if not study_is_done(name):
                     run_study(name, RUNS)
-            for name, claim in notebook.claims.items() if not asked.claims else ():
-                if claim.timed and notebook.step_seconds(name) is None:
-                    time_claim(notebook, name, RUNS)
+            timed = [name for name, claim in notebook.claims.items() if claim.timed]
+            if not asked.claims and any(notebook.run_seconds(name) is None for name in timed):
+                time_arms(notebook, RUNS)
     finally:
         write_pages(notebook, ROOT)
 

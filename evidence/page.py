@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
-import numpy as np
-from claim import Notebook, interval
+from claim import Notebook, Row, interval
 from measures import BEFORE, SPIKE
 from plot import Effect, intervals, losses_by_size
+from sizes import all_sizes, by_size, page_of_sizes
 from studies import STUDIES, read_study, studies_done
 
-SIZES = ("sparse-128", "sparse", "sparse-256", "sparse-384")
 BEGIN, END = "<!-- made by evidence/notebook.py --page -->", "<!-- end -->"
 INTRODUCTION = """\
 Which of V3's claims hold at a size that a laptop can run. Made by `python evidence/notebook.py --page` from
@@ -23,12 +21,14 @@ Every row is one arm with one seed, from the same start (`evidence/base.toml`: 5
 data and, where their networks are alike, one start. They have equal tokens unless an arm says otherwise. Differences
 are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
 and not corrected for many claims. Learning rates are tuned once a family, by one seed, on the same held-out text, and a
-best rate at the edge of its grid is refused. Seconds are those of all steps of an arm, of the median step when the arms
-take turns with nothing beside them (`python evidence/times.py`). *Holds* and *does not hold* mean: beyond that
-interval, at this size, on this text.
+best rate at the edge of its grid is refused. Seconds are those of all steps of an arm, of the median step when all arms
+take turns with nothing beside them (`python evidence/times.py`), and how many times the first arm's, by turn. *Holds*
+and *does not hold* mean: beyond that interval, at this size, on this text.
 """
 STEPS_OF_A_SPIKE = 5
 OLMO = 0.822  # of Olmo 3's 8.34M GPU-hours: development (arXiv 2605.01158)
+DEMO = 0.2384  # device-hours of `make demo`, its final run alone: README
+ALLOWED = 10.0  # device-hours: five hours of two cores
 
 
 def write_pages(notebook: Notebook, root: Path) -> None:
@@ -60,6 +60,9 @@ def summary(notebook: Notebook) -> str:
     lines = ["| Claim | Seen here | Verdict |", "|---|---|---|"]
     for name in claims_of(notebook):
         lines.append(f"| {notebook.claims[name].says} | {_effect(notebook, name)} | {notebook.verdict(name)} |")
+    spikes, rows = len(_spikes(notebook)), len(notebook.all_rows())
+    seen = f"in {spikes} of {rows} rows" if rows else ""
+    lines.append(f"| No spike of the loss that lasts, and no step skipped | {seen} | {_spike_verdict(notebook)} |")
     return "\n".join([*lines, ""])
 
 
@@ -86,8 +89,8 @@ def drawn(notebook: Notebook) -> dict[str, str]:
         if notebook.complete(name):
             arms = list(notebook.claims[name].arms)[1:]
             plots[name] = intervals([Effect(arm, *interval(notebook.gaps(name, arm))) for arm in arms])
-    if _all_sizes(notebook):
-        plots["sizes"] = losses_by_size(_by_size(notebook), "active parameters", "held-out bits per byte")
+    if all_sizes(notebook):
+        plots["sizes"] = losses_by_size(by_size(notebook), "active parameters", "held-out bits per byte")
     return plots
 
 
@@ -99,7 +102,7 @@ def page(notebook: Notebook) -> str:
         summary(notebook),
         page_of_claims(notebook),
     ]
-    lines += _sizes(notebook)
+    lines += page_of_sizes(notebook)
     for name, study in STUDIES.items():
         lines += read_study(name, study, notebook.folder)
     lines += _sweeps(notebook) + _no_spike(notebook) + _account(notebook)
@@ -125,10 +128,16 @@ def _section(notebook: Notebook, name: str) -> list[str]:
         gap = _gap(notebook, name, arm) if number else ""
         values = [_mean(notebook, name, arm, measure) for measure in measures]
         if claim.timed:
-            values.append(f"{seconds[arm]:.0f}" if seconds else "not timed")
+            values.append(_seconds(seconds, arm) if seconds else "not timed")
         lines.append(f"| {arm} | {gap} | {' | '.join(values)} |")
     lines += ["", f"{len(claim.seeds)} seeds; `python evidence/notebook.py {name}`.", ""]
     return [*lines, f"![Differences](evidence/{name}.svg)", ""]
+
+
+def _seconds(seconds: dict[str, list[float]], arm: str) -> str:
+    first, own = next(iter(seconds.values())), seconds[arm]
+    mean, half = interval([b / a for a, b in zip(first, own, strict=True)])
+    return f"{statistics.median(own):.0f}" + ("" if own is first else f" ({mean:.2f} ± {half:.2f} ×)")
 
 
 def _mean(notebook: Notebook, name: str, arm: str, measure: str) -> str:
@@ -142,65 +151,6 @@ def _mean(notebook: Notebook, name: str, arm: str, measure: str) -> str:
     return f"{mean:,.0f} ± {half:,.0f}" if mean >= 100 else f"{mean:.4f} ± {half:.4f}"
 
 
-def _by_size(notebook: Notebook) -> dict[str, list[tuple[float, float]]]:
-    arms = list(notebook.claims[SIZES[0]].arms)
-    return {
-        arm: [
-            (
-                statistics.mean(notebook.values(name, arm, "active_parameters")),
-                statistics.mean(notebook.values(name, arm, "heldout_bpb")),
-            )
-            for name in SIZES
-        ]
-        for arm in arms
-    }
-
-
-def _all_sizes(notebook: Notebook) -> bool:
-    return all(name in notebook.claims and notebook.complete(name) for name in SIZES)
-
-
-def _sizes(notebook: Notebook) -> list[str]:
-    """A power law of each arm's losses, fitted seed by seed, and what it says of time."""
-    lines = ["## Sparse and dense over four sizes", ""]
-    if not _all_sizes(notebook):
-        return [*lines, f"Not all rows of {', '.join(SIZES)} are there yet.", ""]
-    arms = list(notebook.claims[SIZES[0]].arms)
-    lines += [
-        "log(bits per byte) = a + b log(active parameters), fitted to each seed alone; ± over the seeds, 95 %. All",
-        "sizes have the same tokens, so this is no law of compute.", "",
-        "| arm | exponent b | ± |", "|---|---:|---:|",
-    ]  # fmt: skip
-    for arm in arms:
-        sizes = np.log([notebook.values(name, arm, "active_parameters") for name in SIZES])
-        losses = np.log([notebook.values(name, arm, "heldout_bpb") for name in SIZES])
-        slopes = [np.polyfit(sizes[:, s], losses[:, s], 1)[0] for s in range(sizes.shape[1])]
-        lines.append("| {} | {:+.4f} | {:.4f} |".format(arm, *interval([float(b) for b in slopes])))
-    dense, sparse = arms
-    plot = "![Losses by size](evidence/sizes.svg)"
-    timed = [seconds for name in SIZES if (seconds := notebook.run_seconds(name))]
-    if len(timed) < len(SIZES):
-        return [*lines, "", "Not timed yet: `python evidence/times.py`.", "", plot, ""]
-    seconds = {arm: [of_size[arm] for of_size in timed] for arm in arms}
-    losses = {arm: [statistics.mean(notebook.values(name, arm, "heldout_bpb")) for name in SIZES] for arm in arms}
-    law = np.polyfit(np.log(seconds[dense]), np.log(losses[dense]), 1)
-    lines += [
-        "",
-        "In time: what a dense network that takes the sparse one's seconds would reach, by a line through the dense.",
-        "",
-        "| claim | sparse less dense | sparse over dense, seconds | sparse | dense in as many seconds | pays |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for i, name in enumerate(SIZES):
-        mean, half = interval(notebook.gaps(name, sparse))
-        in_time = math.exp(np.polyval(law, math.log(seconds[sparse][i])))
-        lines.append(
-            f"| {name} | {mean:+.2%} ± {half:.2%} | {seconds[sparse][i] / seconds[dense][i]:.2f} | "
-            f"{losses[sparse][i]:.4f} | {in_time:.4f} | {'yes' if losses[sparse][i] < in_time else 'no'} |"
-        )
-    return [*lines, "", plot, ""]
-
-
 def _sweeps(notebook: Notebook) -> list[str]:
     lines = ["## Learning rates", "", "| family | rates: held-out bits per byte | |", "|---|---|---|"]
     for name, claim in notebook.claims.items():
@@ -210,42 +160,57 @@ def _sweeps(notebook: Notebook) -> list[str]:
     return [*lines, ""]
 
 
+def _spikes(notebook: Notebook) -> list[Row]:
+    return [row for row in notebook.all_rows() if row["measured"]["longest_spike"] >= STEPS_OF_A_SPIKE]
+
+
+def _skipped(notebook: Notebook) -> int:
+    return sum(row["measured"]["skipped"] for row in notebook.all_rows())
+
+
+def _spike_verdict(notebook: Notebook) -> str:
+    if not notebook.all_rows():
+        return "not run yet"
+    return "does not hold" if _spikes(notebook) or _skipped(notebook) else "holds"
+
+
 def _no_spike(notebook: Notebook) -> list[str]:
     rows = notebook.all_rows()
     lines = ["## No spike", ""]
     if not rows:
         return [*lines, "No rows yet.", ""]
     worst = max(rows, key=lambda row: row["measured"]["largest_jump"])
-    spikes = [row for row in rows if row["measured"]["longest_spike"] >= STEPS_OF_A_SPIKE]
-    skipped = sum(row["measured"]["skipped"] for row in rows)
-    verdict = "does not hold" if spikes else "holds"
     jump, where = worst["measured"]["largest_jump"], f"{worst['claim']}, {worst['arm']}, seed {worst['seed']}"
     return [
         *lines,
-        f"In {len(spikes)} of {len(rows)} rows the loss stays more than {SPIKE} nats above the median of the",
-        f"{BEFORE} steps before, for {STEPS_OF_A_SPIKE} or more: **{verdict}**. The largest",
-        f"jump of a step is {jump:.3f} nats ({where}), mostly that of a hard batch; {skipped} steps were skipped.",
-        "The paper reports no spike that could not be recovered from, and no rollback.",
+        f"In {len(_spikes(notebook))} of {len(rows)} rows the loss stays more than {SPIKE} nats above the median of",
+        f"the {BEFORE} steps before, for {STEPS_OF_A_SPIKE} or more: **{_spike_verdict(notebook)}**. The largest",
+        f"jump of a step is {jump:.3f} nats ({where}), mostly that of a hard batch; {_skipped(notebook)} steps were",
+        "skipped. The paper reports no spike that could not be recovered from, and no rollback.",
         "",
     ]
 
 
 def _account(notebook: Notebook) -> list[str]:
-    """What the notebook took, by the ledger, beside another project's research."""
-    rows = [*notebook.all_rows(), *notebook.timings(), *studies_done(notebook.folder)]
-    hours, usd = sum(row["device_hours"] for row in rows), sum(row["usd"] for row in rows)
+    """What the notebook took, by the ledger, beside a final model and another project's research."""
+    timing, gone = notebook.timing(), notebook.superseded()
+    rows = [*notebook.all_rows(), *([timing] if timing else []), *studies_done(notebook.folder)]
     lines = ["## What this notebook cost", ""]
     if not rows:
         return [*lines, "Nothing yet.", ""]
-    per_row = hours / len(rows)
+    hours, usd = sum(row["device_hours"] for row in rows), sum(row["usd"] for row in rows)
+    research = hours + gone["device_hours"]
+    longest = max(row["device_hours"] for row in notebook.all_rows())
     dates = sorted({row["date"] for row in rows})
     machines = sorted({row["machine"] for row in rows})
     return [
         *lines,
-        "| | rows | device-hours | USD | share of all |", "|---|---:|---:|---:|---:|",
-        f"| this notebook, all of it research | {len(rows)} | {hours:.2f} | {usd:.3f} | {1 - per_row / hours:.1%} |",
-        f"| one row, were it the final model | 1 | {per_row:.2f} | {usd / len(rows):.3f} | {per_row / hours:.1%} |",
-        f"| Olmo 3, development (arXiv 2605.01158) | | 6,860,000 | | {OLMO:.1%} |", "",
-        f"A device is a thread of the CPU. Rows of {' and '.join(dict.fromkeys((dates[0], dates[-1])))} on "
-        f"{'; '.join(machines)}.", "",
+        "| | rows | device-hours | USD |", "|---|---:|---:|---:|",
+        f"| this notebook | {len(rows)} | {hours:.2f} | {usd:.3f} |",
+        f"| what it has replaced | {gone['rows']} | {gone['device_hours']:.2f} | {gone['usd']:.3f} |",
+        f"| the final run of `make demo` (README) | | {DEMO:.2f} | |", "",
+        f"So {research / (research + DEMO):.1%} of that is research; of Olmo 3's 8.34M GPU-hours {OLMO:.1%} were",
+        f"development (arXiv 2605.01158). A device is a thread of the CPU. The notebook takes {hours / ALLOWED:.0%} of",
+        f"the {ALLOWED:.0f} device-hours that it may take; its longest row took {60 * longest:.0f} minutes. Rows of "
+        f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))} on {'; '.join(machines)}.", "",
     ]  # fmt: skip

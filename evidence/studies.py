@@ -8,6 +8,7 @@ Shapes: M, N outer, K summed; T tokens, O outputs, I inputs.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from claim import HERE, Notebook
 from torch import Tensor
 
 from baleen.data.loader import Loader
@@ -25,10 +27,10 @@ from baleen.data.prepare import prepare
 from baleen.model.fp8 import dequantize_blocks, quantize_blocks
 from baleen.model.transformer import Transformer
 from baleen.recipe import Recipe, load_recipe
+from baleen.train.display import Display
 from baleen.train.loop import run_stage
 from baleen.train.trainer import Trainer
 
-HERE = Path(__file__).parent
 FRACTION_BITS = 13  # that an H800's tensor core keeps of aligned products and of its sum: 14 with the leading one
 AT_ONCE = 32  # products that it adds up in one go (arXiv 2505.09343 §3.1)
 PROMOTED = 128
@@ -160,32 +162,54 @@ def _trainer_of(recipe: Recipe, folder: Path) -> tuple[Trainer, PackedTokens]:
     return Trainer(recipe, model, Loader(prepared.train, seed=0)), prepared.train
 
 
+class _Told(Display):
+    """Keeps what it is told to warn of."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
 def poison() -> Table:
-    """What a step does whose batch is noise, and one whose gradient is not finite, beside the steps around them."""
+    """What a step does whose batch is noise, and one whose gradient is not finite, beside the steps around them, and
+    the losses of the same run without either."""
+    poisons = {30: "a batch of random tokens", 45: "a gradient that is not a number"}
+    undisturbed = [row["loss"] for row in _steps({})]
+    shown = (29, 30, 31, 35, 40, 44, 45, 46, 50, 60)
+    rows = [row for row in _steps(poisons) if row["step"] in shown]
+    return [row | {"loss without poison": undisturbed[row["step"] - 1]} for row in rows]
+
+
+def _steps(poisons: dict[int, str]) -> Table:
+    """Sixty steps of the base recipe, those named poisoned."""
     recipe = load_recipe(HERE / "base.toml", ["train.tokens=61440", "train.batch_tokens=1024", "train.precision=fp32"])
+    display, rows = _Told(), []
     with tempfile.TemporaryDirectory() as folder:
         trainer, packed = _trainer_of(recipe, Path(folder))
-        model, rows = trainer.model, []
+        model = trainer.model
         for step in range(1, 61):
-            what = {30: "a batch of random tokens", 45: "a gradient that is not a number"}.get(step, "text")
-            text, weights = trainer.loader, _norm(model)
-            hook = None
-            if step == 30:
+            text, weights, told = trainer.loader, _norm(model), len(display.warnings)
+            what, hook = poisons.get(step, "text"), None
+            if "random" in what:
                 trainer.loader = Loader(_noise(packed), seed=0)
-            elif step == 45:
+            elif "not a number" in what:
                 hook = model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
             result = trainer.step()
+            display.warn_if_left_out(step, result.grad_norm)
             trainer.loader = text
             if hook is not None:
                 hook.remove()
-            if step in (29, 30, 31, 35, 44, 45, 46, 50):
-                norm = result.grad_norm if math.isfinite(result.grad_norm) else None
-                rows.append(
-                    {
-                        "step": step, "batch": what, "loss": result.loss, "gradient's norm": norm,
-                        "weights moved": _norm(model) != weights, "skipped so far": trainer.counters.skipped,
-                    }
-                )  # fmt: skip
+            norm = result.grad_norm if math.isfinite(result.grad_norm) else None
+            rows.append(
+                {
+                    "step": step, "batch": what, "loss": result.loss, "gradient's norm": norm,
+                    "weights moved": _norm(model) != weights, "skipped so far": trainer.counters.skipped,
+                    "told": len(display.warnings) > told,
+                }
+            )  # fmt: skip
     return rows
 
 
@@ -216,8 +240,9 @@ STUDIES = {
     ),
     "poison": Study(
         "A poisoned step",
-        "What the guard does: a batch of noise is a step like any other, clipped; a gradient that is not finite "
-        "changes no weight, is counted and told, and nothing is rolled back.",
+        "What the guard does: a batch of noise is a step like any other, clipped and not skipped; a gradient that is "
+        "not finite changes no weight, is counted and told, and nothing is rolled back. Beside it the losses of the "
+        "same run without either.",
         poison,
     ),
 }
@@ -227,8 +252,8 @@ def read_study(name: str, study: Study, folder: Path) -> list[str]:
     """Its section of the page."""
     file = folder / "rows" / f"study-{name}.json"
     lines = [f"## {study.title}", "", study.text, ""]
-    if not file.is_file():
-        return [*lines, f"Not run yet: `python evidence/studies.py {name}`.", ""]
+    if not study_is_done(name, folder):
+        return [*lines, f"Not run yet as it is now: `python evidence/studies.py {name}`.", ""]
     table: Table = json.loads(file.read_text(encoding="utf-8"))["table"]
     lines += [f"| {' | '.join(table[0])} |", "|" + "---|" * len(table[0])]
     lines += [f"| {' | '.join(_cell(key, value) for key, value in row.items())} |" for row in table]
@@ -249,9 +274,9 @@ def _cell(key: str, value: Any) -> str:
     return "not finite" if value is None else str(value)
 
 
-def study_is_done(name: str) -> bool:
-    """With the base recipe and this file as they are now."""
-    file = HERE / "rows" / f"study-{name}.json"
+def study_is_done(name: str, folder: Path = HERE) -> bool:
+    """With the base recipe, FP8's arithmetic and this file as they are now."""
+    file = folder / "rows" / f"study-{name}.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["of"] == _digest()
 
 
@@ -263,13 +288,13 @@ def run_study(name: str, runs: Path) -> None:
     with run_stage(load_recipe(HERE / "base.toml").cost, run_dir, "pretrain"):
         table = STUDIES[name].run()
     file = HERE / "rows" / f"study-{name}.json"
-    file.parent.mkdir(exist_ok=True)
-    kept = {"of": _digest(), "table": table, **account_of([run_dir])}
-    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    notebook = Notebook()
+    notebook.supersede(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+    notebook.write({"hash": file.stem, "of": _digest(), "table": table, **account_of([run_dir])})
 
 
 def _digest() -> str:
-    files = (HERE / "base.toml", Path(__file__))
+    files = (HERE / "base.toml", Path(__file__), Path(inspect.getfile(quantize_blocks)))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

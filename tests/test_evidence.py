@@ -95,7 +95,11 @@ def test_the_pages_are_those_of_the_rows(modules):
 def test_every_row_belongs_to_a_claim(modules):
     known = {row["hash"] for row in modules[0].Notebook().all_rows()}
     files = {file.stem for file in (EVIDENCE / "rows").glob("*.json")}
-    assert {stem for stem in files if not stem.startswith(("study-", "time-"))} == known
+    assert {stem for stem in files if not stem.startswith("study-")} - {"times"} == known
+
+
+def test_every_row_took_no_more_than_a_quarter_of_an_hour(modules):
+    assert all(row["device_hours"] <= 0.5 for row in modules[0].Notebook().all_rows())  # on two cores, or half an hour
 
 
 def test_interval_is_students(modules):
@@ -188,15 +192,81 @@ def test_only_what_is_missing_is_run_and_sweeps_come_first(modules, make, tmp_pa
     assert notebook.complete("c")
 
 
-def test_two_rows_again(modules, make, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("again", "said"), [(1.005, ("within", "OUTSIDE")), (1.2, ("OUTSIDE", "OUTSIDE"))])
+def test_two_rows_again(modules, make, tmp_path, monkeypatch, capsys, again, said):
+    """Each beside the row of the same seed, within the half width of its arm's interval."""
     notebook = make("quick = true")
     with pytest.raises(UserError, match="no rows to compare with"):
         modules[1].run_again(notebook, tmp_path)
     fill(notebook, "c", {("plain", 0): 1.0, ("new", 0): 0.5, ("plain", 1): 1.01, ("new", 1): 0.51})
-    monkeypatch.setattr(modules[1], "run_row", lambda *_: {"measured": {"heldout_bpb": 1.02}})
+    monkeypatch.setattr(modules[1], "run_row", lambda *_: {"measured": {"heldout_bpb": again}})
     assert not modules[1].run_again(notebook, tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(": within") and lines[1].endswith(": OUTSIDE")
+    assert tuple(line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()) == said
+
+
+def test_what_no_claim_asks_for_is_taken_away_and_its_cost_kept(modules, make, monkeypatch):
+    claim, notebook_module, page = modules
+    notebook = make()
+    fill(notebook, "c", {(arm, seed): 1.0 for arm in ("plain", "new") for seed in (0, 1)})
+    assert notebook.stale() == []
+    notebook = make('overrides = ["train.eps=1e-7"]')
+    assert len(notebook.stale()) == 4
+    monkeypatch.setattr(notebook_module, "Notebook", lambda: notebook)
+    monkeypatch.setattr(notebook_module, "write_pages", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["notebook.py", "--retire"])
+    notebook_module.main()
+    assert notebook.stale() == [] and len(list((notebook.folder / "rows").glob("*.json"))) == 3  # the sweep's
+    assert notebook.superseded() == {"rows": 4, "device_hours": 2.0, "usd": 0.04}
+    told = "\n".join(page._account(notebook))
+    assert "| this notebook | 3 | 1.50 | 0.030 |" in told and "| what it has replaced | 4 | 2.00 | 0.040 |" in told
+    assert f"So {3.5 / (3.5 + page.DEMO):.1%} of that is research" in told
+    with pytest.raises(UserError, match="tuned by a sweep that is not done"):
+        (notebook.folder / "rows" / f"{notebook.hash_of('lr-sparse', 'low', 0)}.json").unlink()
+        notebook.stale()
+
+
+def test_a_spike_or_a_skipped_step_is_in_the_summary(modules, make):
+    _, _, page = modules
+    notebook = make()
+    assert "in 0 of 3 rows | holds |" in page.summary(notebook)
+    file = notebook.folder / "rows" / f"{notebook.hash_of('lr-sparse', 'low', 0)}.json"
+    for key, value in (("skipped", 1), ("longest_spike", page.STEPS_OF_A_SPIKE)):
+        row = json.loads(file.read_text())
+        row["measured"] |= {"skipped": 0, "longest_spike": 0, key: value}
+        file.write_text(json.dumps(row))
+        assert "rows | does not hold |" in page.summary(notebook)
+
+
+@pytest.mark.parametrize(("sparse", "pays"), [(0.9, "yes"), (1.1, "no"), (1.0, "can't be seen at this size")])
+def test_what_four_sizes_say_of_time(modules, make, sparse, pays):
+    """Losses of an exact power law, seconds by size: the fit finds it, and what pays is what lies below its line."""
+    import sizes
+
+    folder = make().folder
+    for number, name in enumerate(sizes.SIZES):
+        keys = f'says = "s"\npaper = "p"\ntimed = true\noverrides = ["train.eps=1e-{10 + number}"]\n'
+        arms = "[arms]\ndense = []\nsparse = ['train.lr=1e-9']\n"
+        (folder / "claims" / f"{name}.toml").write_text(keys + arms)
+    notebook = modules[0].Notebook(folder)
+    seconds = {}
+    for number, name in enumerate(sizes.SIZES):
+        active = 1e6 * 2**number
+        for arm, factor in (("dense", 1.0), ("sparse", sparse)):
+            for seed in (0, 1, 2):
+                jitter = 1 + (0.01 * (seed - 1) if arm == "sparse" else 0.0)
+                loss = factor * jitter * 8 * active**-0.1
+                fill(notebook, name, {(arm, seed): loss})
+                file = notebook.folder / "rows" / f"{notebook.hash_of(name, arm, seed)}.json"
+                row = json.loads(file.read_text())
+                row["measured"]["active_parameters"] = active
+                file.write_text(json.dumps(row))
+            seconds[notebook.hash_of(name, arm, 0)] = [active * 1e-6] * 3
+    assert "Not timed yet" in "\n".join(sizes.page_of_sizes(notebook))
+    notebook.write({"hash": "times", "seconds": seconds})
+    told = "\n".join(sizes.page_of_sizes(notebook))
+    assert "| dense | -0.1000 ± 0.0000 | 0.00% |" in told
+    assert told.count(f"{sparse - 1:+.2%} ± 2.") >= 4 and told.count(f"| {pays} |") == 4
+    assert ("at none of the four sizes" in told) is (pays != "yes")
 
 
 def test_jumps_are_over_the_median_before(modules):
@@ -293,12 +363,12 @@ def test_seconds_are_those_of_the_arms_in_turns(modules, make, tmp_path, monkeyp
     keys = [*SMALL, "data.format=text", f"data.sources=['{a_corpus(tmp_path / 'corpus')}']"]
     notebook = make(f"timed = true\noverrides = {json.dumps(keys)}")
     assert notebook.run_seconds("c") is None
-    assert notebook.timings() == []
-    times.time_claim(notebook, "c", tmp_path / "runs")
+    times.time_arms(notebook, tmp_path / "runs")
     assert taken == [0.1, 0.2] + 2 * [0.1, 0.1, 0.2, 0.2]
-    kept = json.loads((notebook.folder / "rows" / "time-c.json").read_text())
-    assert {arm: len(turns) for arm, turns in kept["seconds"].items()} == {"plain": 2, "new": 2}
-    assert notebook.run_seconds("c") == {arm: sum(turns) / 2 * 6 for arm, turns in kept["seconds"].items()}
+    kept = json.loads((notebook.folder / "rows" / "times.json").read_text())
+    by_arm = {arm: kept["seconds"][notebook.hash_of("c", arm, 0)] for arm in ("plain", "new")}
+    assert notebook.run_seconds("c") == {arm: [6 * turn for turn in turns] for arm, turns in by_arm.items()}
+    assert all(len(turns) == 2 for turns in by_arm.values())
     assert kept["device_hours"] > 0
     assert make(f"timed = true\noverrides = {json.dumps([*keys, 'train.eps=1e-7'])}").run_seconds("c") is None
 
