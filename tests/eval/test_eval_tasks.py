@@ -15,6 +15,8 @@ from baleen.eval.programs import pass_at_k, runs_without_fault
 from baleen.eval.score import beginning, fitting, score_task
 from baleen.eval.tasks import Choice, Cloze, Program, Write, made_task, read_task
 from baleen.eval.token_loss import token_nats
+from baleen.infer.engine import Request
+from baleen.infer.sampler import SamplingParams
 
 TEXT = "the whale sings a song to the sea and the sea sings back to the whale\n"
 CONNECT = """import socket
@@ -50,9 +52,6 @@ def test_likelihoods_are_those_of_a_plain_forward(engine):
 
 
 def test_what_a_model_would_say_is_greedy(engine):
-    from baleen.infer.engine import Request
-    from baleen.infer.sampler import SamplingParams
-
     ids = beginning(engine.tokenizer, "the whale")
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     said = list(engine.complete([Request(ids, params)])[0].token_ids)
@@ -71,10 +70,18 @@ def test_the_likeliest_choice_counts(engine):
 
 
 def test_gaps_and_answers(engine):
-    scores = score_task(engine, [Cloze(text="the whale sings", gap=" a song")])
-    assert scores["accuracy"] in (0.0, 1.0) and math.log(scores["perplexity"]) == pytest.approx(math.log(300), rel=0.2)
-    said = score_task(engine, [Write(prompt="the whale", answers=("no such words",), max_tokens=4)])
-    assert said == {"exact_match": 0.0, "stderr": 0.0, "questions": 1}
+    """What the model would say itself is right, anything else wrong."""
+    request = Request(beginning(engine.tokenizer, "the whale"), SamplingParams(temperature=0, max_tokens=4))
+    [told] = engine.complete([request])
+    gaps = [Cloze(text="the whale", gap=told.text), Cloze(text="the whale", gap=" a song of another")]
+    ids = beginning(engine.tokenizer, "the whale")
+    [own] = likelihoods(engine, [(ids, engine.tokenizer.encode(told.text))])
+    assert own.greedy
+    scores = score_task(engine, gaps)
+    assert scores["accuracy"] == 0.5 and math.log(scores["perplexity"]) == pytest.approx(math.log(300), rel=0.2)
+    asked = {"prompt": "the whale", "stop": "\0", "max_tokens": 4}
+    writes = [Write(answers=("others", told.text.strip()), **asked), Write(answers=("no such words",), **asked)]
+    assert score_task(engine, writes) == {"exact_match": 0.5, "stderr": 0.125**0.5, "questions": 2}
 
 
 def test_programs_are_run_with_what_the_model_wrote(engine, monkeypatch):
