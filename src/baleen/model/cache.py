@@ -70,7 +70,22 @@ class LatentPages:
 
     def view(self, batch: Batch) -> CacheView:
         """What one forward over this batch writes and sees."""
-        return CacheView(self, batch)
+        size = self.page_size
+        slots = [
+            table[p // size] * size + p % size
+            for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True)
+            for p in range(start, start + count)
+        ]
+        positions_N = torch.tensor(batch.positions(), device=self.latents.device)
+        slots_N = torch.tensor(slots, device=self.latents.device)
+        return CacheView(self, positions_N, slots_N, _segments(batch, positions_N, size))
+
+    def decoding_view(self, positions_B: Tensor, slots_B: Tensor, tables_BP: Tensor) -> CacheView:
+        """The same for one token of each sequence, by tensors alone: Python knows no more of them than their shapes."""
+        (B, P), size = tables_BP.shape, self.page_size
+        mask = (torch.arange(P * size, device=positions_B.device) <= positions_B[:, None, None])[:, None]
+        segment = Segment(slice(0, B), (B, 1), tables_BP.flatten(), P * size, mask, False, False)
+        return CacheView(self, positions_B, slots_B, [segment])
 
 
 class Segment(NamedTuple):
@@ -88,19 +103,10 @@ class Segment(NamedTuple):
 class CacheView:
     """The pages as one forward sees them; its tokens are the model's input as [1, N]."""
 
-    def __init__(self, pages: LatentPages, batch: Batch):
-        device, size = pages.latents.device, pages.page_size
+    def __init__(self, pages: LatentPages, positions_N: Tensor, slots_N: Tensor, segments: list[Segment]):
         self._flat = pages.latents.flatten(1, 2)
         self._pages = pages.latents
-        positions = batch.positions()
-        slots = [
-            table[p // size] * size + p % size
-            for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True)
-            for p in range(start, start + count)
-        ]
-        self.positions_N = torch.tensor(positions, device=device)
-        self._slots_N = torch.tensor(slots, device=device)
-        self.segments = self._segments(batch, size)
+        self.positions_N, self._slots_N, self.segments = positions_N, slots_N, segments
 
     def write(self, layer_idx: int, latents_NC: Tensor) -> None:
         """Keep the new latents of one layer."""
@@ -115,27 +121,33 @@ class CacheView:
         gathered = layer.index_select(0, segment.pages)
         return gathered.view(B, -1, gathered.shape[-1])[:, : segment.visible]
 
-    def _segments(self, batch: Batch, size: int) -> list[Segment]:
-        device, segments, first = self._slots_N.device, [], 0
-        for T, members in groupby(range(len(batch.counts)), key=lambda b: batch.counts[b]):
-            rows = list(members)
-            tokens = slice(first, first + len(rows) * T)
-            first = tokens.stop
-            ends = [batch.starts[b] + T for b in rows]
-            visible = max(ends)
-            width = -(-visible // size)
-            # A sequence that ends earlier reads its own last page again, behind the mask.
-            tables = [[*(t := list(batch.tables[b][:width])), *t[-1:] * (width - len(t))] for b in rows]
-            pages = _neighbours(tables[0]) if len(rows) == 1 else None
-            if pages is None:
-                pages = torch.tensor(tables, device=device).flatten()
-            positions_BT = self.positions_N[tokens].view(len(rows), T)
-            mask = (torch.arange(visible, device=device) <= positions_BT[..., None])[:, None]
-            is_level = min(ends) == visible
-            segments.append(
-                Segment(tokens, (len(rows), T), pages, visible, mask, is_level and visible == T, is_level and T == 1)
-            )
-        return segments
+
+def padded(table: Sequence[int], width: int) -> list[int]:
+    """The first `width` pages of a sequence; one that has fewer reads its last page again, behind the mask."""
+    kept = list(table[:width])
+    return kept + kept[-1:] * (width - len(kept))
+
+
+def _segments(batch: Batch, positions_N: Tensor, size: int) -> list[Segment]:
+    device, segments, first = positions_N.device, [], 0
+    for T, members in groupby(range(len(batch.counts)), key=lambda b: batch.counts[b]):
+        rows = list(members)
+        tokens = slice(first, first + len(rows) * T)
+        first = tokens.stop
+        ends = [batch.starts[b] + T for b in rows]
+        visible = max(ends)
+        width = -(-visible // size)
+        tables = [padded(batch.tables[b], width) for b in rows]
+        pages = _neighbours(tables[0]) if len(rows) == 1 else None
+        if pages is None:
+            pages = torch.tensor(tables, device=device).flatten()
+        positions_BT = positions_N[tokens].view(len(rows), T)
+        mask = (torch.arange(visible, device=device) <= positions_BT[..., None])[:, None]
+        is_level = min(ends) == visible
+        segments.append(
+            Segment(tokens, (len(rows), T), pages, visible, mask, is_level and visible == T, is_level and T == 1)
+        )
+    return segments
 
 
 def _neighbours(pages: list[int]) -> slice | None:

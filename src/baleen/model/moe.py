@@ -47,7 +47,10 @@ class Routing(NamedTuple):
 
     def load(self) -> Tensor:
         """Tokens per expert, int64 [E]."""
-        return torch.bincount(self.indices_NK.flatten(), minlength=self.scores_NE.shape[1])
+        flat, E = self.indices_NK.flatten(), self.scores_NE.shape[1]
+        if flat.device.type == "cpu":
+            return torch.bincount(flat, minlength=E)
+        return flat.new_zeros(E).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits for the GPU
 
 
 class Gate(nn.Module):
