@@ -28,7 +28,7 @@ demo-draft: $(VENV)/.demo
 		$$([ -d runs/smollm2-mtp/checkpoints ] && echo --resume)
 	$(BIN)/baleen chat runs/smollm2-mtp
 
-# Cold start, reinforcement learning and its control, in one table: ten minutes on two cores with AVX-512.
+# Cold start, reinforcement learning and its control, in one table: eleven minutes on one core with AVX-512.
 reason: $(VENV)/.demo
 	$(BIN)/baleen reason --run $(REASON_RUN)
 

@@ -114,7 +114,7 @@ def render(result: dict[str, Any]) -> str:
     cells = {name: cell[0] for name, cell in result["hardware"].items() if isinstance(cell, list) and cell}
     lines = [f"{result['hardware']['title']} as {result['name']!r} in {result['file']}"]
     lines += [f"  {name:<26}{value:>12,g}" for name, value in cells.items()]
-    lines.append(f"use it with --hardware {result['file']} --gpu {result['name']}")
+    lines.append(f"use it with --hardware {result['file']} --gpu {result['name']} --gpus 1")
     return "\n".join(lines)
 
 
