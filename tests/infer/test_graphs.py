@@ -2,8 +2,10 @@
 
 from contextlib import nullcontext
 
+import pytest
 import torch
 
+from baleen.infer import graphs
 from baleen.infer.graphs import GraphRunner
 from baleen.infer.native.runner import fastest_runner
 from baleen.infer.runner import TorchRunner
@@ -27,14 +29,15 @@ class Replayed(GraphRunner):
 
 
 @torch.inference_mode()
-def test_a_graph_of_a_larger_shape_says_what_each_sequence_alone_does(tiny_model):
+def test_a_graph_of_a_larger_shape_says_what_each_sequence_alone_does(tiny_model, monkeypatch):
     model = tiny_model(dtype=torch.float64)
     tables = [[7, 1], [2, 9, 4], [3], [8, 0, 5, 6, 11]]
     starts, generator = [4, 8, 0, 17], torch.Generator().manual_seed(0)
     plain, graphed = (
         kind(model, LatentPages(model.config, 12, page_size=4, dtype=torch.float64)) for kind in (TorchRunner, Replayed)
     )
-    for who in ((0, 1, 2, 3), (1, 3), (2,), (0, 1, 3), (0, 1, 2, 3)):
+    monkeypatch.setattr(graphs, "WORTH_IT", 1)
+    for who in ((0, 1, 2, 3), (1, 3), (2,), (0, 1, 3), (0, 1, 2, 3), (3, 1), (2,), (2,)):
         texts = [torch.randint(97, (starts[b] + 1,), generator=generator).tolist() for b in who]
         for runner in (plain, graphed):  # the prompts, which no graph reads
             read = [(text[:-1], b) for text, b in zip(texts, who, strict=True) if len(text) > 1]
@@ -48,8 +51,10 @@ def test_a_graph_of_a_larger_shape_says_what_each_sequence_alone_does(tiny_model
         for a, b in zip(found.experts, expected.experts, strict=True):
             assert torch.equal(a.sort().values, b.sort().values)
         torch.testing.assert_close(graphed.pages.latents, plain.pages.latents, rtol=1e-10, atol=1e-12)
-    assert graphed.replays == [(4, 8), (2, 8), (1, 1), (4, 8), (4, 8)]  # sequences and pages, powers of two
-    assert set(graphed._graphs) == {(4, 8), (2, 8), (1, 1)}
+    # sequences and pages, rounded up; each shape from its second meeting on
+    assert graphed.replays == [(4, 6), (4, 6), (2, 6), (1, 1), (1, 1)]
+    assert set(graphed._graphs) == {(4, 6), (2, 6), (1, 1)}
+    assert [graphs._rounded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 25)] == [1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 32]
 
 
 def test_nothing_in_a_step_waits_for_the_gpu(tiny_config, monkeypatch):
@@ -64,9 +69,22 @@ def test_nothing_in_a_step_waits_for_the_gpu(tiny_config, monkeypatch):
     assert [tuple(chosen.shape) for chosen in experts] == [(4, 3), (4, 3)]
 
 
-def test_a_gpu_takes_graphs_and_nothing_else_does(tiny_model, monkeypatch):
-    model = tiny_model()
+@pytest.mark.parametrize(
+    ("dtype", "capability", "experts", "takes"),
+    [
+        (torch.bfloat16, (9, 0), True, True),
+        (torch.bfloat16, (10, 0), True, True),
+        (torch.bfloat16, (8, 0), True, False),  # there grouped_mm reads on the CPU where its groups end
+        (torch.float32, (9, 0), True, False),
+        (torch.float32, (8, 0), False, True),
+    ],
+)
+def test_graphs_are_for_gpus_whose_operators_wait_for_nothing(
+    tiny_model, monkeypatch, dtype, capability, experts, takes
+):
+    model = tiny_model(dtype, first_k_dense_replace=1 if experts else 3, num_nextn_predict_layers=int(experts))
     pages = LatentPages(model.config, 2, page_size=4)
     assert not isinstance(fastest_runner(model, pages), GraphRunner)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
-    assert type(fastest_runner(model, pages)) is GraphRunner
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert isinstance(fastest_runner(model, pages), GraphRunner) is takes

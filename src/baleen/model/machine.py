@@ -22,6 +22,16 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def groups_without_waiting(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `F.grouped_mm` there finds the groups' ends on the GPU; otherwise it copies them to the CPU first.
+
+    Source: torch 2.13, whose kernel takes bf16 on NVIDIA's compute capabilities 9 and 10; its fallback reads `offs`.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def multiplies_fp8_tiles(device: torch.device) -> bool:
     """Whether tensor cores there take a scale for every 128 numbers of a row.
 

@@ -18,14 +18,14 @@ from baleen.infer.native.library import Library, Step, native_library
 from baleen.infer.native.weights import PANEL, Format, PackedModel
 from baleen.infer.runner import Result, Runner, TorchRunner
 from baleen.model.cache import Batch, LatentPages
-from baleen.model.machine import multiplies_bf16
+from baleen.model.machine import groups_without_waiting, multiplies_bf16
 from baleen.model.native.library import native_mode
 from baleen.model.transformer import Transformer
 
 
 def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None = None) -> Runner:
-    """The native one where there is one: on a CPU with a compiler, unless BALEEN_NATIVE=off; else PyTorch's, on a GPU
-    by CUDA graphs.
+    """The native one where there is one: on a CPU with a compiler, unless BALEEN_NATIVE=off; else PyTorch's, by CUDA
+    graphs on GPUs whose operators wait for nothing.
 
     format: of the packed weights; None: fp32, or bf16 for a model in 16 bits. A model in 16 bits that PyTorch must run
     on a CPU without bf16 products is widened to fp32, in place. Raises UserError if a format is asked for, or
@@ -43,7 +43,10 @@ def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None
             raise UserError(f"weights in {format or 'any format'} need a native runner: {reason}")
         if dtype in (torch.bfloat16, torch.float16) and not multiplies_bf16(model.device):
             return TorchRunner(model.float(), _wide(pages, model))
-        return GraphRunner(model, pages) if model.device.type == "cuda" else TorchRunner(model, pages)
+        can_wait_for_nothing = model.device.type == "cuda" and not model.gates
+        if can_wait_for_nothing or groups_without_waiting(model.device, dtype):
+            return GraphRunner(model, pages)
+        return TorchRunner(model, pages)
     return NativeRunner(library, model, _wide(pages, model), format or ("fp32" if dtype == torch.float32 else "bf16"))
 
 
