@@ -7,9 +7,11 @@ It returns, each time, the logits of every sequence's last token.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import platform
 import tomllib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +44,12 @@ def machine() -> dict[str, object]:
     cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
     cpu = f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    modules = {"transformers": "transformers", "llama-cpp-python": "llama_cpp"}
+    return {name: metadata.version(name) for name, module in modules.items() if importlib.util.find_spec(module)}
 
 
 class Contender(Protocol):

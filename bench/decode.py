@@ -13,7 +13,7 @@ import sys
 
 import torch
 from contenders import Contender, network
-from rounds import arguments, check, contenders, show, speed, summary
+from rounds import arguments, check, contenders, in_turns, show, speed, summary
 
 PROMPT = 128  # tokens before the first step
 
@@ -27,12 +27,13 @@ def measure(args: argparse.Namespace) -> dict:
     stream = torch.randint(model.config.vocab_size, (args.steps, args.batch), generator=generator).tolist()
 
     def begin(contender: Contender) -> list[torch.Tensor]:
-        return [contender.prefill(prompts).clone(), *(contender.step(tokens).clone() for tokens in stream[:3])]
+        return [contender.prefill(prompts).clone(), *(contender.step(tokens).clone() for tokens in stream[:15])]
 
     apart = check(made, begin)
     speeds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(args.rounds):
-        for name, contender in made.items():
+    for round_ in range(args.rounds):
+        for name in in_turns(list(made), round_):
+            contender = made[name]
 
             def steps(contender: Contender = contender) -> None:
                 for tokens in stream:

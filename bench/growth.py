@@ -3,13 +3,15 @@
     python bench/growth.py [--out docs/growth.json] [--only experts] [--precision bf16] [--shrink 8] [--json]
 
 Config S with one thing changed at a time, each point in a process of its own; rows are kept in --out as they come, and
-those that are there are not measured again. Then `python bench/growth_plot.py` draws them. Twelve minutes on two cores.
+those that are there, of this code and machine, are not measured again. Experts are measured in three turns, of which
+medians count. Then `python bench/growth_plot.py` draws them. Three quarters of an hour on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import machine
+from table import version
 
 from baleen.train.precision import resolve_precision
 
@@ -28,6 +30,8 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 VOCABULARIES = (1024, 4096, 16384, 65536)
 STEP_TOKENS = 16384  # of a training step, where experts grow; twice that where the context does
 LENGTH = 256
+TURNS = 3
+MEASURED = ("seconds", "optimizer_seconds", "bytes")
 
 
 def points(precision: str, shrink: int) -> Iterator[dict[str, Any]]:
@@ -43,8 +47,11 @@ def points(precision: str, shrink: int) -> Iterator[dict[str, Any]]:
 
     tokens = STEP_TOKENS // shrink
     contexts = [context for context in CONTEXTS if context <= 2 * tokens]
-    for experts in EXPERTS[:: 1 if shrink == 1 else 5]:
-        yield point("experts", experts, "train", tokens // LENGTH, LENGTH, 3, n_routed_experts=experts)
+    for turn in range(TURNS):
+        for experts in EXPERTS[:: 1 if shrink == 1 else 5]:
+            yield point("experts", experts, "train", tokens // LENGTH, LENGTH, 3, n_routed_experts=experts) | {
+                "turn": turn
+            }
     for context in contexts:
         yield point("context", context, "train", 2 * tokens // context, context, 1)
     for batch in BATCHES:
@@ -63,9 +70,19 @@ def measured(point: dict[str, Any]) -> dict[str, Any]:
     return point | json.loads(done.stdout)
 
 
+def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a value: of several turns the medians."""
+    kind, out = itemgetter("work", "precision", "axis", "value"), []
+    for of_value in dict.fromkeys(map(kind, rows)):
+        mine = [row for row in rows if kind(row) == of_value]
+        measured = {key: statistics.median(row[key] for row in mine) for key in MEASURED if key in mine[0]}
+        out.append(mine[0] | measured)
+    return out
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of each kind of work: seconds per token and bytes at the last value over those at the first, and theory's."""
-    found, kind = {}, itemgetter("work", "precision", "axis")
+    rows, found, kind = medians(rows), {}, itemgetter("work", "precision", "axis")
     for work, precision, axis in dict.fromkeys(map(kind, rows)):
         mine = [row for row in rows if kind(row) == (work, precision, axis)]
         first, last = mine[0], mine[-1]
@@ -87,19 +104,21 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="a power of two: try it out with so much less work")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    of = version()
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = [row for row in rows if of.items() <= row.items()]
     for point in points(args.precision, args.shrink):
         if point["axis"] not in args.only or any(point.items() <= row.items() for row in rows):
             continue
-        rows.append(measured(point))
-        args.out.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=1) + "\n")
+        rows.append(measured(point) | of)
+        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         row = rows[-1]
         print(
             f"{row['work']:6} {row['axis']:10} {row['value']:>6,} {1e6 * row['seconds']:9,.1f} us a token"
             f" {row['bytes'] / 1e6:9,.1f} MB, {row['theory']['bytes'] / 1e6:,.1f} counted",
             file=sys.stderr,
         )
-    result = {"rows": rows, "ratios": ratios(rows), "machine": machine()}
+    result = {"rows": rows, "ratios": ratios(rows)}
     if args.json:
         print(json.dumps(result))
         return

@@ -14,6 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from growth import medians
+
 WIDTH, HEIGHT, MARGIN = 250, 190, 50  # of a panel, pixels
 COLUMNS = 3
 STYLE = """<style>
@@ -91,7 +93,7 @@ def drawing(rows: list[dict[str, Any]], unit: str, lines: Callable[[list[dict[st
 
 def main() -> None:
     source = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/growth.json")
-    rows = json.loads(source.read_text())["rows"]
+    rows = medians(json.loads(source.read_text())["rows"])
     source.with_name("growth-time.svg").write_text(drawing(rows, "µs a token", of_time))
     source.with_name("growth-memory.svg").write_text(drawing(rows, "bytes", of_memory))
 

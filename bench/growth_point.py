@@ -25,6 +25,7 @@ from baleen.cost.memory import rank_memory
 from baleen.infer.native.runner import NativeRunner, fastest_runner
 from baleen.model.cache import Batch, LatentPages
 from baleen.model.native.training import kernels
+from baleen.model.sdpa import LONGEST
 from baleen.train.loss import training_loss
 from baleen.train.precision import Precision, keep_freed_memory
 from baleen.train.probe import process_bytes
@@ -45,13 +46,18 @@ def train(precision: Precision, batch: int, length: int, steps: int, model: dict
     updates, whole, tokens = contender.optimizer_steps[1:], contender.steps[1:], batch * length
     arch = from_model_config(net.config)
     kept = "autocast" if precision == "bf16" else precision
+    path = "pytorch" if kernels() == "pytorch" else "native" if length <= LONGEST else "native, attention PyTorch's"
     layout = Layout(devices=1, zero=0, recompute="none", micro_batch=batch)
     memory = rank_memory(arch, layout, seq_len=length, micro_batches=1, precision=kept)
     return {
         "seconds": statistics.median(a - b for a, b in zip(whole, updates, strict=True)) / tokens,
         "optimizer_seconds": statistics.median(updates) / tokens,
         "bytes": known_bytes("VmHWM") - before,
-        "path": "pytorch" if kernels() == "pytorch" else "native",
+        "path": "pytorch"
+        if kernels() == "pytorch"
+        else "native"
+        if length <= LONGEST
+        else "native, attention PyTorch's",
         "theory": {"seconds": training_flops(arch, length), "bytes": memory.total},
     }
 

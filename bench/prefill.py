@@ -13,7 +13,7 @@ import sys
 
 import torch
 from contenders import network
-from rounds import arguments, check, contenders, show, speed, summary
+from rounds import arguments, check, contenders, in_turns, show, speed, summary
 
 
 @torch.inference_mode()
@@ -24,9 +24,9 @@ def measure(args: argparse.Namespace) -> dict:
     prompts = torch.randint(model.config.vocab_size, (1, args.tokens), generator=generator).tolist()
     apart = check(made, lambda contender: [contender.prefill(prompts).clone()])
     speeds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(args.rounds):
-        for name, contender in made.items():
-            speeds[name].append(speed(lambda c=contender: c.prefill(prompts), args.tokens))
+    for round_ in range(args.rounds):
+        for name in in_turns(list(made), round_):
+            speeds[name].append(speed(lambda c=made[name]: c.prefill(prompts), args.tokens))
     return {"config": args.config, "tokens": args.tokens} | summary(made, speeds, apart)
 
 

@@ -8,8 +8,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from contenders import Baleen, Contender, LlamaCpp, Transformers, differences, gguf_file, machine
+from contenders import Baleen, Contender, LlamaCpp, Transformers, differences, gguf_file, machine, versions
 from torch import Tensor
 
 from baleen.infer.native.library import native_library
@@ -93,25 +94,38 @@ def speed(run: Callable[[], object], tokens: int, before: Callable[[], object] =
     return times * tokens / timed
 
 
+def in_turns(names: Sequence[str], round_: int) -> list[str]:
+    """All of them, in each round another one first."""
+    first = round_ % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> float:
+    """The median of ours over the peer's, round by round: what slows both down does not count."""
+    mine, theirs = (row.get("rounds", [row["tokens_per_second"]]) for row in (ours, peer))
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+
+
 def summary(made: dict[str, Contender], speeds: dict[str, list[float]], apart: dict[str, float]) -> dict:
     """{baleen, peers, ratios, machine} of tokens a second, one number a round."""
 
-    def row(name: str) -> dict[str, object]:
+    def row(name: str) -> dict[str, Any]:
         runs, contender = speeds[name], made[name]
         median = statistics.median(runs)
-        out: dict[str, object] = {"tokens_per_second": median, "spread": (max(runs) - min(runs)) / median}
+        out: dict[str, Any] = {"tokens_per_second": median, "spread": (max(runs) - min(runs)) / median, "rounds": runs}
         if name in apart:
             out["logits_differ_by"] = apart[name]
         return out | ({"path": contender.path} if isinstance(contender, Baleen) else {})
 
     ours = [name for name in made if isinstance(made[name], Baleen)]
     peers = [name for name in made if name not in ours]
-    median = {name: statistics.median(speeds[name]) for name in made}
+    rows = {name: row(name) for name in made}
     return {
-        "baleen": {name.split()[1]: row(name) for name in ours},
-        "peers": {name: row(name) for name in peers},
-        "ratios": {f"{a} / {b}": median[a] / median[b] for a in ours for b in peers},
+        "baleen": {name.split()[1]: rows[name] for name in ours},
+        "peers": {name: rows[name] for name in peers},
+        "ratios": {f"{a} / {b}": ratio(rows[a], rows[b]) for a in ours for b in peers},
         "machine": machine(),
+        "versions": versions(),
     }
 
 

@@ -2,10 +2,9 @@
 
     python bench/table.py [ROW ...] [--page]
 
-Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code
-or elsewhere: stopped, the same
-command goes on. A ROW that is named is measured again. --page only writes the README's table. Half an hour on two
-cores on which nothing else runs.
+Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code or elsewhere: stopped,
+the same command goes on. A ROW that is named is measured again; one that fails is told, and left as it was. --page only
+writes the README's table. Three quarters of an hour on two cores on which nothing else runs.
 """
 
 from __future__ import annotations
@@ -19,16 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from contenders import machine
-from rounds import LLAMA
+from rounds import LLAMA, ratio
 
+from baleen.model.machine import multiplies_bf16
 from baleen.parallel.ranks import fingerprint_of_code
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "speed.json", HERE.parent / "README.md"
 BEGIN, END = "<!-- made by bench/table.py -->", "<!-- end of the table of speed -->"
 ROWS: dict[str, tuple[str, ...]] = {
-    "train-S": ("train.py", "--config", "S"),
+    "train-S": ("train.py", "--config", "S", "--rounds", "25"),
+    "train-S-bf16": ("train.py", "--config", "S", "--rounds", "25", "--precision", "bf16"),
     "train-M": ("train.py", "--config", "M"),
     "decode-S-1": ("decode.py", "--config", "S"),
     "decode-S-8": ("decode.py", "--config", "S", "--batch", "8"),
@@ -53,8 +55,9 @@ def version() -> dict[str, Any]:
 def measured(name: str) -> Row:
     program, *options = ROWS[name]
     command = [sys.executable, str(HERE / program), *options, "--json"]
+    of = version()  # as it is now: whoever edits meanwhile makes the row an old one
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1]) | version() | {"date": datetime.date.today().isoformat()}
+    return json.loads(done.stdout.splitlines()[-1]) | of | {"date": datetime.date.today().isoformat()}
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -62,29 +65,33 @@ def table(rows: dict[str, Row]) -> str:
     lines = ["| tokens/s | weights | Baleen | transformers | | llama.cpp | | dense | |", "|---|---|" + "---:|" * 7]
     for name in ROWS:
         row = rows.get(name, {"baleen": {}})
-        formats = {"fp32": row["baleen"]} if name.startswith("train") and name in rows else row["baleen"]
+        trained = name.startswith("train") and name in rows
+        formats = {row["precision"]: row["baleen"]} if trained else row["baleen"]
         for format, ours in formats.items():
-            speed = ours["tokens_per_second"]
-            peers = ["transformers" if format == "fp32" else "", f"llama.cpp {LLAMA[format]}", "dense"]
-            cells = [_beside(row["peers"], peer, speed) for peer in peers]
-            lines.append(f"| {_words(name)} | {format} | {speed:,.0f} | {' | '.join(cells)} |")
+            peers = ["transformers" if format == "fp32" or trained else "", f"llama.cpp {LLAMA[format]}", "dense"]
+            cells = [_beside(row["peers"], peer, ours) for peer in peers]
+            lines.append(f"| {_words(name)} | {format} | {ours['tokens_per_second']:,.0f} | {' | '.join(cells)} |")
     if not rows:
         return ""
     dates = sorted(row["date"] for row in rows.values())
     machines = {"{cpu}, {threads} threads, torch {torch}".format(**row["machine"]) for row in rows.values()}
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    return "\n".join([*lines, "", f"{when}, {'; '.join(sorted(machines))}.", ""])
+    said = f"{when}, {'; '.join(sorted(machines))}. Medians of the rounds, ratios round by round."
+    return "\n".join([*lines, "", said, ""])
 
 
-def _beside(peers: dict[str, Row], kind: str, ours: float) -> str:
-    """Two cells: the fastest peer of that kind, and ours over it; empty without one."""
-    speeds = [row["tokens_per_second"] for name, row in peers.items() if kind and name.startswith(kind)]
-    return f"{max(speeds):,.0f} | {ours / max(speeds):.2f} ×" if speeds else " | "
+def _beside(peers: dict[str, Row], kind: str, ours: Row) -> str:
+    """Two cells: the fastest peer of that kind, and ours over it, round by round; empty without one."""
+    alike = [row for name, row in peers.items() if kind and name.startswith(kind)]
+    if not alike:
+        return " | "
+    peer = max(alike, key=lambda row: row["tokens_per_second"])
+    return f"{peer['tokens_per_second']:,.0f} | {ratio(ours, peer):.2f} ×"
 
 
 def _words(name: str) -> str:
     """`decode-M-8` as people read it."""
-    work, config, *batch = name.split("-")
+    work, config, *batch = name.removesuffix("-bf16").split("-")
     return f"{work} {config}{f', batch {batch[0]}' if batch else ', 512 tokens' if work == 'prefill' else ''}"
 
 
@@ -104,12 +111,20 @@ def main() -> None:
         parser.error(f"no row {min(unknown)}: there are {', '.join(ROWS)}")
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with_table(README.read_text(encoding="utf-8"), {})  # before half an hour of work, that its place is there
-    wanted = asked.rows or [name for name in ROWS if not version().items() <= rows.get(name, {}).items()]
+    here = [name for name in ROWS if not name.endswith("bf16") or multiplies_bf16(torch.device("cpu"))]
+    wanted = asked.rows or [name for name in here if not version().items() <= rows.get(name, {}).items()]
+    failed = []
     for name in () if asked.page else wanted:
-        rows[name] = measured(name)
+        try:
+            rows[name] = measured(name)
+        except subprocess.CalledProcessError as error:
+            print(f"{name} failed: {error}", file=sys.stderr)
+            failed.append(name)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     README.write_text(with_table(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print(table(rows))
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A training step beside transformers' and beside a dense model of equal active size: tokens a second.
 
-    python bench/train.py --config S|M|L [--precision fp32|bf16] [--json]
+    python bench/train.py --config S|M [--precision fp32|bf16] [--json | --profile]
 
 Batches of 8 x 256 tokens, fused AdamW. All take turns in one process; medians of the rounds. First the losses and the
-gradients' norms of Baleen and transformers, which share their weights at the start, are compared.
+gradients' norms of Baleen and transformers, which share their weights at the start, are compared. "baleen compiled" has
+its layers compiled by Inductor but for experts and attention, which are native. --profile shows where a step of ours
+goes instead.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import machine, network
-from rounds import some_of
+from contenders import machine, network, versions
+from rounds import in_turns, ratio, some_of
 from torch import Tensor, nn
 
 from baleen.config import model_config_to_hf
+from baleen.model.moe import DeepseekMoE
 from baleen.model.native.training import kernels
+from baleen.model.sdpa import Attention
+from baleen.model.transformer import Transformer
 from baleen.recipe import Recipe
 from baleen.train.loss import training_loss
 from baleen.train.precision import Precision, computing_in, keep_freed_memory
@@ -37,6 +42,7 @@ class Contender:
     def __init__(self, name: str, model: nn.Module, loss: Callable[[Tensor], Tensor], precision: Precision):
         self.name, self.model, self._loss, self._precision = name, model, loss, precision
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.first_seconds: float | None = None  # of the first forward and backward: what is compiled, is in it
         self.steps: list[float] = []
         self.optimizer_steps: list[float] = []
 
@@ -57,9 +63,12 @@ class Contender:
         self.steps.append(time.perf_counter() - started)
 
     def _backward(self, ids: Tensor) -> float:
+        started = time.perf_counter()
         with computing_in(self._precision, CPU):
             loss = self._loss(ids)
         loss.backward()
+        if self.first_seconds is None:
+            self.first_seconds = time.perf_counter() - started
         return loss.item()
 
 
@@ -70,11 +79,17 @@ def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str,
     model = network(config).train()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     active = active_parameters(model)
-
-    def baleen(ids: Tensor) -> Tensor:
-        return training_loss(model, ids, mtp_loss_weight=0.0, balance_loss_weight=0.0).total
-
-    made = {"baleen": Contender("baleen", model, baleen, precision)}
+    made = {"baleen": Contender("baleen", model, _own(model), precision)}
+    if "baleen compiled" in peers:
+        twin = network(config).train()
+        for module in twin.modules():
+            if isinstance(module, DeepseekMoE):
+                module.dispatch = torch.compiler.disable(module.dispatch)
+            elif isinstance(module, Attention):
+                module.forward = torch.compiler.disable(module.forward)
+        for layer in twin.trunk_layers:
+            layer.compile()
+        made["baleen compiled"] = Contender("baleen compiled", twin, _own(twin), precision)
     for name, experts in (("transformers grouped_mm", "grouped_mm"), ("transformers eager", "eager")):
         if name in peers:
             hf_config = DeepseekV3Config(**model_config_to_hf(model.config), experts_implementation=experts)
@@ -86,9 +101,13 @@ def contenders(config: str, precision: Precision, peers: list[str]) -> dict[str,
     for name in ("dense", "dense compiled"):
         if name in peers:
             dense = Dense(recipe, active).llama.train()
-            run = torch.compile(dense) if name == "dense compiled" else dense
-            made[name] = Contender(name, dense, _causal(run), precision)
+            loss = torch.compile(_causal(dense)) if name == "dense compiled" else _causal(dense)
+            made[name] = Contender(name, dense, loss, precision)
     return made
+
+
+def _own(model: Transformer) -> Callable[[Tensor], Tensor]:
+    return lambda ids: training_loss(model, ids, mtp_loss_weight=0.0, balance_loss_weight=0.0).total
 
 
 def _causal(model: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
@@ -105,7 +124,7 @@ def check(made: dict[str, Contender], ids: Tensor, precision: Precision) -> dict
     loss, norm = made["baleen"].gradients(ids)
     found = {}
     for name, contender in made.items():
-        if name.startswith("transformers"):
+        if name.startswith(("transformers", "baleen ")):
             other_loss, other_norm = contender.gradients(ids)
             found[name] = max(abs(other_loss / loss - 1), abs(other_norm / norm - 1))
             if found[name] > tolerance:
@@ -120,9 +139,9 @@ def measure(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(vocab, (args.rounds + 2, BATCH, LENGTH + 1), generator=generator)
     differences = check(made, batches[0], args.precision)
-    for ids in batches:
-        for contender in made.values():
-            contender.step(ids)
+    for round_, ids in enumerate(batches):
+        for name in in_turns(list(made), round_):
+            made[name].step(ids)
     rows = {}
     for name, contender in made.items():
         steps, updates = contender.steps[2:], contender.optimizer_steps[2:]
@@ -130,29 +149,48 @@ def measure(args: argparse.Namespace) -> dict:
         rows[name] = {
             "tokens_per_second": BATCH * LENGTH / median,
             "spread": (max(steps) - min(steps)) / median,
+            "rounds": [BATCH * LENGTH / step for step in steps],
             "optimizer_share": statistics.median(updates) / median,
-            "first_step_seconds": contender.steps[0],  # what is compiled, is compiled in it
+            "first_step_seconds": contender.first_seconds,
         } | ({"differs_by": differences[name]} if name in differences else {})
-    speed = {name: row["tokens_per_second"] for name, row in rows.items()}
     return {
         "config": args.config,
         "precision": args.precision,
         "baleen": rows["baleen"] | {"path": "pytorch" if kernels() == "pytorch" else "native"},
         "peers": {name: row for name, row in rows.items() if name != "baleen"},
-        "ratios": {f"baleen / {name}": speed["baleen"] / speed[name] for name in speed if name != "baleen"},
+        "ratios": {f"baleen / {name}": ratio(rows["baleen"], row) for name, row in rows.items() if name != "baleen"},
         "machine": machine(),
+        "versions": versions(),
     }
+
+
+def profiled(config: str, precision: Precision) -> str:
+    """Where four steps go, by the time that PyTorch's operators and our own functions take themselves."""
+    keep_freed_memory()
+    model = network(config).train()
+    contender = Contender("baleen", model, _own(model), precision)
+    ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):  # until freed memory is kept
+        contender.step(ids)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(4):
+            contender.step(ids)
+    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=("S", "M", "L"), default="S")
+    parser.add_argument("--config", choices=("S", "M"), default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    peers = ["transformers grouped_mm", "transformers eager", "dense", "dense compiled"]
+    peers = ["transformers grouped_mm", "transformers eager", "dense", "dense compiled", "baleen compiled"]
     parser.add_argument("--peers", type=some_of(*peers), default=peers)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    if args.profile:
+        print(profiled(args.config, args.precision))
+        return
     print(f"train, config {args.config}, {args.precision}", file=sys.stderr)
     result = measure(args)
     if args.json:
@@ -164,8 +202,8 @@ def main() -> None:
             f"  optimizer {row['optimizer_share']:4.0%}  first step {row['first_step_seconds']:5.1f} s"
             f"  {row.get('path', '')}"
         )
-    for name, ratio in result["ratios"].items():
-        print(f"{name:36} {ratio:6.2f}")
+    for name, times in result["ratios"].items():
+        print(f"{name:36} {times:6.2f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Fast paths against their slow twins, exact to rounding in float64; and what is counted in bytes."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baleen.config import ModelConfig
 from baleen.model import moe as moe_module
@@ -119,9 +121,41 @@ def test_grouped_linear_is_a_loop():
 
 
 def test_grouped_mm_of_accelerators_is_the_same():
-    x, w = torch.randn(9, 8), torch.randn(4, 16, 8)
-    counts = [3, 0, 5, 1]
-    torch.testing.assert_close(grouped_linear(x, w, torch.tensor(counts)), grouped_linear_loop(x, w, counts))
+    counts, results = [3, 0, 5, 1], []
+    for linear, sizes in ((grouped_linear, torch.tensor(counts)), (grouped_linear_loop, counts)):
+        generator = torch.Generator().manual_seed(0)
+        x, w, g = (torch.randn(*shape, generator=generator) for shape in ((9, 8), (4, 16, 8), (9, 16)))
+        y = linear(x.requires_grad_(), w.requires_grad_(), sizes)
+        results.append((y, *torch.autograd.grad(y, (x, w), g)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operators but for views, which launch nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_the_experts_matmuls_grow_in_number_with_the_experts(tiny_model):
+    counted = []
+    for experts in (8, 32):
+        model = tiny_model(n_routed_experts=experts)
+        moe, x = model.model.layers[1].mlp, torch.randn(1, 256, 32, requires_grad=True)
+        with Operations() as operations:
+            moe(x)[0].square().mean().backward()
+        counted.append(operations.counts)
+    few, many = counted
+    assert many["mm"] - few["mm"] == 6 * (32 - 8)  # two products forward, four backward, an expert
+    assert many - Counter(mm=many["mm"]) == few - Counter(mm=few["mm"])
+    assert sum(few.values()) - few["mm"] < 100
 
 
 def test_moe_is_a_loop_over_tokens(tiny_model):
