@@ -53,11 +53,7 @@ def train(precision: Precision, batch: int, length: int, steps: int, model: dict
         "seconds": statistics.median(a - b for a, b in zip(whole, updates, strict=True)) / tokens,
         "optimizer_seconds": statistics.median(updates) / tokens,
         "bytes": known_bytes("VmHWM") - before,
-        "path": "pytorch"
-        if kernels() == "pytorch"
-        else "native"
-        if length <= LONGEST
-        else "native, attention PyTorch's",
+        "path": path,
         "theory": {"seconds": training_flops(arch, length), "bytes": memory.total},
     }
 
