@@ -3,19 +3,21 @@
     python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--config S|M] [--rows FILE] [--json]
 
 Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
-every side. Then each trains for --minutes; Baleen also for half of them, the dense model with AdamW also for as many
-tokens as Baleen read. Every run is kept in --rows when it ends: stopped, the same command goes on. The clock stands
-still while held-out text is scored. Three hours and a half on two cores. What --minutes 20 finds without --equal-size
-and --config is kept in bench/results/quality.json.
+every side. Then each trains for --minutes. Every run is kept in --rows when it ends: stopped, the same command goes on. The clock stands
+still while held-out text is scored. Three hours and a half on two cores, the last of them for runs beside: Baleen in half
+the time, the dense model with AdamW for as many tokens. What --minutes 20 finds without --equal-size and --config is
+kept in bench/results/quality.json, from the first that is known on.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -148,7 +150,8 @@ def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
     return next((point["seconds"] for point in curve if point["bits_per_byte"] <= bits), None)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is known once all have been tuned and trained, and again after each further run."""
     base = load_recipe(args.recipe)
     if args.config:
         base = load_recipe(CONFIGS[args.config]).model_copy(update={"data": base.data})
@@ -162,23 +165,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         Contestant(f"dense {name}", args.dense_lr, name, dense=True, has_sizes=not args.equal_size)
         for name in ("adamw", "muon")
     )
-    grids, finals, others = {}, {}, {}
-
-    def settle(who: Contestant) -> Row:
-        """Tunes and trains; returns what is best for it."""
+    grids, best, finals = {}, {}, {}
+    for who in (ours, adamw) if args.equal_size else (ours, adamw, muon):
         print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each, then {args.minutes:g}", file=sys.stderr)
         grids[who.name] = race.tuned(who, args.grid_minutes)
-        best = {key: grids[who.name][0][key] for key in ("lr", "size")}
-        finals[who.name] = race.run(who, **best, minutes=args.minutes, scores=SCORES)
-        return best
+        best[who.name] = {key: grids[who.name][0][key] for key in ("lr", "size")}
+        finals[who.name] = race.run(who, **best[who.name], minutes=args.minutes, scores=SCORES)
+    yield told(finals, {}, grids)
+    others = {}
+    if not args.equal_size:
+        others["baleen, half the time"] = race.run(ours, **best[ours.name], minutes=args.minutes / 2, scores=SCORES)
+        yield told(finals, others, grids)
+    tokens = finals[ours.name]["tokens"]
+    others["dense adamw, equal tokens"] = race.run(adamw, **best[adamw.name], minutes=0, tokens=tokens, scores=SCORES)
+    yield told(finals, others, grids)
 
-    best = settle(ours)
-    if not args.equal_size:
-        others["baleen, half the time"] = race.run(ours, **best, minutes=args.minutes / 2, scores=SCORES)
-    best, tokens = settle(adamw), finals["baleen"]["tokens"]
-    others["dense adamw, equal tokens"] = race.run(adamw, **best, minutes=0, tokens=tokens, scores=SCORES)
-    if not args.equal_size:
-        settle(muon)
+
+def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
+    """{baleen, peers, ratios, reached_after_seconds, grids, machine}"""
     bits = {name: row["bits_per_byte"] for name, row in (finals | others).items()}
     peers = {name: row for name, row in finals.items() if name != "baleen"}
     return {
@@ -190,6 +194,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "reached_after_seconds": {name: first_reached(finals["baleen"]["curve"], bits[name]) for name in peers},
         "grids": grids,
         "machine": machine(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -206,9 +211,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     keep_freed_memory()
-    result = measure(args)
-    if args.minutes == 20 and not args.equal_size and args.config is None:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {}
+    for result in measured(args):
+        if args.minutes == 20 and not args.equal_size and args.config is None:
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))
         return
