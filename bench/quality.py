@@ -3,10 +3,10 @@
     python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--config S|M] [--rows FILE] [--json]
 
 Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
-every side. Then each trains for --minutes. Every run is kept in --rows when it ends: stopped, the same command goes on. The clock stands
-still while held-out text is scored. Three hours and a half on two cores, the last of them for runs beside: Baleen in half
-the time, the dense model with AdamW for as many tokens. What --minutes 20 finds without --equal-size and --config is
-kept in bench/results/quality.json, from the first that is known on.
+every side. Then each trains for --minutes. Every run is kept in --rows when it ends: stopped, the same command goes on.
+The clock stands still while held-out text is scored. Three hours and a half on two cores, the last of them for runs
+beside: Baleen in half the time, the dense model with AdamW for as many tokens. What --minutes 20 finds without
+--equal-size and --config is kept in bench/results/quality.json, from the first that is known on.
 """
 
 from __future__ import annotations
