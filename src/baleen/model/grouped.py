@@ -95,7 +95,8 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_Nd: Tensor):  # type: ignore[override]
         y_Md, slots_NK, weights_NK = ctx.saved_tensors
-        grad_Md = torch.zeros_like(y_Md)
+        everywhere = slots_NK.numel() == len(y_Md)  # no row is padding
+        grad_Md = torch.empty_like(y_Md) if everywhere else torch.zeros_like(y_Md)
         if serves(y_Md) and weights_NK.dtype is torch.float32:
             grad_weights, (N, K), d = torch.empty_like(weights_NK), slots_NK.shape, y_Md.shape[1]
             operands = (grad_Nd.contiguous(), y_Md, slots_NK, weights_NK)

@@ -83,7 +83,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     The released weights interleave the pairs (0, 1), (2, 3), ...; otherwise pair j is (j, j + P/2). The result holds
     all first members, then all second ones: queries and keys are permuted alike, so scores do not change.
     """
-    first, second = (x[..., ::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleave else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 

@@ -20,7 +20,7 @@ constexpr int64_t WIDTH = 16, ROWS = 8;  // floats in a vector; rows of a tile, 
 #else
 constexpr int64_t WIDTH = 8, ROWS = 4;
 #endif
-constexpr int64_t BLOCK = 64;  // queries at a time
+constexpr int64_t BLOCK = 32;  // queries at a time
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
 
 inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
@@ -68,7 +68,7 @@ struct Packed {
     std::vector<float> q, k, v, kt, vt;
 
     Packed(int64_t T, int64_t N, int64_t P, int64_t V)
-        : T(T), N(N), P(P), V(V), D(N + P), Tp(padded(T)), Dp(padded(N + P)), Vp(padded(V)), q(T * Dp), k(T * Dp),
+        : T(T), N(N), P(P), V(V), D(N + P), Tp(padded(T) + WIDTH), Dp(padded(N + P)), Vp(padded(V)), q(T * Dp), k(T * Dp),
           v(T * Vp), kt(D * Tp), vt(V * Tp) {}
 
     template <class X>
