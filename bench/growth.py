@@ -72,7 +72,7 @@ def measured(point: dict[str, Any]) -> dict[str, Any]:
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a value: of several turns the medians."""
-    kind, out = itemgetter("work", "precision", "axis", "value"), []
+    kind, out = itemgetter("work", "precision", "axis", "value", "batch", "length"), []
     for of_value in dict.fromkeys(map(kind, rows)):
         mine = [row for row in rows if kind(row) == of_value]
         measured = {key: statistics.median(row[key] for row in mine) for key in MEASURED if key in mine[0]}
@@ -105,13 +105,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     of = version()
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = [row for row in rows if of.items() <= row.items()]
+    kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = [row for row in kept if of.items() <= row.items()]
+    old = [row for row in kept if row not in rows]  # of other code or another machine: until all is measured anew
     for point in points(args.precision, args.shrink):
         if point["axis"] not in args.only or any(point.items() <= row.items() for row in rows):
             continue
         rows.append(measured(point) | of)
-        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        again = [{key: row[key] for key in point} for row in rows]
+        old = [row for row in old if not any(one.items() <= row.items() for one in again)]
+        args.out.write_text(json.dumps({"rows": old + rows}, indent=1) + "\n")
         row = rows[-1]
         print(
             f"{row['work']:6} {row['axis']:10} {row['value']:>6,} {1e6 * row['seconds']:9,.1f} us a token"

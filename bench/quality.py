@@ -5,8 +5,8 @@
 Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
 every side. Then each trains for --minutes. Every run is kept in --rows when it ends: stopped, the same command goes on.
 The clock stands still while held-out text is scored. Three hours and a half on two cores, the last of them for runs
-beside: Baleen in half the time, the dense model with AdamW for as many tokens. What --minutes 20 finds without
---equal-size and --config is kept in bench/results/quality.json, from the first that is known on.
+beside: Baleen in half the time, the dense model with AdamW for as many tokens. What it finds without
+an option is kept in bench/results/quality.json, from the first that is known on.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ class Race:
         recipe = who.recipe(self._base, lr=lr, minutes=0.0 if tokens else minutes, tokens=tokens or MANY_TOKENS)
         length = f"{tokens} tokens" if tokens else f"{minutes:g} minutes"
         name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {length}, seed {recipe.train.seed}, {fingerprint(recipe)}"
+        name = f"{name}, {machine()['cpu']}"
         if name not in self._rows:
             row = {"name": who.name, "lr": lr, "size": size} | self._train(
                 who.trainer(recipe, self._prepared, size), scores
             )
+            row |= {"date": datetime.date.today().isoformat()}
             print(f"  {name}: {row['tokens']:,} tokens, {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
             self._rows[name] = row
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +184,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
-    """{baleen, peers, ratios, reached_after_seconds, grids, machine}"""
+    """{baleen, peers, ratios, reached_after_seconds, grids, machine, date}"""
     bits = {name: row["bits_per_byte"] for name, row in (finals | others).items()}
     peers = {name: row for name, row in finals.items() if name != "baleen"}
     return {
@@ -194,7 +196,7 @@ def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[R
         "reached_after_seconds": {name: first_reached(finals["baleen"]["curve"], bits[name]) for name in peers},
         "grids": grids,
         "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        "date": max(row["date"] for row in finals.values()),
     }
 
 
@@ -213,7 +215,7 @@ def main() -> None:
     keep_freed_memory()
     result: dict[str, Any] = {}
     for result in measured(args):
-        if args.minutes == 20 and not args.equal_size and args.config is None:
+        if vars(args) == vars(parser.parse_args([])) | {"json": args.json}:
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))

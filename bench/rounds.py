@@ -102,12 +102,11 @@ def in_turns(names: Sequence[str], round_: int) -> list[str]:
 
 def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> float:
     """The median of ours over the peer's, round by round: what slows both down does not count."""
-    mine, theirs = (row.get("rounds", [row["tokens_per_second"]]) for row in (ours, peer))
-    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    return statistics.median(a / b for a, b in zip(ours["rounds"], peer["rounds"], strict=True))
 
 
 def summary(made: dict[str, Contender], speeds: dict[str, list[float]], apart: dict[str, float]) -> dict:
-    """{baleen, peers, ratios, machine} of tokens a second, one number a round."""
+    """{baleen, peers, ratios, machine, versions} of tokens a second, one number a round."""
 
     def row(name: str) -> dict[str, Any]:
         runs, contender = speeds[name], made[name]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from contenders import machine
-from rounds import LLAMA, ratio
+from rounds import LLAMA
 
 from baleen.model.machine import multiplies_bf16
 from baleen.parallel.ranks import fingerprint_of_code
@@ -61,7 +61,7 @@ def measured(name: str) -> Row:
 
 
 def table(rows: dict[str, Row]) -> str:
-    """Tokens a second, medians of the rounds, and how many times the peer's that is; of the rows that are there."""
+    """Tokens a second, medians of the rounds, and how many times the peer's, round by round; of rows that are there."""
     lines = ["| tokens/s | weights | Baleen | transformers | | llama.cpp | | dense | |", "|---|---|" + "---:|" * 7]
     for name in ROWS:
         row = rows.get(name, {"baleen": {}})
@@ -69,24 +69,24 @@ def table(rows: dict[str, Row]) -> str:
         formats = {row["precision"]: row["baleen"]} if trained else row["baleen"]
         for format, ours in formats.items():
             peers = ["transformers" if format == "fp32" or trained else "", f"llama.cpp {LLAMA[format]}", "dense"]
-            cells = [_beside(row["peers"], peer, ours) for peer in peers]
+            named = "baleen" if trained else f"baleen {format}"
+            cells = [_beside(row, peer, named) for peer in peers]
             lines.append(f"| {_words(name)} | {format} | {ours['tokens_per_second']:,.0f} | {' | '.join(cells)} |")
     if not rows:
         return ""
     dates = sorted(row["date"] for row in rows.values())
     machines = {"{cpu}, {threads} threads, torch {torch}".format(**row["machine"]) for row in rows.values()}
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    said = f"{when}, {'; '.join(sorted(machines))}. Medians of the rounds, ratios round by round."
-    return "\n".join([*lines, "", said, ""])
+    return "\n".join([*lines, "", f"{when}, {'; '.join(sorted(machines))}.", ""])
 
 
-def _beside(peers: dict[str, Row], kind: str, ours: Row) -> str:
-    """Two cells: the fastest peer of that kind, and ours over it, round by round; empty without one."""
-    alike = [row for name, row in peers.items() if kind and name.startswith(kind)]
-    if not alike:
+def _beside(row: Row, kind: str, ours: str) -> str:
+    """Two cells: the fastest peer of that kind, and ours over it; empty without one."""
+    speeds = {name: peer["tokens_per_second"] for name, peer in row["peers"].items() if kind and name.startswith(kind)}
+    if not speeds:
         return " | "
-    peer = max(alike, key=lambda row: row["tokens_per_second"])
-    return f"{peer['tokens_per_second']:,.0f} | {ratio(ours, peer):.2f} ×"
+    fastest = max(speeds, key=lambda name: speeds[name])
+    return f"{speeds[fastest]:,.0f} | {row['ratios'][f'{ours} / {fastest}']:.2f} ×"
 
 
 def _words(name: str) -> str:
@@ -110,7 +110,7 @@ def main() -> None:
     if unknown := set(asked.rows) - set(ROWS):
         parser.error(f"no row {min(unknown)}: there are {', '.join(ROWS)}")
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    with_table(README.read_text(encoding="utf-8"), {})  # before half an hour of work, that its place is there
+    with_table(README.read_text(encoding="utf-8"), {})  # before all the work, that its place is there
     here = [name for name in ROWS if not name.endswith("bf16") or multiplies_bf16(torch.device("cpu"))]
     wanted = asked.rows or [name for name in here if not version().items() <= rows.get(name, {}).items()]
     failed = []

@@ -28,6 +28,7 @@ T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.26
 SWEEP = "lr-sparse"  # tunes what no other sweep tunes
 EXTENSIONS = ("extend-1k", "extend-4k")
 UNSEEN = "can't be seen at this size"
+PASSAGES = "passages.py"
 MEASURED = 2  # counted up when rows are measured otherwise, so that older ones are not compared with new ones
 
 Row = dict[str, Any]
@@ -142,7 +143,8 @@ class Notebook:
         return [row["measured"][measure] for row in rows if row is not None]
 
     def timing(self) -> Row | None:
-        """What times.py found: {"seconds": {hash of an arm's first row: by turn, those of a median step}, ...}."""
+        """What times.py found: {"seconds": {hash of an arm's first row: by turn, those of a median step}, ...}. The
+        code of then, not of now: its date and machine stand beside."""
         return self._kept("times")
 
     def run_seconds(self, name: str) -> dict[str, list[float]] | None:
@@ -207,8 +209,8 @@ def _recipe(file: Path, overrides: tuple[str, ...]) -> Recipe:
 @cache
 def _digest(recipe: Recipe, key_value_heads: int | None, extended: bool, passages: bool) -> str:
     decides: list[object] = [recipe.model_copy(update={"name": ""}).to_toml(), key_value_heads, MEASURED]
-    decides += [load_extensions(), _text_of("needles.py")] if extended else []
-    decides += [_text_of("passages.py")] if passages else []
+    decides += [load_extensions(), digest_of("needles.py"), digest_of("context.py")] if extended else []
+    decides += [(HERE / PASSAGES).read_text(encoding="utf-8")] if passages else []
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
@@ -218,8 +220,9 @@ def load_extensions() -> list[str]:
     return [(resources.files("baleen.recipes") / f"{name}.toml").read_text(encoding="utf-8") for name in EXTENSIONS]
 
 
-def _text_of(script: str) -> str:
-    return (HERE / script).read_text(encoding="utf-8")
+def digest_of(script: str) -> str:
+    """Of a file beside this one that makes text or measures."""
+    return hashlib.sha256((HERE / script).read_bytes()).hexdigest()[:16]
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claim import EXTENSIONS
+from claim import EXTENSIONS, digest_of
 from measures import largest_jump, longest_spike
 from needles import questions_of, write_needles
 
@@ -92,7 +92,7 @@ def _finished(summary: dict[str, Any]) -> None:
 
 
 def _needles(length: int, cache: Path) -> Path:
-    file = cache.parent / "needles" / str(length) / "needles.jsonl"
+    file = cache.parent / "needles" / f"{length}-{CHARS[length]}" / f"{digest_of('needles.py')}.jsonl"
     if not file.is_file():
         write_needles(file, CHARS[length])
     return file

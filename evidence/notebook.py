@@ -62,7 +62,8 @@ def run_row(notebook: Notebook, name: str, arm: str, seed: int, runs: Path) -> R
 
 
 def run_again(notebook: Notebook, runs: Path) -> bool:
-    """The first seed of the first two arms of the claim marked quick; whether both lie within their arms' intervals."""
+    """The first seed of the first two arms of the claim marked quick; whether each lies within half its arm's interval
+    of the kept row of that seed."""
     name = next(name for name, claim in notebook.claims.items() if claim.quick)
     claim, all_within = notebook.claims[name], True
     if not notebook.complete(name):

@@ -61,7 +61,7 @@ def summary(notebook: Notebook) -> str:
     for name in claims_of(notebook):
         lines.append(f"| {notebook.claims[name].says} | {_effect(notebook, name)} | {notebook.verdict(name)} |")
     spikes, rows = len(_spikes(notebook)), len(notebook.all_rows())
-    seen = f"in {spikes} of {rows} rows" if rows else ""
+    seen = f"spikes in {spikes} of {rows} rows, {_skipped(notebook)} steps skipped" if rows else ""
     lines.append(f"| No spike of the loss that lasts, and no step skipped | {seen} | {_spike_verdict(notebook)} |")
     return "\n".join([*lines, ""])
 
@@ -200,7 +200,7 @@ def _account(notebook: Notebook) -> list[str]:
         return [*lines, "Nothing yet.", ""]
     hours, usd = sum(row["device_hours"] for row in rows), sum(row["usd"] for row in rows)
     research = hours + gone["device_hours"]
-    longest = max(row["device_hours"] for row in notebook.all_rows())
+    longest = max((row["device_hours"] for row in notebook.all_rows()), default=0.0)
     dates = sorted({row["date"] for row in rows})
     machines = sorted({row["machine"] for row in rows})
     return [
@@ -211,6 +211,6 @@ def _account(notebook: Notebook) -> list[str]:
         f"| the final run of `make demo` (README) | | {DEMO:.2f} | |", "",
         f"So {research / (research + DEMO):.1%} of that is research; of Olmo 3's 8.34M GPU-hours {OLMO:.1%} were",
         f"development (arXiv 2605.01158). A device is a thread of the CPU. The notebook takes {hours / ALLOWED:.0%} of",
-        f"the {ALLOWED:.0f} device-hours that it may take; its longest row took {60 * longest:.0f} minutes. Rows of "
+        f"the {ALLOWED:.0f} device-hours that it may take; its longest row {60 * longest:.0f} device-minutes. Rows of "
         f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))} on {'; '.join(machines)}.", "",
     ]  # fmt: skip

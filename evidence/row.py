@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from attention import cached_numbers, use_shared_heads
+from claim import PASSAGES, digest_of
 from measures import groups_reached, largest_jump, longest_spike, middle_bits_per_byte, second_token_and_on
 from passages import write_passages
 
@@ -52,7 +53,7 @@ def train_row(
     """
     keep_freed_memory()
     if passages:
-        file = cache.parent / "passages" / "passages.jsonl"
+        file = cache.parent / "passages" / f"{digest_of(PASSAGES)}.jsonl"
         if not file.is_file():
             write_passages(file)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (str(file),)})})

@@ -14,6 +14,7 @@ SIZES = ("sparse-128", "sparse", "sparse-256", "sparse-384")
 
 
 def by_size(notebook: Notebook) -> dict[str, list[tuple[float, float]]]:
+    """By arm: (active parameters, held-out bits per byte) of each size, means over the seeds."""
     arms = list(notebook.claims[SIZES[0]].arms)
     return {
         arm: [
@@ -28,6 +29,7 @@ def by_size(notebook: Notebook) -> dict[str, list[tuple[float, float]]]:
 
 
 def all_sizes(notebook: Notebook) -> bool:
+    """Whether there are all rows of them."""
     return all(name in notebook.claims and notebook.complete(name) for name in SIZES)
 
 

@@ -281,7 +281,7 @@ def study_is_done(name: str, folder: Path = HERE) -> bool:
 
 
 def run_study(name: str, runs: Path) -> None:
-    from row import account_of
+    from row import account_of, thrown_away
 
     run_dir = runs / f"study-{name}"
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -291,6 +291,7 @@ def run_study(name: str, runs: Path) -> None:
     notebook = Notebook()
     notebook.supersede(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
     notebook.write({"hash": file.stem, "of": _digest(), "table": table, **account_of([run_dir])})
+    thrown_away([run_dir])
 
 
 def _digest() -> str:

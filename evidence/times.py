@@ -24,7 +24,7 @@ WARM, ROUNDS, STEPS = 4, 7, 6  # steps before, turns of each arm, and steps of a
 
 def time_arms(notebook: Notebook, runs: Path) -> None:
     """Raises UserError as long as a sweep that tunes one of the claims is not done."""
-    from row import account_of, say, text_of, trainer_of
+    from row import account_of, say, text_of, thrown_away, trainer_of
 
     keep_freed_memory()
     run_dir = runs / "times"
@@ -48,6 +48,7 @@ def time_arms(notebook: Notebook, runs: Path) -> None:
                     seconds[digest].append(statistics.median(steps))
     notebook.supersede(notebook.timing())
     notebook.write({"hash": "times", "seconds": seconds, **account_of([run_dir])})
+    thrown_away([run_dir])  # the next sitting is another run
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def test_every_row_belongs_to_a_claim(modules):
     assert {stem for stem in files if not stem.startswith("study-")} - {"times"} == known
 
 
-def test_every_row_took_no_more_than_a_quarter_of_an_hour(modules):
-    assert all(row["device_hours"] <= 0.5 for row in modules[0].Notebook().all_rows())  # on two cores, or half an hour
+def test_every_row_took_no_more_than_half_a_device_hour(modules):
+    assert all(row["device_hours"] <= 0.5 for row in modules[0].Notebook().all_rows())  # 15 minutes of two cores
 
 
 def test_interval_is_students(modules):
@@ -228,18 +228,19 @@ def test_what_no_claim_asks_for_is_taken_away_and_its_cost_kept(modules, make, m
 def test_a_spike_or_a_skipped_step_is_in_the_summary(modules, make):
     _, _, page = modules
     notebook = make()
-    assert "in 0 of 3 rows | holds |" in page.summary(notebook)
+    assert "spikes in 0 of 3 rows, 0 steps skipped | holds |" in page.summary(notebook)
     file = notebook.folder / "rows" / f"{notebook.hash_of('lr-sparse', 'low', 0)}.json"
     for key, value in (("skipped", 1), ("longest_spike", page.STEPS_OF_A_SPIKE)):
         row = json.loads(file.read_text())
         row["measured"] |= {"skipped": 0, "longest_spike": 0, key: value}
         file.write_text(json.dumps(row))
-        assert "rows | does not hold |" in page.summary(notebook)
+        assert "skipped | does not hold |" in page.summary(notebook)
 
 
-@pytest.mark.parametrize(("sparse", "pays"), [(0.9, "yes"), (1.1, "no"), (1.0, "can't be seen at this size")])
+@pytest.mark.parametrize(("sparse", "pays"), [(0.8, "yes"), (0.99, "no"), (0.94, "can't be seen at this size")])
 def test_what_four_sizes_say_of_time(modules, make, sparse, pays):
-    """Losses of an exact power law, seconds by size: the fit finds it, and what pays is what lies below its line."""
+    """Losses of an exact power law; a sparse step takes twice the seconds, in which a dense network of twice the size
+    would be 2^0.1 times better."""
     import sizes
 
     folder = make().folder
@@ -247,26 +248,33 @@ def test_what_four_sizes_say_of_time(modules, make, sparse, pays):
         keys = f'says = "s"\npaper = "p"\ntimed = true\noverrides = ["train.eps=1e-{10 + number}"]\n'
         arms = "[arms]\ndense = []\nsparse = ['train.lr=1e-9']\n"
         (folder / "claims" / f"{name}.toml").write_text(keys + arms)
-    notebook = modules[0].Notebook(folder)
-    seconds = {}
+    notebook, seconds = modules[0].Notebook(folder), {}
     for number, name in enumerate(sizes.SIZES):
         active = 1e6 * 2**number
-        for arm, factor in (("dense", 1.0), ("sparse", sparse)):
+        for arm, factor, slower in (("dense", 1.0, 1), ("sparse", sparse, 2)):
             for seed in (0, 1, 2):
                 jitter = 1 + (0.01 * (seed - 1) if arm == "sparse" else 0.0)
-                loss = factor * jitter * 8 * active**-0.1
-                fill(notebook, name, {(arm, seed): loss})
+                fill(notebook, name, {(arm, seed): factor * jitter * 8 * active**-0.1})
                 file = notebook.folder / "rows" / f"{notebook.hash_of(name, arm, seed)}.json"
                 row = json.loads(file.read_text())
                 row["measured"]["active_parameters"] = active
                 file.write_text(json.dumps(row))
-            seconds[notebook.hash_of(name, arm, 0)] = [active * 1e-6] * 3
+            seconds[notebook.hash_of(name, arm, 0)] = [slower * active * 1e-6] * 3
     assert "Not timed yet" in "\n".join(sizes.page_of_sizes(notebook))
     notebook.write({"hash": "times", "seconds": seconds})
     told = "\n".join(sizes.page_of_sizes(notebook))
     assert "| dense | -0.1000 ± 0.0000 | 0.00% |" in told
-    assert told.count(f"{sparse - 1:+.2%} ± 2.") >= 4 and told.count(f"| {pays} |") == 4
+    assert told.count(f"| {sparse - 1:+.2%} ± ") == 4 and told.count("| 2.00 × |") == 4
+    in_time = f"| {sparse * 2**0.1 - 1:+.2%} ± "
+    assert told.count(in_time) == 4 and told.count(f"| {pays} |") == 4
     assert ("at none of the four sizes" in told) is (pays != "yes")
+
+
+def test_pages_without_a_row(modules, make):
+    _, _, page = modules
+    notebook = make(tuned=False)
+    notebook.write({"hash": "times", "seconds": {}, "device_hours": 0.1, "usd": 0.0, "machine": "m", "date": "d"})
+    assert "| this notebook | 1 | 0.10 | 0.000 |" in page.page(notebook)
 
 
 def test_jumps_are_over_the_median_before(modules):
@@ -370,6 +378,10 @@ def test_seconds_are_those_of_the_arms_in_turns(modules, make, tmp_path, monkeyp
     assert notebook.run_seconds("c") == {arm: [6 * turn for turn in turns] for arm, turns in by_arm.items()}
     assert all(len(turns) == 2 for turns in by_arm.values())
     assert kept["device_hours"] > 0
+    times.time_arms(notebook, tmp_path / "runs")
+    again, gone = json.loads((notebook.folder / "rows" / "times.json").read_text()), notebook.superseded()
+    assert gone["rows"] == 1 and gone["device_hours"] == pytest.approx(kept["device_hours"], abs=1e-6)
+    assert again["device_hours"] < 1.9 * kept["device_hours"]  # of the second sitting alone
     assert make(f"timed = true\noverrides = {json.dumps([*keys, 'train.eps=1e-7'])}").run_seconds("c") is None
 
 

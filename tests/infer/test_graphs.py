@@ -82,9 +82,11 @@ def test_nothing_in_a_step_waits_for_the_gpu(tiny_config, monkeypatch):
 def test_graphs_are_for_gpus_whose_operators_wait_for_nothing(
     tiny_model, monkeypatch, dtype, capability, experts, takes
 ):
-    model = tiny_model(dtype, first_k_dense_replace=1 if experts else 3, num_nextn_predict_layers=int(experts))
-    pages = LatentPages(model.config, 2, page_size=4)
-    assert not isinstance(fastest_runner(model, pages), GraphRunner)
+    monkeypatch.delenv("BALEEN_NATIVE", raising=False)
+    changes = {"first_k_dense_replace": 1 if experts else 3, "num_nextn_predict_layers": int(experts)}
+    on_cpu, model = tiny_model(dtype, **changes), tiny_model(dtype, **changes)
+    pages = LatentPages(model.config, 2, page_size=4, dtype=dtype)
+    assert not isinstance(fastest_runner(on_cpu, pages), GraphRunner)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert isinstance(fastest_runner(model, pages), GraphRunner) is takes

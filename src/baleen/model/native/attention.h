@@ -1,7 +1,8 @@
 // Causal attention of MLA's naive form, forward and backward, for training on CPUs.
 //
 // Shapes: B sequences, T tokens, H heads, N = qk_nope_head_dim, P = qk_rope_head_dim, D = N + P, V = v_head_dim.
-// One (sequence, head) pair is one task: its operands are packed in fp32, rows padded to whole vectors, and a block of
+// One (sequence, head) pair is one task: its operands are packed in fp32, rows padded to whole vectors (of transposes to
+// one more, for rows a power of two apart would share a few sets of the first cache), and a block of
 // queries at a time attends to the keys up to its own end, so that half of the square is never computed. What rope has
 // turned is fp32 whatever the rest is.
 
