@@ -175,12 +175,19 @@ class _Told(Display):
 
 def poison() -> Table:
     """What a step does whose batch is noise, and one whose gradient is not finite, beside the steps around them, and
-    the losses of the same run without either."""
-    poisons = {30: "a batch of random tokens", 45: "a gradient that is not a number"}
+    the losses of the same batches in a run without either."""
+    noise = 30
+    poisons = {noise: "a batch of random tokens", 45: "a gradient that is not a number"}
     undisturbed = [row["loss"] for row in _steps({})]
-    shown = (29, 30, 31, 35, 40, 44, 45, 46, 50, 60)
-    rows = [row for row in _steps(poisons) if row["step"] in shown]
-    return [row | {"loss without poison": undisturbed[row["step"] - 1]} for row in rows]
+    rows = []
+    for row in _steps(poisons):
+        step = row["step"]
+        if step in (29, 30, 31, 35, 40, 44, 45, 46, 50, 60):
+            twin = (
+                "" if step == noise else undisturbed[step - 1 - (step > noise)]
+            )  # the noise put the text off by a step
+            rows.append(row | {"the same batch without poison": twin})
+    return rows
 
 
 def _steps(poisons: dict[int, str]) -> Table:
@@ -241,8 +248,8 @@ STUDIES = {
     "poison": Study(
         "A poisoned step",
         "What the guard does: a batch of noise is a step like any other, clipped and not skipped; a gradient that is "
-        "not finite changes no weight, is counted and told, and nothing is rolled back. Beside it the losses of the "
-        "same run without either.",
+        "not finite changes no weight, is counted and told, and nothing is rolled back. Beside it the losses "
+        "of the same batches in a run without either.",
         poison,
     ),
 }
@@ -268,7 +275,11 @@ def studies_done(folder: Path) -> list[dict[str, Any]]:
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}" if key in ("loss", "gradient's norm") or value > 1 else f"{value:.3%}"
+        return (
+            f"{value:.3f}"
+            if key in ("loss", "gradient's norm", "the same batch without poison") or value > 1
+            else f"{value:.3%}"
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "not finite" if value is None else str(value)
