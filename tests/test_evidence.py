@@ -192,9 +192,9 @@ def test_only_what_is_missing_is_run_and_sweeps_come_first(modules, make, tmp_pa
     assert notebook.complete("c")
 
 
-@pytest.mark.parametrize(("again", "said"), [(1.005, ("within", "OUTSIDE")), (1.2, ("OUTSIDE", "OUTSIDE"))])
+@pytest.mark.parametrize(("again", "said"), [(1.02, ("within", "OUTSIDE")), (1.2, ("OUTSIDE", "OUTSIDE"))])
 def test_two_rows_again(modules, make, tmp_path, monkeypatch, capsys, again, said):
-    """Each beside the row of the same seed, within the half width of its arm's interval."""
+    """Each within the interval of one value more of its arm."""
     notebook = make("quick = true")
     with pytest.raises(UserError, match="no rows to compare with"):
         modules[1].run_again(notebook, tmp_path)
