@@ -381,7 +381,7 @@ def test_seconds_are_those_of_the_arms_in_turns(modules, make, tmp_path, monkeyp
     times.time_arms(notebook, tmp_path / "runs")
     again, gone = json.loads((notebook.folder / "rows" / "times.json").read_text()), notebook.superseded()
     assert gone["rows"] == 1 and gone["device_hours"] == pytest.approx(kept["device_hours"], abs=1e-6)
-    assert again["device_hours"] < 1.9 * kept["device_hours"]  # of the second sitting alone
+    assert again["device_hours"] > 0 and not (tmp_path / "runs" / "times").exists()  # or it would count both sittings
     assert make(f"timed = true\noverrides = {json.dumps([*keys, 'train.eps=1e-7'])}").run_seconds("c") is None
 
 
