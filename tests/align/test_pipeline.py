@@ -13,8 +13,9 @@ from tiny_stages import MODEL, SFT, tiny_recipe
 from baleen.align import grpo as grpo_module
 from baleen.align.pipeline import align
 from baleen.align.recipe import for_command
-from baleen.align.rollout import Answer, Group, Score
+from baleen.align.rollout import Answer, Group, Score, punish_overlong
 from baleen.align.sft import conversations
+from baleen.align.tasks import Question
 from baleen.config import ModelConfig, UserError
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.eval.report import hacked_reward, write_report
@@ -102,6 +103,22 @@ def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(tmp_path, 
     monkeypatch.setattr(grpo_module, "sample", true_sample)
     run(pipeline, tmp_path / "killed", resume=True)
     assert sha(tmp_path / "straight") == sha(tmp_path / "killed")
+
+
+def test_long_answers_are_punished_on_a_line(tmp_path):
+    """DAPO's equation 13 with at most 10 tokens and a buffer of 4: nothing up to 6, a quarter for each one more."""
+    lengths = (1, 6, 7, 8, 10)
+    answers = tuple(Answer((1,), (5,) * n, (0.0,) * n, "", n == 10) for n in lengths)
+    group = Group(Question("1+1=", "2", "number", (), "2"), answers, (Score({"accuracy": 1.0}, 2.0, 1.0),) * len(answers))
+    assert punish_overlong(group, 10, 0) is group
+    punished = punish_overlong(group, 10, 4).scores
+    assert [score.rewards["overlong"] for score in punished] == [0, 0, -0.25, -0.5, -1]
+    assert [score.total for score in punished] == [2, 2, 1.75, 1.5, 1]
+    assert all(score.correct == score.rewards["accuracy"] == 1 for score in punished)
+    run(tiny_recipe(SFT, RL | {"overlong_buffer": 5, "steps": 1}), tmp_path / "run")
+    row = read_metrics(tmp_path / "run")[-1]
+    assert -1 <= row["reward_overlong"] < 0
+    assert row["reward"] == pytest.approx(row["reward_accuracy"] + row["reward_length"] + row["reward_overlong"])
 
 
 @pytest.mark.parametrize(("further", "rounds", "useful"), [(0, 1, 1), (1, 2, 2), (5, 3, 3)])
@@ -377,6 +394,7 @@ def test_the_routers_bias_is_frozen_or_moves_by_choice(tmp_path, speed):
         ({"stages": [SFT | {"worked": 0}]}, "nothing to learn from"),
         ({"stages": [SFT | {"sampled": True}]}, "no sample stage comes before"),
         ({"stages": [RL | {"minibatches": 5}]}, "does not divide"),
+        ({"stages": [RL | {"overlong_buffer": 9}]}, "must be below sampling.max_tokens"),
         ({"stages": [RL | {"group_size": 1}]}, "greater than or equal to 2"),
     ],
 )

@@ -1,16 +1,18 @@
 """The lab's report adds up, compares plans with what happened, and makes a page that asks for nothing outside."""
 
+import io
 import json
 import re
 
 import pytest
+from rich.console import Console
 
 from baleen.config import UserError
 from baleen.cost.account import add, amend, mark, read_ledger
 from baleen.cost.ledger import Ledger
 from baleen.cost.money import RateCard
 from baleen.cost.page import write_page
-from baleen.cost.report import lab_report, report_sentences, report_tables
+from baleen.cost.report import lab_report, report_sentences, report_tables, spent_rows
 
 RATE = RateCard(3600.0, "one device", "test", watts_per_device=36000.0)  # a dollar and 10 Wh a device-second
 
@@ -98,11 +100,23 @@ def test_bought_machines_are_warned_of(lab):
     assert any("counts them twice" in line for line in report_sentences(lab_report(lab)))
 
 
+def test_each_recorded_cost_is_shown_with_its_period(lab, tmp_path):
+    add(lab, "people", 90, "2026-02..2026-03", project="[b]<q>", note="[i]one student")
+    add(lab, "data", 5, "2025-12-31")
+    rows = spent_rows(lab_report(lab))
+    first = rows.index(("recorded", "people", "$490.00", "", ""))
+    assert rows[first + 1 : first + 3] == [
+        ("", "2026-01-01..2026-12-31, p", "$400.00", "", ""),
+        ("", "2026-02-01..2026-03-31, [b]<q>: [i]one student", "$90.00", "", ""),
+    ]
+    assert ("", "2025-12-31..2025-12-31, the whole lab", "$5.00", "", "") in rows
+    assert sum(cost["usd"] for cost in json.loads(json.dumps(lab_report(lab)["costs"]))) == 495
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(report_tables(lab_report(lab)))
+    assert "[b]<q>: [i]one student" in console.export_text()
+
+
 def test_the_tables_name_projects_and_plans(lab):
-    import io
-
-    from rich.console import Console
-
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report_tables(lab_report(lab)))
     text = console.export_text()

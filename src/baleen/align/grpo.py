@@ -22,7 +22,7 @@ from baleen.align.accuracy import greedy_accuracy, heldout_questions
 from baleen.align.judge import Judge
 from baleen.align.logprobs import answer_logprobs, answer_tokens, answers_mask, micro_batches
 from baleen.align.recipe import RLStage
-from baleen.align.rollout import ACCURACY, ALIKE, Answer, Group, describe, sample, score, that_fit
+from baleen.align.rollout import ACCURACY, ALIKE, Answer, Group, describe, punish_overlong, sample, score, that_fit
 from baleen.align.stage import Row, Work
 from baleen.align.tasks import Task, questions
 from baleen.model.transformer import Transformer
@@ -131,7 +131,10 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tup
             )
         progress.tokens += sum(len(answer.token_ids) for group in drawn for answer in group.answers)
         with _timed(progress.seconds, "reward"):
-            judged = [score(judge, stage.rewards, group) for group in drawn]
+            judged = [
+                punish_overlong(score(judge, stage.rewards, group), stage.sampling.max_tokens, stage.overlong_buffer)
+                for group in drawn
+            ]
         useful += [group for group in judged if group.has_variance]
         idle += [group for group in judged if not group.has_variance]
         if len(useful) == wanted:

@@ -110,6 +110,7 @@ class RLStage(Strict):
     reference_every: Count = 400  # steps after which the policy becomes the reference; 0: never
     dynamic_sampling: Count = 0  # further rollouts at most to replace groups of no variance (DAPO); 0: off
     mask_truncated: bool = False  # answers cut off by length teach nothing (DAPO's overlong filtering)
+    overlong_buffer: Count = 0  # tokens before max_tokens over which the reward falls by 1 (DAPO's soft overlong punishment)
     bias_update_speed: NotNegative = 0.0  # of the router's bias; 0: frozen
     sampling: SamplingConfig = SamplingConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)] = (
@@ -128,6 +129,10 @@ class RLStage(Strict):
             raise ValueError(
                 f"minibatches ({self.minibatches}) does not divide the {self.questions * self.group_size} answers of a "
                 "step (questions * group_size)"
+            )
+        if self.overlong_buffer >= self.sampling.max_tokens:
+            raise ValueError(
+                f"overlong_buffer ({self.overlong_buffer}) must be below sampling.max_tokens ({self.sampling.max_tokens})"
             )
         return self
 

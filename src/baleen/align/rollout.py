@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baleen.align.judge import Judge
 from baleen.align.recipe import RewardConfig, SamplingConfig
@@ -179,6 +179,19 @@ def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:
         return Score(values, total, correct)
 
     return Group(group.question, group.answers, tuple(scored(answer) for answer in group.answers))
+
+
+def punish_overlong(group: Group, max_tokens: int, buffer: int) -> Group:
+    """The group with less reward for its long answers: 0 less up to max_tokens - buffer tokens, from there on a line to
+    1 less (DAPO's soft punishment, arXiv 2503.14476, eq. 13). `buffer` in tokens; 0 punishes nothing."""
+    if not buffer:
+        return group
+
+    def punished(answer: Answer, score: Score) -> Score:
+        overlong = -max(0, len(answer.token_ids) - (max_tokens - buffer)) / buffer
+        return replace(score, rewards={**score.rewards, "overlong": overlong}, total=score.total + overlong)
+
+    return replace(group, scores=tuple(map(punished, group.answers, group.scores)))
 
 
 def describe(groups: Sequence[Group]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def lab_report(lab: Path | str, overrides: Iterable[str] = (), now: float | None
         "ratio": full / headline if headline > 0 else None,
         "compute_usd": compute,
         "recorded": {name: recorded.get(name, NOT_RECORDED) for name in CATEGORIES},
+        "costs": [asdict(c) | {"begin": c.begin.isoformat(), "end": c.end.isoformat()} for c in account.costs],
         "device_hours": sum(s.device_hours for s in account.stages),
         "productive_share": productive_share([s for s in account.stages if s.stage in TRAINING]),
         **footprint(account.stages, factors),
@@ -176,7 +178,7 @@ def report_tables(report: dict[str, Any]) -> Group:
     for column in SPENT_COLUMNS:
         parts.add_column(column, justify="left" if column in ("by", "") else "right")
     for row in spent_rows(report):
-        parts.add_row(*row)
+        parts.add_row(*map(escape, row))
     tables: list[Any] = [projects, parts]
     if report["plans"]:
         planned = Table(title="Plan against measured")
@@ -190,7 +192,8 @@ def report_tables(report: dict[str, Any]) -> Group:
 
 
 def spent_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was spent by stage, purpose and end of the stages, and what was recorded beside it, under SPENT_COLUMNS."""
+    """What was spent by stage, purpose and end of the stages, and what was recorded beside it, under SPENT_COLUMNS:
+    each category's sum, and below it each cost with its period."""
     rows = [
         (title, name, usd(entry["usd"]), quantity(entry["device_hours"]), str(entry["count"]))
         for title, key in (("stage", "stages"), ("purpose", "purposes"), ("end", "statuses"))
@@ -198,6 +201,10 @@ def spent_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
     for name, value in report["recorded"].items():
         rows.append(("recorded", name, value if isinstance(value, str) else usd(value), "", ""))
+        for cost in report["costs"]:
+            if cost["category"] == name:
+                of = f"{cost['begin']}..{cost['end']}, {cost['project'] or 'the whole lab'}"
+                rows.append(("", f"{of}: {cost['note']}" if cost["note"] else of, usd(cost["usd"]), "", ""))
     return rows
 
 
