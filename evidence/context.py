@@ -31,7 +31,7 @@ from baleen.train.loop import run_stage, train
 from baleen.train.rundir import read_metrics
 
 CHARS = {256: 750, 1024: 3000, 4096: 12500}  # of a document that fits so many tokens
-DOCUMENTS = {256: 128, 1024: 32, 4096: 12}  # that are asked, of those held out
+DOCUMENTS = {256: 128, 1024: 64, 4096: 20}  # that are asked, of those held out
 BINS = (0, 256, 1024, 2048, 4096)  # positions over which losses are averaged
 
 

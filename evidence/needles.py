@@ -1,7 +1,10 @@
-"""Text with something to recall in it: conversations with words of people strewn in, which are asked for at the end.
+"""Text with something to recall in it: conversations with words of four kinds strewn in, asked for at the end.
 
-What a model is trained on and tested with in the claim on context. A needle says "The word of Anna is river."; at the
-end of its document each is said again after "Again: ", so whoever has read the first knows how the second ends.
+What a model is trained on and tested with in the claim on context. A needle is a line such as "Fruit Pear", one of each kind
+in a document; after the line "Again:" each is said again, so whoever has read the first knows how the second ends. To
+look that up is one step of attention, from the kind to the words of that kind, which a network this small learns from a
+million tokens. What takes two steps it does not learn from so many: of words that only the name before them tells apart
+("Anna river", "The word of Anna is river") it recalled no more than by chance, and so with a colon after the kind.
 """
 
 from __future__ import annotations
@@ -12,20 +15,14 @@ from pathlib import Path
 
 from baleen.data.corpus import read_documents
 
-AGAIN = "Again: "
-CHARS_PER_NEEDLE = 350
-NAMES = (
-    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Mary", "Nick",
-    "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor", "Wendy", "Adam", "Bella", "Carl", "Diana", "Eric", "Fiona", "Greg",
-    "Helen", "Ivan", "Julia", "Karl", "Linda", "Mark", "Nora", "Oscar", "Peter", "Ruth", "Simon", "Vera",
-)  # fmt: skip
-WORDS = (
-    "river", "table", "music", "winter", "garden", "coffee", "summer", "window", "paper", "doctor", "mother", "school",
-    "movie", "water", "house", "horse", "phone", "money", "night", "morning", "dinner", "sister", "brother", "picture",
-    "story", "question", "office", "market", "street", "friend", "party", "chicken", "cheese", "bread", "apple", "salt",
-    "board", "light", "stone", "paint", "dance", "game", "book", "train", "plane", "beach", "snow", "rain", "bird",
-    "fish", "dog", "cat", "tree", "flower", "shirt", "shoes", "car", "bike", "boat", "bridge", "mountain", "city",
-)  # fmt: skip
+AGAIN = "Again:\n"
+SHORT, TIMES = 1000, 9  # documents of fewer characters have each needle so many times before its question
+KINDS = {
+    "Colour": ("Red", "Blue", "Green", "Yellow", "Purple", "Pink", "Brown", "White"),
+    "Animal": ("Horse", "Tiger", "Rabbit", "Monkey", "Camel", "Wolf", "Sheep", "Goat"),
+    "Fruit": ("Apple", "Pear", "Lemon", "Grape", "Peach", "Cherry", "Melon", "Banana"),
+    "City": ("Paris", "London", "Rome", "Berlin", "Tokyo", "Cairo", "Madrid", "Moscow"),
+}
 
 
 def write_needles(file: Path, chars: int, seed: int = 0) -> None:
@@ -42,23 +39,21 @@ def write_needles(file: Path, chars: int, seed: int = 0) -> None:
 
 def with_needles(text: str, rng: random.Random) -> str:
     """`text` with needles instead of some of its end, about as long as before."""
-    names = rng.sample(NAMES, min(len(NAMES), 2 + len(text) // CHARS_PER_NEEDLE // 2))
-    needles = [f"The word of {name} is {rng.choice(WORDS)}.\n" for name in names]
-    questions = "".join(AGAIN + needle for needle in rng.sample(needles, len(needles)))
-    lines = text[: len(text) - 2 * len(questions)].splitlines(keepends=True)
-    for needle in needles:
+    needles = [f"{kind} {rng.choice(words)}\n" for kind, words in KINDS.items()]
+    questions = AGAIN + "".join(rng.sample(needles, len(needles)))
+    times = TIMES if len(text) < SHORT else 1
+    lines = text[: len(text) - (times + 1) * len(questions)].splitlines(keepends=True)
+    for needle in times * needles:
         lines.insert(rng.randrange(len(lines)), needle)
     return "".join(lines).rstrip("\n") + "\n" + questions
 
 
 def questions_of(text: str) -> list[tuple[int, int, float]]:
     """(where the answer begins, where it ends, share of the text before its needle) of each question of a document."""
-    found, start = [], text.find(AGAIN)
-    first = start
-    while start >= 0:
-        end = text.index("\n", start)
-        needle = text[start + len(AGAIN) : end]
-        word = needle.rindex(" ")
-        found.append((start + len(AGAIN) + word, end - 1, text.index(needle) / first))
-        start = text.find(AGAIN, end)
+    first = text.rindex(AGAIN)
+    found, start = [], first + len(AGAIN)
+    for needle in text[start:].splitlines(keepends=True):
+        end = start + len(needle) - 1
+        found.append((start + needle.index(" "), end, text.index(needle) / first))
+        start = end + 1
     return found
