@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -287,14 +288,48 @@ def test_jumps_are_over_the_median_before(modules):
 
 
 def test_needles_are_asked_for_once_each(modules):
+    from needles import KINDS, TIMES, questions_of, with_needles
+
+    for lines, times in ((200, 1), (50, TIMES)):  # in short documents each stands several times
+        talk = "a line of talk\n" * lines
+        text = with_needles(talk, random.Random(1))
+        asked = questions_of(text)
+        assert len(asked) == len(KINDS) and abs(len(text) - len(talk)) < 100
+        for start, end, depth in asked:
+            kind, word = text[text.rindex("\n", 0, start) + 1 : end].split()
+            assert word in KINDS[kind] and text.count(f"{kind} {word}\n") == times + 1
+            assert depth == text.index(f"{kind} {word}\n") / text.index("Again:\n")
+
+
+def test_a_model_is_asked_at_the_word_that_answers(modules, monkeypatch):
+    import context
+    import torch
     from needles import questions_of, with_needles
 
-    text = with_needles("a line of talk\n" * 200, random.Random(1))
-    asked = questions_of(text)
-    assert len(asked) == 4 and 2800 <= len(text) <= 3100
-    for start, end, depth in asked:
-        needle = text[text.rindex("\n", 0, start) + 1 : end + 1]
-        assert text.count(needle) == 2 and 0 <= depth < 1 and text[start:end].strip().isalpha()
+    text = with_needles("a line of talk\n" * 50, random.Random(1))
+    last = questions_of(text)[-1]
+
+    class Reads:
+        """Its likeliest token is the one that comes, but for the places where it errs."""
+
+        def __init__(self, errs=(), room=10_000):
+            self.config, self.device, self.errs = SimpleNamespace(max_position_embeddings=room), "cpu", list(errs)
+
+        def __call__(self, ids_1T):
+            coming = ids_1T[0].roll(-1)
+            coming[[place - 1 for place in self.errs]] = 0
+            return SimpleNamespace(hidden_BTd=torch.nn.functional.one_hot(coming, 128)[None])
+
+        def logits(self, hidden_Td):
+            return hidden_Td
+
+    letters = SimpleNamespace(bos_id=None, encode=lambda words: list(words.encode()))
+    monkeypatch.setattr(context, "token_nats", lambda model, texts: [torch.zeros(len(texts[0]))])
+    everything = [(depth, True) for _, _, depth in questions_of(text)]
+    assert context._asked(Reads(), letters, text)[0] == everything
+    assert context._asked(Reads([last[1] - 1]), letters, text)[0] == [*everything[:-1], (last[2], False)]
+    assert context._asked(Reads([last[0] - 1]), letters, text)[0] == everything  # the kind is not what is asked for
+    assert context._asked(Reads(room=last[1] - 1), letters, text)[0] == everything[:-1]
 
 
 def test_a_limited_accumulator_loses_what_promotion_keeps(modules):

@@ -107,13 +107,13 @@ def test_a_run_killed_in_the_middle_of_a_rollout_does_that_step_again(tmp_path, 
 
 def test_long_answers_are_punished_on_a_line(tmp_path):
     """DAPO's equation 13 with at most 10 tokens and a buffer of 4: nothing up to 6, a quarter for each one more."""
-    lengths = (1, 6, 7, 8, 10)
-    answers = tuple(Answer((1,), (5,) * n, (0.0,) * n, "", n == 10) for n in lengths)
+    lengths = (1, 6, 7, 8, 10, 3)  # the last is cut off by the context
+    answers = tuple(Answer((1,), (5,) * n, (0.0,) * n, "", n in (3, 10)) for n in lengths)
     group = Group(Question("1+1=", "2", "number", (), "2"), answers, (Score({"accuracy": 1.0}, 2.0, 1.0),) * len(answers))
     assert punish_overlong(group, 10, 0) is group
     punished = punish_overlong(group, 10, 4).scores
-    assert [score.rewards["overlong"] for score in punished] == [0, 0, -0.25, -0.5, -1]
-    assert [score.total for score in punished] == [2, 2, 1.75, 1.5, 1]
+    assert [score.rewards["overlong"] for score in punished] == [0, 0, -0.25, -0.5, -1, -1]
+    assert [score.total for score in punished] == [2, 2, 1.75, 1.5, 1, 1]
     assert all(score.correct == score.rewards["accuracy"] == 1 for score in punished)
     run(tiny_recipe(SFT, RL | {"overlong_buffer": 5, "steps": 1}), tmp_path / "run")
     row = read_metrics(tmp_path / "run")[-1]
@@ -151,6 +151,21 @@ def test_dynamic_sampling_replaces_groups_without_variance(monkeypatch, further,
     drawn_groups = sum([3, 2, 1][:rounds])
     assert degenerate == (drawn_groups - useful) / drawn_groups  # those thrown away count
     assert progress.tokens == 2 * 2 * drawn_groups
+
+
+def test_groups_that_differ_in_length_alone_are_replaced(monkeypatch):
+    """Both answers are right and one is too long: for dynamic sampling nothing is to be learnt there."""
+    answers = tuple(Answer((1,), (5,) * n, (0.0,) * n, "", False) for n in (1, 8))
+    monkeypatch.setattr(grpo_module, "sample", lambda m, t, asked, *_, **__: [Group(q, answers) for q in asked])
+    right = (Score({}, 1.0, 1.0),) * 2
+    monkeypatch.setattr(grpo_module, "score", lambda judge, rewards, group: replace(group, scores=right))
+    monkeypatch.setattr(grpo_module, "that_fit", lambda model, tokenizer, questions, system: questions)
+    rl = RL | {"questions": 2, "group_size": 2, "dynamic_sampling": 1, "overlong_buffer": 4}
+    recipe = tiny_recipe(SFT, rl, tasks=[{"name": "chain_sum", "terms": [6, 7]}])
+    work = SimpleNamespace(model=None, tokenizer=None, recipe=recipe, tasks=lambda own: recipe.tasks)
+    groups, degenerate = grpo_module.collect(work, recipe.stages[1], None, grpo_module.Progress())
+    assert degenerate == 1
+    assert [[score.total for score in group.scores] for group in groups] == [[1, 0], [1, 0]]
 
 
 def test_constants_of_an_upcycled_base_stay(tmp_path):
@@ -394,7 +409,8 @@ def test_the_routers_bias_is_frozen_or_moves_by_choice(tmp_path, speed):
         ({"stages": [SFT | {"worked": 0}]}, "nothing to learn from"),
         ({"stages": [SFT | {"sampled": True}]}, "no sample stage comes before"),
         ({"stages": [RL | {"minibatches": 5}]}, "does not divide"),
-        ({"stages": [RL | {"overlong_buffer": 9}]}, "must be below sampling.max_tokens"),
+        ({"stages": [RL | {"overlong_buffer": 8}]}, "must be below sampling.max_tokens"),
+        ({"stages": [RL | {"overlong_buffer": 4, "mask_truncated": True}]}, "choose one"),
         ({"stages": [RL | {"group_size": 1}]}, "greater than or equal to 2"),
     ],
 )
@@ -464,6 +480,8 @@ def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
     honest = [row | {"accuracy": row["reward"], "heldout_accuracy": row["reward"]} for row in rows]
     assert hacked_reward(honest) == []
     assert hacked_reward(rows[:1]) == []
+    shorter = [row | {"reward_format": 0.0, "reward_overlong": row["reward"] - 1, "reward": row["reward"]} for row in rows]
+    assert hacked_reward(shorter) == []
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

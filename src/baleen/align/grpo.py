@@ -110,7 +110,8 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tup
     """One step's groups, judged: P questions with G answers each; and the share of no variance of all that were drawn.
 
     Dynamic sampling (DAPO, arXiv 2503.14476): groups of no variance are replaced by groups of fresh questions, for as
-    many further rollouts as the recipe allows; what is still missing then is filled up with them.
+    many further rollouts as the recipe allows; what is still missing then is filled up with them. Variance is that of
+    the rewards before long answers are punished.
     """
     tasks, wanted = work.tasks(stage.tasks), stage.questions
     useful: list[Group] = []
@@ -131,15 +132,14 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tup
             )
         progress.tokens += sum(len(answer.token_ids) for group in drawn for answer in group.answers)
         with _timed(progress.seconds, "reward"):
-            judged = [
-                punish_overlong(score(judge, stage.rewards, group), stage.sampling.max_tokens, stage.overlong_buffer)
-                for group in drawn
-            ]
+            judged = [score(judge, stage.rewards, group) for group in drawn]
         useful += [group for group in judged if group.has_variance]
         idle += [group for group in judged if not group.has_variance]
         if len(useful) == wanted:
             break
-    return [*useful, *idle][:wanted], len(idle) / len(useful + idle)
+    limits = stage.sampling.max_tokens, stage.overlong_buffer
+    groups = [punish_overlong(group, *limits) for group in [*useful, *idle][:wanted]]
+    return groups, len(idle) / len(useful + idle)
 
 
 def advantages(rewards_PG: Tensor, scale: Literal["group", "batch", "none"]) -> Tensor:

@@ -130,6 +130,8 @@ class RLStage(Strict):
                 f"minibatches ({self.minibatches}) does not divide the {self.questions * self.group_size} answers of a "
                 "step (questions * group_size)"
             )
+        if self.overlong_buffer and self.mask_truncated:
+            raise ValueError("overlong_buffer punishes long answers, mask_truncated leaves them out: choose one")
         if self.overlong_buffer >= self.sampling.max_tokens:
             raise ValueError(
                 f"overlong_buffer ({self.overlong_buffer}) must be below sampling.max_tokens ({self.sampling.max_tokens})"

@@ -183,12 +183,16 @@ def score(judge: Judge, rewards: Sequence[RewardConfig], group: Group) -> Group:
 
 def punish_overlong(group: Group, max_tokens: int, buffer: int) -> Group:
     """The group with less reward for its long answers: 0 less up to max_tokens - buffer tokens, from there on a line to
-    1 less (DAPO's soft punishment, arXiv 2503.14476, eq. 13). `buffer` in tokens; 0 punishes nothing."""
+    1 less (DAPO's soft punishment, arXiv 2503.14476, eq. 13), and 1 less for whatever was cut off, by the context too.
+
+    `buffer` in tokens; 0 punishes nothing.
+    """
     if not buffer:
         return group
 
     def punished(answer: Answer, score: Score) -> Score:
-        overlong = -max(0, len(answer.token_ids) - (max_tokens - buffer)) / buffer
+        tokens = max_tokens if answer.truncated else len(answer.token_ids)
+        overlong = -max(0, tokens - (max_tokens - buffer)) / buffer
         return replace(score, rewards={**score.rewards, "overlong": overlong}, total=score.total + overlong)
 
     return replace(group, scores=tuple(map(punished, group.answers, group.scores)))

@@ -112,9 +112,10 @@ def hacked_reward(rows: list[Row]) -> list[str]:
     if len(rl) < 2 or not seen:
         return []
     ends = max(1, len(rl) // 5)
-    first, last = (sum(row["reward"] for row in part) / ends for part in (rl[:ends], rl[-ends:]))
+    earned = [row["reward"] - row.get("reward_overlong", 0.0) for row in rl]  # shorter answers were asked for
+    first, last = sum(earned[:ends]) / ends, sum(earned[-ends:]) / ends
     right = [sum(row.get("accuracy", 0.0) for row in part) / ends for part in (rl[:ends], rl[-ends:])]
-    spread = max(row["reward"] for row in rl) - min(0.0, min(row["reward"] for row in rl))
+    spread = max(earned) - min(0.0, *earned)
     if last - first <= REWARD_ROSE * spread or right[1] > right[0] + 0.02:
         return []
     return [
