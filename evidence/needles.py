@@ -1,10 +1,11 @@
 """Text with something to recall in it: conversations with words of four kinds strewn in, asked for at the end.
 
-What a model is trained on and tested with in the claim on context. A needle is a line such as "Fruit Pear", one of each kind
-in a document; after the line "Again:" each is said again, so whoever has read the first knows how the second ends. To
-look that up is one step of attention, from the kind to the words of that kind, which a network this small learns from a
-million tokens. What takes two steps it does not learn from so many: of words that only the name before them tells apart
-("Anna river", "The word of Anna is river") it recalled no more than by chance, and so with a colon after the kind.
+What a model is trained on and tested with in the claim on context. A needle is a line such as "Fruit Pear", one of each
+kind in a document; after the line "Again:" each is said again, so whoever has read the first knows how the second ends.
+To look that up is one step of attention, from the kind to the words of that kind, which a network this small learns
+from a million tokens. What takes two steps it does not learn from so many: of words that only the name before them
+tells apart ("Anna river", "The word of Anna is river") it recalled no more than by chance, and so with a colon after
+the kind.
 """
 
 from __future__ import annotations

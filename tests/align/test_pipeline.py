@@ -109,7 +109,8 @@ def test_long_answers_are_punished_on_a_line(tmp_path):
     """DAPO's equation 13 with at most 10 tokens and a buffer of 4: nothing up to 6, a quarter for each one more."""
     lengths = (1, 6, 7, 8, 10, 3)  # the last is cut off by the context
     answers = tuple(Answer((1,), (5,) * n, (0.0,) * n, "", n in (3, 10)) for n in lengths)
-    group = Group(Question("1+1=", "2", "number", (), "2"), answers, (Score({"accuracy": 1.0}, 2.0, 1.0),) * len(answers))
+    scores = (Score({"accuracy": 1.0}, 2.0, 1.0),) * len(answers)
+    group = Group(Question("1+1=", "2", "number", (), "2"), answers, scores)
     assert punish_overlong(group, 10, 0) is group
     punished = punish_overlong(group, 10, 4).scores
     assert [score.rewards["overlong"] for score in punished] == [0, 0, -0.25, -0.5, -1, -1]
@@ -480,7 +481,7 @@ def test_format_without_an_answer_is_paid_but_not_taken_for_accuracy():
     honest = [row | {"accuracy": row["reward"], "heldout_accuracy": row["reward"]} for row in rows]
     assert hacked_reward(honest) == []
     assert hacked_reward(rows[:1]) == []
-    shorter = [row | {"reward_format": 0.0, "reward_overlong": row["reward"] - 1, "reward": row["reward"]} for row in rows]
+    shorter = [row | {"reward_overlong": row["reward"] - 1} for row in rows]
     assert hacked_reward(shorter) == []
 
 

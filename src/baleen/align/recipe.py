@@ -110,7 +110,7 @@ class RLStage(Strict):
     reference_every: Count = 400  # steps after which the policy becomes the reference; 0: never
     dynamic_sampling: Count = 0  # further rollouts at most to replace groups of no variance (DAPO); 0: off
     mask_truncated: bool = False  # answers cut off by length teach nothing (DAPO's overlong filtering)
-    overlong_buffer: Count = 0  # tokens before max_tokens over which the reward falls by 1 (DAPO's soft overlong punishment)
+    overlong_buffer: Count = 0  # last tokens before max_tokens, over which the reward falls by 1 (DAPO); 0: off
     bias_update_speed: NotNegative = 0.0  # of the router's bias; 0: frozen
     sampling: SamplingConfig = SamplingConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)] = (
@@ -133,9 +133,8 @@ class RLStage(Strict):
         if self.overlong_buffer and self.mask_truncated:
             raise ValueError("overlong_buffer punishes long answers, mask_truncated leaves them out: choose one")
         if self.overlong_buffer >= self.sampling.max_tokens:
-            raise ValueError(
-                f"overlong_buffer ({self.overlong_buffer}) must be below sampling.max_tokens ({self.sampling.max_tokens})"
-            )
+            limit = self.sampling.max_tokens
+            raise ValueError(f"overlong_buffer ({self.overlong_buffer}) must be below sampling.max_tokens ({limit})")
         return self
 
 
