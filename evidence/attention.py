@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from baleen.config import ModelConfig, UserError
 from baleen.model.attention import Context
+from baleen.model.linear import Linear
 from baleen.model.rope import rotate
 from baleen.model.transformer import Transformer
 
@@ -24,10 +25,10 @@ class SharedHeadAttention(nn.Module):
             raise UserError("plain attention needs qk_rope_head_dim = v_head_dim, and heads that divide into groups")
         d, D = config.hidden_size, config.v_head_dim
         self.head_dim, self.interleave = D, config.rope_interleave
-        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(d, key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(d, key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+        self.q_proj = Linear(d, config.num_attention_heads * D, bias=False)
+        self.k_proj = Linear(d, key_value_heads * D, bias=False)
+        self.v_proj = Linear(d, key_value_heads * D, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * D, d, bias=False)
 
     def forward(self, x_BTd: Tensor, context: Context) -> Tensor:
         assert context.cache is None and context.mask is None

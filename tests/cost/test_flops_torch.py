@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baleen.config import ModelConfig
 from baleen.cost import flops
 from baleen.cost.architecture import from_model_config
-from baleen.model import grouped, sdpa
+from baleen.model import linear, rows, sdpa
 from baleen.model.transformer import Transformer
 
 TINY = ModelConfig(
@@ -34,7 +34,7 @@ def test_parameters_equal_the_meta_device_model(config):
 @pytest.mark.parametrize("config", [TINY, DENSE], ids=["moe", "dense"])
 def test_forward_flops_equal_flop_counter(config, monkeypatch):
     """torch counts uncausal attention and every matmul; our parts add up to it."""
-    for module in (sdpa, grouped):  # what native kernels compute it does not see
+    for module in (sdpa, linear, rows):  # what native kernels compute it does not see
         monkeypatch.setattr(module, "serves", lambda _: False)
     B, T = 2, 24
     model = Transformer(config)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from baleen.model.fused import (
     IGNORED,
@@ -14,9 +15,10 @@ from baleen.model.fused import (
     swiglu,
     swiglu_twin,
 )
-from baleen.model.grouped import combine_rows, sum_rows_twin
+from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, weight_gradients
 from baleen.model.native.library import load_library
 from baleen.model.native.training import SOURCE
+from baleen.model.rows import combine_rows, sum_rows_twin
 from baleen.model.sdpa import Attention
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -176,3 +178,57 @@ def test_causal_attention(dtype: torch.dtype, tokens: int):
     assert close(out, expected.to(dtype), dtype)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert close(grad, wanted.to(grad.dtype), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("counts", [[3, 0, 21, 1], [300, 40]])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (33, 16), (48, 80), (300, 352)])
+def test_matmuls_by_groups(counts: list[int], inputs: int, outputs: int):
+    """Of sizes on either side of a vector, a tile, a strip and a depth."""
+    torch.manual_seed(0)
+    operands = [torch.randn(sum(counts), inputs), torch.randn(len(counts), outputs, inputs)]
+    ours, our_grads = gradients(lambda x, w: grouped_linear(x, w, counts), operands)
+    wide = [x.double() for x in operands]
+    theirs, their_grads = gradients(lambda x, w: grouped_linear_loop(x, w, counts), wide)
+    for a, b in zip([ours, *our_grads], [theirs, *their_grads], strict=True):
+        assert close(a, b.float(), FP32)
+
+
+@needs_native
+def test_a_linear_layer_of_a_slice():
+    torch.manual_seed(0)
+    layer, whole = Linear(24, 40), torch.randn(4, 6, 40)
+
+    def ours_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight, "bias": bias}, x[..., 8:32])
+
+    operands = [whole, layer.weight, layer.bias]
+    ours, our_grads = gradients(ours_of, operands)
+    theirs, their_grads = gradients(lambda x, weight, bias: F.linear(x[..., 8:32], weight, bias), operands)
+    assert close(ours, theirs, FP32)
+    assert all(close(a, b, FP32) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@needs_native
+def test_gradients_of_weights_are_added():
+    torch.manual_seed(0)
+    grad, x, before = torch.randn(50, 20), torch.randn(50, 33), torch.randn(20, 33)
+    found = weight_gradients(grad, x, [50], before.clone(), add=True)
+    assert close(found, before + grad.t() @ x, FP32)
+
+
+@needs_native
+def test_matmuls_do_not_depend_on_threads_or_on_their_neighbours():
+    """Each element is summed in one order, whoever computes it and however many rows there are."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 300), torch.randn(2, 48, 300)
+    found, threads = {}, torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found[count] = grouped_linear(x, weight, [40, 30])
+        few = grouped_linear(x[:5], weight, [5, 0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[1], other) for other in found.values())
+    assert torch.equal(few, found[1][:5])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from baleen.config import ModelConfig, UserError
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
-from baleen.model.grouped import grouped_linear_loop
+from baleen.model.linear import grouped_linear_loop
 from baleen.model.transformer import Transformer
 from baleen.train import fp8
 from baleen.train.fp8 import (

@@ -57,11 +57,11 @@ def calibrate(out: Path, name: str = "cpu", seconds: float = USUAL_SECONDS) -> d
 
 def measure(seconds: float) -> dict[str, Any]:
     """Operators before and after the training steps, for a machine's speed drifts: both halves count alike."""
-    first = _run("baleen.cost.calibrate_worker", [str(seconds / 4)])
+    first = _run("baleen.train.operators", [str(seconds / 4)])
     probes = _probes()
     asked = {"steps": max(1, round(seconds / 2 / PROBE_SECONDS / len(probes))), "recipes": probes}
     steps = _run("baleen.train.probe", [], json.dumps(asked))
-    second = _run("baleen.cost.calibrate_worker", [str(seconds / 4)])
+    second = _run("baleen.train.operators", [str(seconds / 4)])
     return {
         "products": {name: first["products"][name] + second["products"][name] for name in first["products"]},
         "bandwidth": (first["bandwidth"] + second["bandwidth"]) / 2,

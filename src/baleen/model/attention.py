@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from baleen.config import ModelConfig
 from baleen.model.cache import CacheView
 from baleen.model.fused import rms_norm
+from baleen.model.linear import Linear
 from baleen.model.rope import Rotation, softmax_scale
 from baleen.model.sdpa import Attention
 
@@ -58,17 +59,17 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
         d, H, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, H * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(d, H * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=bias)  # W^DQ
+            self.q_a_proj = Linear(d, config.q_lora_rank, bias=bias)  # W^DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)  # W^UQ, W^QR
-        self.kv_a_proj_with_mqa = nn.Linear(d, config.latent_dim, bias=bias)  # W^DKV, W^KR
+            self.q_b_proj = Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = Linear(d, config.latent_dim, bias=bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )  # W^UK, W^UV
-        self.o_proj = nn.Linear(H * config.v_head_dim, d, bias=bias)  # W^O
+        self.o_proj = Linear(H * config.v_head_dim, d, bias=bias)  # W^O
         self.rotate = Rotation(config.rope_interleave)
         self.attend = Attention(self.scale)
 

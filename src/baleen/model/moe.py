@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from baleen.config import ModelConfig
 from baleen.model.fused import swiglu
-from baleen.model.grouped import combine_rows, grouped_linear, row_alignment, spread_rows
+from baleen.model.linear import Linear, grouped_linear, row_alignment
+from baleen.model.rows import combine_rows, spread_rows
 
 
 class SwiGLU(nn.Module):
@@ -29,9 +30,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = SwiGLU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from baleen.config import ModelConfig
 from baleen.model.attention import Context, RMSNorm
 from baleen.model.layer import DecoderLayer
+from baleen.model.linear import Linear
 from baleen.model.moe import Routing
 
 
@@ -34,7 +35,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(config, layer_idx)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
     def predict(self, hidden_BTd: Tensor, embedding_BTd: Tensor, context: Context) -> tuple[Tensor, Routing | None]:

@@ -16,6 +16,7 @@ from baleen.model.attention import Context, RMSNorm
 from baleen.model.cache import CacheView
 from baleen.model.initial import fill
 from baleen.model.layer import DecoderLayer
+from baleen.model.linear import Linear
 from baleen.model.moe import DeepseekMoE, Gate, Routing
 from baleen.model.mtp import MTPLayer
 from baleen.model.rope import RotaryEmbedding
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

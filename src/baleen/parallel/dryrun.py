@@ -20,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baleen.config import ModelConfig
-from baleen.model.grouped import combine_rows, spread_rows
 from baleen.model.moe import DeepseekMoE, Experts, Gate, Routing
+from baleen.model.rows import combine_rows, spread_rows
 from baleen.model.transformer import Transformer
 from baleen.parallel.expert import ExpertParallel, Trip, exchange
 from baleen.parallel.mesh import Grid, Mesh, make_grid

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from baleen.model.fp8 import dequantize_blocks, quantize_blocks
-from baleen.model.grouped import combine_rows, spread_rows
 from baleen.model.moe import DeepseekMoE, Experts, Routing, apply_experts
+from baleen.model.rows import combine_rows, spread_rows
 
 ACTIVATION_BLOCK = (1, 128)
 

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from baleen.model.attention import LatentAttention
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 from baleen.model.fused import swiglu
+from baleen.model.linear import Linear
 from baleen.model.machine import multiplies_fp8_tiles
 from baleen.model.moe import Experts
 from baleen.model.transformer import Transformer
@@ -77,7 +78,7 @@ def _quantised(model: Transformer) -> Iterator[tuple[nn.Linear | Experts, Format
             yield module, AFTER_ATTENTION if module in after_attention else PLAIN
 
 
-class FP8Linear(nn.Linear):
+class FP8Linear(Linear):
     formats: Formats
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from baleen.config import ModelConfig
 from baleen.model.fused import IGNORED, cross_entropy_
+from baleen.model.linear import Linear, input_gradients, products, weight_gradients
 from baleen.model.moe import Routing, sequence_balance_loss
 from baleen.model.transformer import Output, Transformer
 from baleen.train.precision import Precision, computing_in
@@ -25,7 +26,7 @@ class PredictsAhead(Protocol):
     """What is needed behind the trunk: a Transformer, or the last stage of one that is cut into a pipeline."""
 
     config: ModelConfig
-    lm_head: nn.Linear
+    lm_head: Linear
 
     def predict_ahead(
         self, depth: int, hidden_BTd: Tensor, next_ids_BT: Tensor, *, document_ids_BT: Tensor | None
@@ -152,14 +153,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_Zd, dtype=wide) if learns else None  # a sum over all chunks
         for start in range(0, hidden_Nd.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = hidden_Nd[rows] @ weight_Zd.t()
-            loss += cross_entropy_(logits, targets_N[rows], 1.0 / count, learns)
+            hidden, targets = hidden_Nd[rows], targets_N[rows]
+            logits = products(hidden, weight_Zd, one_group := [len(hidden)])
+            loss += cross_entropy_(logits, targets, 1.0 / count, learns)
             if grad_hidden is not None and grad_weight is not None:
-                torch.mm(logits, weight_Zd, out=grad_hidden[rows])  # they have become their gradient
+                input_gradients(logits, weight_Zd, one_group, grad_hidden[rows])  # they have become their gradient
                 if wide == hidden_Nd.dtype:
-                    grad_weight.addmm_(logits.t(), hidden_Nd[rows])
+                    weight_gradients(logits, hidden, one_group, grad_weight, add=True)
                 else:
-                    grad_weight += logits.t() @ hidden_Nd[rows]
+                    grad_weight += logits.t() @ hidden
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_Zd.dtype))
         return loss / count
 

@@ -13,50 +13,11 @@
 #include <vector>
 
 #include "common.h"
+#include "matmul.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t WIDTH = 16, ROWS = 8;  // floats in a vector; rows of a tile, so that its sums fit the registers
-#else
-constexpr int64_t WIDTH = 8, ROWS = 4;
-#endif
 constexpr int64_t BLOCK = 32;  // queries at a time
-typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
-
-inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-
-// c[R, C * WIDTH] = or += a[R, K] b[K, C * WIDTH]
-template <int64_t R, int64_t C>
-inline void tile(const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c, int64_t c_row,
-                 int64_t K, bool add) {
-    vec sums[R][C];
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t j = 0; j < C; j++) sums[r][j] = add ? *(const vec *)(c + r * c_row + j * WIDTH) : vec{};
-    for (int64_t k = 0; k < K; k++)
-        for (int64_t j = 0; j < C; j++) {
-            vec bk = *(const vec *)(b + k * b_row + j * WIDTH);
-            for (int64_t r = 0; r < R; r++) sums[r][j] += a[r * a_row + k * a_col] * bk;
-        }
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t j = 0; j < C; j++) *(vec *)(c + r * c_row + j * WIDTH) = sums[r][j];
-}
-
-template <int64_t C>
-inline void columns(int64_t M, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c,
-                    int64_t c_row, int64_t K, bool add) {
-    int64_t m = 0;
-    for (; m + ROWS <= M; m += ROWS) tile<ROWS, C>(a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, K, add);
-    for (; m < M; m++) tile<1, C>(a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, K, add);
-}
-
-// c[M, N] = or += a[M, K] b[K, N]; N is a multiple of WIDTH, a may be transposed.
-void matmul(int64_t M, int64_t N, int64_t K, const float *a, int64_t a_row, int64_t a_col, const float *b,
-            int64_t b_row, float *c, int64_t c_row, bool add) {
-    int64_t n = 0;
-    for (; n + 2 * WIDTH <= N; n += 2 * WIDTH) columns<2>(M, a, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
-    for (; n < N; n += WIDTH) columns<1>(M, a, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
-}
 
 struct Strides {
     int64_t sequence, token, head;
@@ -100,7 +61,7 @@ void attention(int threads, const X *qn, const float *qr, const X *kv, const flo
             in.fill(qn, qr, kv, kr, strides, b, h, scale);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 int64_t M = T - first < BLOCK ? T - first : BLOCK, keys = first + M;
-                matmul(M, padded(keys), in.D, &in.q[first * in.Dp], in.Dp, 1, in.kt.data(), in.Tp, scores.data(), in.Tp,
+                multiply(M, padded(keys), in.D, &in.q[first * in.Dp], in.Dp, 1, in.kt.data(), in.Tp, scores.data(), in.Tp,
                        false);
                 for (int64_t m = 0; m < M; m++) {
                     float *s = &scores[m * in.Tp], top = -INFINITY, sum = 0;
@@ -115,7 +76,7 @@ void attention(int threads, const X *qn, const float *qr, const X *kv, const flo
                     for (int64_t j = seen; j < keys; j++) s[j] = 0;
                     lse[task * T + first + m] = top + std::log(sum);
                 }
-                matmul(M, in.Vp, keys, scores.data(), in.Tp, 1, in.v.data(), in.Vp, sums.data(), in.Vp, false);
+                multiply(M, in.Vp, keys, scores.data(), in.Tp, 1, in.v.data(), in.Vp, sums.data(), in.Vp, false);
                 for (int64_t m = 0; m < M; m++)
                     for (int64_t i = 0; i < V; i++)
                         narrow(sums[m * in.Vp + i], out[((b * T + first + m) * H + h) * V + i]);
@@ -145,8 +106,8 @@ void attention_backward(int threads, const X *qn, const float *qr, const X *kv, 
                 for (int64_t i = 0; i < V; i++) go[t * Vp + i] = widen(dout[((b * T + t) * H + h) * V + i]);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 int64_t M = T - first < BLOCK ? T - first : BLOCK, keys = first + M, wide = padded(keys);
-                matmul(M, wide, in.D, &in.q[first * Dp], Dp, 1, in.kt.data(), Tp, probs.data(), Tp, false);
-                matmul(M, wide, V, &go[first * Vp], Vp, 1, in.vt.data(), Tp, grads.data(), Tp, false);
+                multiply(M, wide, in.D, &in.q[first * Dp], Dp, 1, in.kt.data(), Tp, probs.data(), Tp, false);
+                multiply(M, wide, V, &go[first * Vp], Vp, 1, in.vt.data(), Tp, grads.data(), Tp, false);
                 for (int64_t m = 0; m < M; m++) {
                     float *p = &probs[m * Tp], *g = &grads[m * Tp], l = lse[task * T + first + m], delta = 0;
                     const X *o = out + ((b * T + first + m) * H + h) * V;
@@ -159,9 +120,9 @@ void attention_backward(int threads, const X *qn, const float *qr, const X *kv, 
                     }
                     for (int64_t j = seen; j < keys; j++) p[j] = g[j] = 0;
                 }
-                matmul(keys, Vp, M, probs.data(), 1, Tp, &go[first * Vp], Vp, dv.data(), Vp, true);
-                matmul(keys, Dp, M, grads.data(), 1, Tp, &in.q[first * Dp], Dp, dk.data(), Dp, true);
-                matmul(M, Dp, keys, grads.data(), Tp, 1, in.k.data(), Dp, dq.data(), Dp, false);
+                multiply(keys, Vp, M, probs.data(), 1, Tp, &go[first * Vp], Vp, dv.data(), Vp, true);
+                multiply(keys, Dp, M, grads.data(), 1, Tp, &in.q[first * Dp], Dp, dk.data(), Dp, true);
+                multiply(M, Dp, keys, grads.data(), Tp, 1, in.k.data(), Dp, dq.data(), Dp, false);
                 for (int64_t m = 0; m < M; m++) {
                     int64_t row = (b * T + first + m) * H + h;
                     for (int64_t i = 0; i < N; i++) narrow(scale * dq[m * Dp + i], dqn[row * N + i]);

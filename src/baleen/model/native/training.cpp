@@ -1,5 +1,5 @@
 // The memory-bound parts of a training step, each in one pass over its rows where PyTorch's operators take many; and
-// causal attention (attention.h).
+// causal attention (attention.h) and matmuls in fp32 (matmul.h).
 //
 // Shapes: N rows, d their width, Z = vocab_size. Rows are contiguous inside and `stride` elements apart.
 // Every one of `threads` takes one contiguous block of rows, so that sums are added in the same order in every run.
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "common.h"
+#include "matmul.h"
 
 namespace {
 
@@ -175,6 +176,9 @@ void sum_rows_backward(int threads, const T *dout, const T *y, const int64_t *sl
 
 // What Python finds: pointers to the kernels, by name and dtypes.
 extern "C" {
+auto *linear = grouped_linear;
+auto *linear_dx = grouped_linear_dx;
+auto *linear_dw = grouped_linear_dw;
 auto *rms_norm_float_float = rms_norm<float, float>;
 auto *rms_norm_float_bfloat16 = rms_norm<float, bf16>;
 auto *rms_norm_bfloat16_bfloat16 = rms_norm<bf16, bf16>;

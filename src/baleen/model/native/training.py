@@ -15,6 +15,9 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
+    "linear": [_P, _I, _P, _P, _P, _I, _I, _I],
+    "linear_dx": [_P, _P, _P, _P, _I, _I, _I],
+    "linear_dw": [_P, _P, _I, _P, _P, _I, _I, _I, _I],
     "rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F],
     "rms_norm_backward": [_P, _P, _I, _P, _P, _P, _P, _I, _I],
     "swiglu": [_P, _P, _I, _P, _I, _I],

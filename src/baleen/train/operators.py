@@ -1,7 +1,6 @@
-"""Measures this machine; run as `python -m baleen.cost.calibrate_worker`, prints one JSON object.
+"""Measures what a training step is made of on this machine; `python -m baleen.train.operators SECONDS` prints JSON.
 
-The only file of this room that imports torch, inside its functions, and nothing imports it: `baleen.cost.calibrate`
-starts it as a process.
+Nothing imports it: `baleen.cost.calibrate` starts it as a process.
 """
 
 from __future__ import annotations
@@ -14,6 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from baleen.model.linear import input_gradients, products, weight_gradients
+
 ROWS, WIDTHS = (64, 256, 1024, 2048), ((128, 512), (256, 256), (512, 1024), (1024, 384))  # of a product: m; k, n
 COLD_NUMBERS = 8 * 1024 * 1024  # weights of one shape taken in turn: more than the caches hold
 STREAM_NUMBERS = 32 * 1024 * 1024  # FP32, far beyond the caches
@@ -25,29 +29,27 @@ def measure(seconds: float) -> dict[str, Any]:
 
     Products are those of a linear layer's forward and both gradients. Each figure is a median; all take `seconds`.
     """
-    import torch
-
     torch.manual_seed(0)
     share = seconds / (2 * 3 * len(ROWS) * len(WIDTHS) + 16)
-    products: dict[str, list[tuple[int, int, int, float]]] = {}
+    found: dict[str, list[tuple[int, int, int, float]]] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        products[name] = []
+        found[name] = []
         for m, (k, n) in itertools.product(ROWS, WIDTHS):
             copies = max(1, COLD_NUMBERS // (k * n))
             x, g = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
             weights = itertools.cycle(torch.randn(copies, n, k, dtype=dtype))
             grads = itertools.cycle(torch.empty(copies, n, k, dtype=dtype))
             for (rows, outer, inner), run in (
-                ((m, n, k), lambda x=x, w=weights: x @ next(w).t()),
-                ((m, k, n), lambda g=g, w=weights: g @ next(w)),
-                ((n, k, m), lambda x=x, g=g, out=grads: torch.mm(g.t(), x, out=next(out))),
+                ((m, n, k), lambda x=x, w=weights, m=m: products(x, next(w), [m])),
+                ((m, k, n), lambda g=g, w=weights, x=x, m=m: input_gradients(g, next(w), [m], torch.empty_like(x))),
+                ((n, k, m), lambda g=g, x=x, out=grads, m=m: weight_gradients(g, x, [m], next(out))),
             ):
-                products[name].append((rows, outer, inner, _median_seconds(run, share)))
+                found[name].append((rows, outer, inner, _median_seconds(run, share)))
     source, target = torch.randn(STREAM_NUMBERS), torch.empty(STREAM_NUMBERS)
     stream = _median_seconds(lambda: torch.mul(source, 2.0, out=target), 4 * share)
     forward, backward = zip(*(_attention(*shape, budget=6 * share) for shape in ATTENTION), strict=True)
     return {
-        "products": products,
+        "products": found,
         "bandwidth": 2 * 4 * STREAM_NUMBERS / stream,
         "attention_flops": [statistics.mean(forward), statistics.mean(backward)],
         "threads": torch.get_num_threads(),
@@ -57,9 +59,6 @@ def measure(seconds: float) -> dict[str, Any]:
 
 def _attention(batch: int, heads: int, tokens: int, width: int, budget: float) -> tuple[float, float]:
     """FLOP/s of causal attention's core in FP32, forward and backward (counted as 1 and 2.5 forwards)."""
-    import torch
-    import torch.nn.functional as F
-
     q, k, v = (torch.randn(batch, heads, tokens, width, requires_grad=True) for _ in range(3))
     flops = 2 * batch * heads * tokens * tokens * width
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,75 +1,15 @@
-"""Matmuls over sorted, contiguous groups of rows: the kernel under the routed experts.
+"""Rows to their experts and back: gathered in their order, weighted and added up where they came from.
 
-Shapes: M rows sorted by expert, E experts, I inputs, O outputs; group e is rows offsets[e-1] to offsets[e].
+Shapes: N tokens of width d, K experts each, M rows sorted by expert; token n's rows stand at slots[n].
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from baleen.model.native.training import call, serves
-
-
-def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor) -> Tensor:
-    """Rows of group e times weight[e]ᵀ: [M, I] x [E, O, I] -> [M, O].
-
-    counts: rows per expert, summing to M: a list on CPUs; on GPUs an int tensor [E], so that nothing waits for it.
-    """
-    dtype = _compute_dtype(x_MI)
-    x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
-    if isinstance(counts, Tensor):
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=offsets)
-    out: Tensor = _GroupedLinear.apply(x_MI, weight_EOI, counts)  # type: ignore[assignment]
-    return out
-
-
-def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
-    """The slow twin of `grouped_linear`: one F.linear an expert, autograd's own backward."""
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x_MI.split(counts), weight_EOI, strict=True)])
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """Writes into outputs allocated once; autograd over a loop would zero and add a full [E, O, I] per expert."""
-
-    @staticmethod
-    def forward(ctx, x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x_MI, weight_EOI)
-        ctx.counts = counts
-        out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
-        for rows, w, out in zip(x_MI.split(counts), weight_EOI, out_MO.split(counts), strict=True):
-            torch.mm(rows, w.t(), out=out)
-        return out_MO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_MO: Tensor):  # type: ignore[override]
-        x_MI, weight_EOI = ctx.saved_tensors
-        grad_x, grad_w = torch.empty_like(x_MI), torch.empty_like(weight_EOI)
-        grads = grad_MO.contiguous().split(ctx.counts)
-        for e, (rows, grad, out) in enumerate(
-            zip(x_MI.split(ctx.counts), grads, grad_x.split(ctx.counts), strict=True)
-        ):
-            torch.mm(grad, weight_EOI[e], out=out)
-            torch.mm(grad.t(), rows, out=grad_w[e])
-        return grad_x, grad_w, None
-
-
-def row_alignment(x: Tensor) -> int:
-    """What the rows of each group are rounded up to before `grouped_linear`.
-
-    oneDNN, which multiplies bf16 on CPUs, compiles a kernel for each shape it meets: without rounding, expert batches
-    never repeat a shape, and a matmul of an S-sized expert took 0.9 ms instead of 0.2.
-    """
-    return 32 if x.device.type == "cpu" and _compute_dtype(x) == torch.bfloat16 else 1
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _SpreadRows(torch.autograd.Function):

@@ -1,0 +1,128 @@
+"""Matmuls by weights, of all rows by one matrix or of sorted, contiguous groups of rows by one each.
+
+Shapes: M rows, E experts (or one, whose dimension may be missing), I inputs, O outputs; counts: rows of each group,
+summing to M.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from baleen.model.native.training import call, serves
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose fp32 on CPUs is native."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _compute_dtype(input) is not torch.float32 or not _native(input, self.weight):
+            return super().forward(input)
+        y_MO: Tensor = _GroupedLinear.apply(rows := input.flatten(0, -2), self.weight, [len(rows)])  # type: ignore[assignment]
+        y = y_MO.unflatten(0, input.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor) -> Tensor:
+    """Rows of group e times weight[e]ᵀ: [M, I] x [E, O, I] -> [M, O].
+
+    counts: a list on CPUs; on GPUs an int tensor [E], so that nothing waits for it.
+    """
+    dtype = _compute_dtype(x_MI)
+    x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
+    if isinstance(counts, Tensor):
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=offsets)
+    out: Tensor = _GroupedLinear.apply(x_MI, weight_EOI, counts)  # type: ignore[assignment]
+    return out
+
+
+def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+    """The slow twin of `grouped_linear`: one F.linear an expert, autograd's own backward."""
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x_MI.split(counts), weight_EOI, strict=True)])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Writes into outputs allocated once; autograd over a loop would zero and add a full [E, O, I] per expert."""
+
+    @staticmethod
+    def forward(ctx, x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x_MI, weight_EOI)
+        ctx.counts = counts
+        return products(x_MI, weight_EOI, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_MO: Tensor):  # type: ignore[override]
+        (x_MI, weight_EOI), (wants_x, wants_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if wants_x:
+            grad_x = input_gradients(grad_MO, weight_EOI, ctx.counts, torch.empty_like(x_MI))
+        if wants_weight:
+            grad_weight = weight_gradients(grad_MO, x_MI, ctx.counts, torch.empty_like(weight_EOI))
+        return grad_x, grad_weight, None
+
+
+def products(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+    """x[e] weight[e]ᵀ, [M, O]."""
+    E, (outputs, inputs) = len(counts), weight_EOI.shape[-2:]
+    out_MO = x_MI.new_empty(x_MI.shape[0], outputs)
+    if _native(x_MI, weight_EOI):
+        x, w = _rows(x_MI), weight_EOI.contiguous()
+        call("linear", (), x, x.stride(0), w, out_MO, torch.tensor(counts), E, inputs, outputs)
+        return out_MO
+    weights = weight_EOI.view(E, outputs, inputs)
+    for rows, w, out in zip(x_MI.split(counts), weights, out_MO.split(counts), strict=True):
+        torch.mm(rows, w.t(), out=out)
+    return out_MO
+
+
+def input_gradients(grad_MO: Tensor, weight_EOI: Tensor, counts: list[int], out_MI: Tensor) -> Tensor:
+    """grad[e] weight[e], written to out [M, I]."""
+    E, (outputs, inputs) = len(counts), weight_EOI.shape[-2:]
+    grad_MO = grad_MO.contiguous()
+    if _native(grad_MO, weight_EOI) and out_MI.is_contiguous():
+        call("linear_dx", (), grad_MO, weight_EOI.contiguous(), out_MI, torch.tensor(counts), E, inputs, outputs)
+        return out_MI
+    weights = weight_EOI.view(E, outputs, inputs)
+    for grad, w, out in zip(grad_MO.split(counts), weights, out_MI.split(counts), strict=True):
+        torch.mm(grad, w, out=out)
+    return out_MI
+
+
+def weight_gradients(grad_MO: Tensor, x_MI: Tensor, counts: list[int], out_EOI: Tensor, *, add: bool = False) -> Tensor:
+    """grad[e]ᵀ x[e], written or added to out [E, O, I]."""
+    E, (outputs, inputs) = len(counts), out_EOI.shape[-2:]
+    grad_MO = grad_MO.contiguous()
+    if _native(grad_MO, x_MI) and out_EOI.is_contiguous():
+        x = _rows(x_MI)
+        call("linear_dw", (), grad_MO, x, x.stride(0), out_EOI, torch.tensor(counts), int(add), E, inputs, outputs)
+        return out_EOI
+    groups = zip(grad_MO.split(counts), x_MI.split(counts), out_EOI.view(E, outputs, inputs), strict=True)
+    for grad, rows, out in groups:
+        out.addmm_(grad.t(), rows) if add else torch.mm(grad.t(), rows, out=out)
+    return out_EOI
+
+
+def row_alignment(x: Tensor) -> int:
+    """What the rows of each group are rounded up to before `grouped_linear`.
+
+    oneDNN, which multiplies bf16 on CPUs, compiles a kernel for each shape it meets: without rounding, expert batches
+    never repeat a shape, and a matmul of an S-sized expert took 0.9 ms instead of 0.2.
+    """
+    return 32 if x.device.type == "cpu" and _compute_dtype(x) == torch.bfloat16 else 1
+
+
+def _native(*operands: Tensor) -> bool:
+    return all(x.dtype is torch.float32 and serves(x) for x in operands)
+
+
+def _rows(x_MI: Tensor) -> Tensor:
+    return x_MI if x_MI.stride(-1) == 1 else x_MI.contiguous()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,213 @@
+// Matmuls in fp32 at the rate of the machine, for training on CPUs: BLAS libraries take the wide registers of one
+// maker's processors alone, and know nothing of groups.
+//
+// A strip of rows by a few panels of columns is one task, whichever thread takes it. A panel of b is packed so that the
+// innermost loop reads whole vectors, and is cut in depth so that it stays in the first cache, the strip of a in the
+// second. Every element is summed by one thread in the order of k: nothing depends on the number of threads.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int64_t WIDTH = 16, ROWS = 8;  // floats in a vector; rows of a tile, so that its sums fit the registers
+#else
+constexpr int64_t WIDTH = 8, ROWS = 4;
+#endif
+typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
+constexpr int64_t PANEL = 2 * WIDTH, STRIP = 256, DEPTH = 256;
+
+inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// c[R, C * WIDTH] = or += a[R, K] b[K, C * WIDTH]
+template <int64_t R, int64_t C>
+inline void tile(const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c, int64_t c_row,
+                 int64_t K, bool add) {
+    vec sums[R][C];
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t j = 0; j < C; j++) sums[r][j] = add ? *(const vec *)(c + r * c_row + j * WIDTH) : vec{};
+    for (int64_t k = 0; k < K; k++)
+        for (int64_t j = 0; j < C; j++) {
+            vec bk = *(const vec *)(b + k * b_row + j * WIDTH);
+            for (int64_t r = 0; r < R; r++) sums[r][j] += a[r * a_row + k * a_col] * bk;
+        }
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t j = 0; j < C; j++) *(vec *)(c + r * c_row + j * WIDTH) = sums[r][j];
+}
+
+template <int64_t C, int64_t... LESS>
+inline void last_rows(int64_t R, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c,
+                      int64_t c_row, int64_t K, bool add, std::integer_sequence<int64_t, LESS...>) {
+    ((R == LESS + 1 ? tile<LESS + 1, C>(a, a_row, a_col, b, b_row, c, c_row, K, add) : (void)0), ...);
+}
+
+// Tiles of rows from m on, `a_tile` apart.
+template <int64_t C>
+inline void columns(int64_t M, const float *a, int64_t a_tile, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
+                    float *c, int64_t c_row, int64_t K, bool add) {
+    for (; M >= ROWS; M -= ROWS, a += a_tile, c += ROWS * c_row) tile<ROWS, C>(a, a_row, a_col, b, b_row, c, c_row, K, add);
+    last_rows<C>(M, a, a_row, a_col, b, b_row, c, c_row, K, add, std::make_integer_sequence<int64_t, ROWS - 1>());
+}
+
+// c[M, N] = or += a[M, K] b[K, N] as they lie, for what is in the caches anyway; N is a multiple of WIDTH.
+void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
+              float *c, int64_t c_row, bool add) {
+    int64_t n = 0;
+    for (; n + PANEL <= N; n += PANEL) columns<2>(M, a, ROWS * a_row, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
+    for (; n < N; n += WIDTH) columns<1>(M, a, ROWS * a_row, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
+}
+
+struct Matrix {
+    const float *data;
+    int64_t row, col;  // how far its rows and its columns are apart
+    const float *at(int64_t i, int64_t j) const { return data + i * row + j * col; }
+};
+
+// c[M, N] = or += a[M, K] b[K, N]; the columns of c are neighbours.
+struct Product {
+    Matrix a, b;
+    float *c;
+    int64_t c_row, M, N, K;
+};
+
+#if __has_builtin(__builtin_shufflevector)  // GCC has it from 12 on
+// Rows of a square of vectors become its columns.
+template <int64_t S, int64_t... J> inline void exchange(vec &x, vec &y, std::integer_sequence<int64_t, J...>) {
+    vec low = __builtin_shufflevector(x, y, (J & S ? WIDTH + J - S : J)...);
+    y = __builtin_shufflevector(x, y, (J & S ? WIDTH + J : J + S)...);
+    x = low;
+}
+
+template <int64_t S = WIDTH / 2> inline void transpose(vec *square) {
+    for (int64_t i = 0; i < WIDTH; i++)
+        if (!(i & S)) exchange<S>(square[i], square[i + S], std::make_integer_sequence<int64_t, WIDTH>());
+    if constexpr (S > 1) transpose<S / 2>(square);
+}
+#endif
+
+// to[K, PANEL] = b[K, N], with zeros behind the last column.
+void pack_panel(const Matrix &b, int64_t K, int64_t N, float *to) {
+    int64_t k = 0;
+#if __has_builtin(__builtin_shufflevector)
+    if (N == PANEL && b.row == 1)
+        for (; k + WIDTH <= K; k += WIDTH)
+            for (int64_t n = 0; n < PANEL; n += WIDTH) {
+                vec square[WIDTH];
+                for (int64_t i = 0; i < WIDTH; i++) square[i] = *(const vec *)b.at(k, n + i);
+                transpose(square);
+                for (int64_t i = 0; i < WIDTH; i++) *(vec *)(to + (k + i) * PANEL + n) = square[i];
+            }
+#endif
+    for (; k < K; k++)
+        if (N == PANEL && b.col == 1) std::memcpy(to + k * PANEL, b.at(k, 0), PANEL * sizeof(float));
+        else
+            for (int64_t n = 0; n < PANEL; n++) to[k * PANEL + n] = n < N ? *b.at(k, n) : 0;
+}
+
+// Rows of a, transposed as it lies, by tiles: to[M / ROWS, K, ROWS].
+void pack_strip(const Matrix &a, int64_t M, int64_t K, float *to) {
+    constexpr int64_t NEAR = 16;  // of k at a time, so that the lines read are still there for the next tile
+    for (int64_t first = 0; first < K; first += NEAR)
+        for (int64_t m = 0; m < M; m += ROWS)
+            for (int64_t k = first; k < std::min(first + NEAR, K); k++) {
+                float *tile = to + m * K + k * ROWS;
+                if (M - m >= ROWS) std::memcpy(tile, a.at(m, k), ROWS * sizeof(float));
+                else std::memcpy(tile, a.at(m, k), (M - m) * sizeof(float));
+            }
+}
+
+// Rows [m, m + M) and columns [n, n + N) of a product.
+void work(const Product &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, float *strip, float *panel) {
+    if (p.K == 0 && !add)
+        for (int64_t i = m; i < m + M; i++) std::memset(p.c + i * p.c_row + n, 0, N * sizeof(float));
+    for (int64_t k = 0; k < p.K; k += DEPTH) {
+        int64_t K = std::min(DEPTH, p.K - k);
+        Matrix a = {p.a.at(m, k), p.a.row, p.a.col};
+        int64_t a_tile = ROWS * a.row;
+        if (a.row == 1 && a.col != 1) {
+            pack_strip(a, M, K, strip);
+            a = {strip, 1, ROWS};
+            a_tile = ROWS * K;
+        }
+        for (int64_t j = n; j < n + N; j += PANEL) {
+            int64_t width = std::min(PANEL, n + N - j);
+            float *c = p.c + m * p.c_row + j;
+            pack_panel({p.b.at(k, j), p.b.row, p.b.col}, K, width, panel);
+            if (width == PANEL) columns<2>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, add || k);
+            else if (width == WIDTH) columns<1>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, add || k);
+            else
+                for (int64_t i = 0; i < M; i += ROWS) {  // by way of a tile that is wide enough
+                    float sums[ROWS * PANEL];
+                    int64_t rows = std::min(ROWS, M - i);
+                    columns<2>(rows, a.data + i / ROWS * a_tile, a_tile, a.row, a.col, panel, PANEL, sums, PANEL, K, false);
+                    for (int64_t r = 0; r < rows; r++)
+                        for (int64_t x = 0; x < width; x++) {
+                            float &out = c[(i + r) * p.c_row + x];
+                            out = (add || k ? out : 0) + sums[r * PANEL + x];
+                        }
+                }
+        }
+    }
+}
+
+void multiply(int threads, const std::vector<Product> &products, bool add) {
+    struct Task {
+        const Product *product;
+        int64_t m, n;
+    };
+    std::vector<Task> tasks;
+    int64_t columns = 16 * PANEL;
+    for (; columns >= PANEL && (int64_t)tasks.size() < 2 * threads; columns /= 2) {  // enough for all to be busy
+        tasks.clear();
+        for (const Product &p : products)
+            for (int64_t m = 0; m < p.M; m += STRIP)
+                for (int64_t n = 0; n < p.N; n += columns) tasks.push_back({&p, m, n});
+    }
+    columns *= 2;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> strip(STRIP * DEPTH), panel(DEPTH * PANEL);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t t = 0; t < tasks.size(); t++) {
+            const auto &[p, m, n] = tasks[t];
+            work(*p, m, std::min(STRIP, p->M - m), n, std::min(columns, p->N - n), add, strip.data(), panel.data());
+        }
+    }
+}
+
+// Rows of group e, x[counts[e], I], are multiplied by w[e], [O, I], transposed: y[counts[e], O].
+void grouped_linear(int threads, const float *x, int64_t x_row, const float *w, float *y, const int64_t *counts, int64_t E,
+                    int64_t I, int64_t O) {
+    std::vector<Product> products;
+    for (int64_t e = 0, m = 0; e < E; m += counts[e++])
+        products.push_back({{x + m * x_row, x_row, 1}, {w + e * O * I, 1, I}, y + m * O, O, counts[e], O, I});
+    multiply(threads, products, false);
+}
+
+// dx[counts[e], I] = dy[counts[e], O] w[e]
+void grouped_linear_dx(int threads, const float *dy, const float *w, float *dx, const int64_t *counts, int64_t E, int64_t I,
+                       int64_t O) {
+    std::vector<Product> products;
+    for (int64_t e = 0, m = 0; e < E; m += counts[e++])
+        products.push_back({{dy + m * O, O, 1}, {w + e * O * I, I, 1}, dx + m * I, I, counts[e], I, O});
+    multiply(threads, products, false);
+}
+
+// dw[e], [O, I] = or += dy[counts[e], O] transposed x[counts[e], I]
+void grouped_linear_dw(int threads, const float *dy, const float *x, int64_t x_row, float *dw, const int64_t *counts,
+                       int64_t add, int64_t E, int64_t I, int64_t O) {
+    std::vector<Product> products;
+    for (int64_t e = 0, m = 0; e < E; m += counts[e++])
+        products.push_back({{dy + m * O, 1, O}, {x + m * x_row, x_row, 1}, dw + e * O * I, I, O, I, counts[e]});
+    multiply(threads, products, add);
+}
+
+}  // namespace
