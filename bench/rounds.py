@@ -19,7 +19,8 @@ from baleen.model.transformer import Transformer
 WINDOW = 0.5  # seconds, of each contender in each round
 LLAMA = {"fp32": "f32", "bf16": "f16", "int8": "q8_0", "int4": "q4_1"}  # the same bits a weight
 # Of the logits, against fp32. Random gates choose among near ties, which rounding turns; strangers differ by 1.4.
-TOLERANCE = {"fp32": 0.01, "f32": 0.01, "bf16": 0.5, "f16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1, "q4_1": 1.1}
+# llama.cpp's F32 rounds to 16 bits on its way: after one token it differs by 4e-4, where transformers does by 3e-6.
+TOLERANCE = {"fp32": 0.01, "f32": 0.05, "bf16": 0.5, "f16": 0.5, "int8": 0.8, "q8_0": 0.8, "int4": 1.1, "q4_1": 1.1}
 
 
 def some_of(*names: str) -> Callable[[str], list[str]]:
@@ -66,7 +67,7 @@ def contenders(args: argparse.Namespace, model: Transformer, *, sequences: int, 
 def check(made: dict[str, Contender], run: Callable[[Contender], Sequence[Tensor]]) -> dict[str, float]:
     """How far the logits of each lie from those of the first; an error where it is too far.
 
-    Of 32 bits all rows but one in eight, of fewer the median one: rounding turns a route here and there.
+    In fp32 all rows but one in eight, else the median one: rounding turns a route here and there.
     """
     first, *others = made
     reference, found = run(made[first]), {}

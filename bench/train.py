@@ -4,8 +4,8 @@
 
 Batches of 8 x 256 tokens, fused AdamW. All take turns in one process; medians of the rounds. First the losses and the
 gradients' norms of Baleen and transformers, which share their weights at the start, are compared. "baleen compiled" has
-its layers compiled by Inductor but for experts and attention, which are native. --profile shows where a step of ours
-goes instead.
+its layers compiled by Inductor, matmuls too where they are no experts'; these and attention stay native. --profile
+shows where a step of ours goes instead.
 """
 
 from __future__ import annotations

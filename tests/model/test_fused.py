@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from baleen.model import linear
 from baleen.model.fused import (
     IGNORED,
     cross_entropy_,
@@ -15,7 +16,7 @@ from baleen.model.fused import (
     swiglu,
     swiglu_twin,
 )
-from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, weight_gradients
+from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, products, weight_gradients
 from baleen.model.native.library import load_library
 from baleen.model.native.training import SOURCE
 from baleen.model.rows import combine_rows, sum_rows_twin
@@ -118,13 +119,16 @@ def test_the_native_kernels_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatc
     import baleen.model.fused as fused
 
     called = []
-    monkeypatch.setattr(fused, "call", lambda name, *_: called.append(name))
+    for module in (fused, linear):
+        monkeypatch.setattr(module, "call", lambda name, *_: called.append(name))
     x = torch.ones(2, 4)
     rms_norm(x, torch.ones(4), 1e-6, FP32)
     swiglu(x, x)
     cross_entropy_(x, torch.zeros(2, dtype=torch.long), 1.0, True)
+    Linear(4, 3)(x)
     rms_norm(x.double(), torch.ones(4), 1e-6, torch.float64)  # the twin's
-    assert called == ["rms_norm", "swiglu", "cross_entropy"]
+    Linear(4, 3, dtype=torch.float64)(x.double())
+    assert called == ["rms_norm", "swiglu", "cross_entropy", "linear"]
 
 
 @needs_native
@@ -210,25 +214,51 @@ def test_a_linear_layer_of_a_slice():
 
 
 @needs_native
-def test_gradients_of_weights_are_added():
+@pytest.mark.parametrize("rows", [50, 600])
+@pytest.mark.parametrize("inputs", [33, 64])
+def test_gradients_of_weights_are_added(rows: int, inputs: int):
     torch.manual_seed(0)
-    grad, x, before = torch.randn(50, 20), torch.randn(50, 33), torch.randn(20, 33)
-    found = weight_gradients(grad, x, [50], before.clone(), add=True)
-    assert close(found, before + grad.t() @ x, FP32)
+    grad, x, before = torch.randn(rows, 20), torch.randn(rows, inputs), torch.randn(20, inputs)
+    found = weight_gradients(grad, x, [rows], before.clone(), add=True)
+    assert close(found, (before.double() + grad.double().t() @ x.double()).float(), FP32)
 
 
 @needs_native
 def test_matmuls_do_not_depend_on_threads_or_on_their_neighbours():
     """Each element is summed in one order, whoever computes it and however many rows there are."""
     torch.manual_seed(0)
-    x, weight = torch.randn(70, 300), torch.randn(2, 48, 300)
+    x, weight = torch.randn(700, 300), torch.randn(2, 45, 300)
     found, threads = {}, torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found[count] = grouped_linear(x, weight, [40, 30])
+            y, grads = gradients(lambda x, w: grouped_linear(x, w, [400, 300]), [x, weight])
+            found[count] = [y, *grads]
         few = grouped_linear(x[:5], weight, [5, 0])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[1], other) for other in found.values())
-    assert torch.equal(few, found[1][:5])
+    assert all(torch.equal(a, b) for other in found.values() for a, b in zip(other, found[1], strict=True))
+    assert torch.equal(few, found[1][0][:5])
+
+
+@needs_native
+def test_matmuls_refuse_what_does_not_fit():
+    x, weight = torch.ones(6, 4), torch.ones(2, 3, 4)
+    for bad in ((x[:, :3], weight, [4, 2]), (x, weight, [4, 1]), (x, weight, [6])):
+        with pytest.raises(AssertionError):
+            products(*bad)
+    with pytest.raises(AssertionError):
+        Linear(4, 3)(torch.ones(6, 5))
+
+
+@needs_native
+def test_what_is_frozen_has_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    """And takes no matmul."""
+    called, run = [], linear.call
+    monkeypatch.setattr(linear, "call", lambda name, *rest: (called.append(name), run(name, *rest)))
+    for frozen, kernel in ((0, "linear_dw"), (1, "linear_dx")):
+        leaves = [torch.ones(6, 4), torch.ones(3, 4)]
+        leaves[1 - frozen].requires_grad_()
+        grouped_linear(*leaves, [6]).sum().backward()
+        assert leaves[frozen].grad is None and called == ["linear", kernel]
+        called.clear()

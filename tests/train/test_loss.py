@@ -23,17 +23,20 @@ def inputs(rows, seed=0):
     return hidden, weight, targets
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows_at_once", [1, 4, 5, 100])
-def test_fused_cross_entropy_equals_pytorchs_with_its_gradients(rows_at_once, monkeypatch):
+def test_fused_cross_entropy_equals_pytorchs_with_its_gradients(rows_at_once, dtype, monkeypatch):
     monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", rows_at_once)
     hidden, weight, targets = inputs(13)
     targets[[0, 6, 7, 12]] = IGNORED
-    ours = cross_entropy(hidden, weight, targets)
     theirs = F.cross_entropy(F.linear(hidden, weight), targets, ignore_index=IGNORED)
-    torch.testing.assert_close(ours, theirs, **F64)
+    theirs_grads = torch.autograd.grad(3 * theirs, (hidden, weight))
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    ours = cross_entropy(hidden, weight, targets)
     ours_grads = torch.autograd.grad(3 * ours, (hidden, weight))
-    for a, b in zip(ours_grads, torch.autograd.grad(3 * theirs, (hidden, weight)), strict=True):
-        torch.testing.assert_close(a, b, **F64)
+    near = F64 if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    for a, b in zip((ours, *ours_grads), (theirs, *theirs_grads), strict=True):
+        torch.testing.assert_close(a, b.to(dtype), **near)
 
 
 def test_fused_cross_entropy_passes_gradcheck(monkeypatch):

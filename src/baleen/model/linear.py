@@ -15,12 +15,13 @@ from baleen.model.native.training import call, serves
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whose fp32 on CPUs is native."""
+    """nn.Linear, whose fp32 on CPUs is native: faster, and of one derivative alone."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _compute_dtype(input) is not torch.float32 or not _native(input, self.weight):
+        if input.ndim < 2 or _compute_dtype(input) is not torch.float32 or not _native(input, self.weight):
             return super().forward(input)
-        y_MO: Tensor = _GroupedLinear.apply(rows := input.flatten(0, -2), self.weight, [len(rows)])  # type: ignore[assignment]
+        rows_MI = input.flatten(0, -2)
+        y_MO: Tensor = _GroupedLinear.apply(rows_MI, self.weight, [len(rows_MI)])  # type: ignore[assignment]
         y = y_MO.unflatten(0, input.shape[:-1])
         return y if self.bias is None else y + self.bias
 
@@ -67,13 +68,13 @@ class _GroupedLinear(torch.autograd.Function):
 
 def products(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
     """x[e] weight[e]ᵀ, [M, O]."""
-    E, (outputs, inputs) = len(counts), weight_EOI.shape[-2:]
-    out_MO = x_MI.new_empty(x_MI.shape[0], outputs)
-    if _native(x_MI, weight_EOI):
-        x, w = _rows(x_MI), weight_EOI.contiguous()
-        call("linear", (), x, x.stride(0), w, out_MO, torch.tensor(counts), E, inputs, outputs)
+    out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[-2])
+    E, outputs, inputs = sizes = _sizes(x_MI, weight_EOI, out_MO, counts)
+    if _native(x_MI, weight_EOI, out_MO):
+        x = _rows(x_MI)
+        call("linear", (), x, x.stride(0), weight_EOI.contiguous(), out_MO, torch.tensor(counts), E, inputs, outputs)
         return out_MO
-    weights = weight_EOI.view(E, outputs, inputs)
+    weights = weight_EOI.view(sizes)
     for rows, w, out in zip(x_MI.split(counts), weights, out_MO.split(counts), strict=True):
         torch.mm(rows, w.t(), out=out)
     return out_MO
@@ -81,12 +82,12 @@ def products(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
 
 def input_gradients(grad_MO: Tensor, weight_EOI: Tensor, counts: list[int], out_MI: Tensor) -> Tensor:
     """grad[e] weight[e], written to out [M, I]."""
-    E, (outputs, inputs) = len(counts), weight_EOI.shape[-2:]
     grad_MO = grad_MO.contiguous()
-    if _native(grad_MO, weight_EOI) and out_MI.is_contiguous():
+    E, outputs, inputs = sizes = _sizes(out_MI, weight_EOI, grad_MO, counts)
+    if _native(grad_MO, weight_EOI, out_MI) and out_MI.is_contiguous():
         call("linear_dx", (), grad_MO, weight_EOI.contiguous(), out_MI, torch.tensor(counts), E, inputs, outputs)
         return out_MI
-    weights = weight_EOI.view(E, outputs, inputs)
+    weights = weight_EOI.view(sizes)
     for grad, w, out in zip(grad_MO.split(counts), weights, out_MI.split(counts), strict=True):
         torch.mm(grad, w, out=out)
     return out_MI
@@ -94,16 +95,25 @@ def input_gradients(grad_MO: Tensor, weight_EOI: Tensor, counts: list[int], out_
 
 def weight_gradients(grad_MO: Tensor, x_MI: Tensor, counts: list[int], out_EOI: Tensor, *, add: bool = False) -> Tensor:
     """grad[e]ᵀ x[e], written or added to out [E, O, I]."""
-    E, (outputs, inputs) = len(counts), out_EOI.shape[-2:]
     grad_MO = grad_MO.contiguous()
-    if _native(grad_MO, x_MI) and out_EOI.is_contiguous():
+    E, outputs, inputs = sizes = _sizes(x_MI, out_EOI, grad_MO, counts)
+    if _native(grad_MO, x_MI, out_EOI) and out_EOI.is_contiguous():
         x = _rows(x_MI)
         call("linear_dw", (), grad_MO, x, x.stride(0), out_EOI, torch.tensor(counts), int(add), E, inputs, outputs)
         return out_EOI
-    groups = zip(grad_MO.split(counts), x_MI.split(counts), out_EOI.view(E, outputs, inputs), strict=True)
+    groups = zip(grad_MO.split(counts), x_MI.split(counts), out_EOI.view(sizes), strict=True)
     for grad, rows, out in groups:
         out.addmm_(grad.t(), rows) if add else torch.mm(grad.t(), rows, out=out)
     return out_EOI
+
+
+def _sizes(x_MI: Tensor, weight_EOI: Tensor, y_MO: Tensor, counts: list[int]) -> tuple[int, int, int]:
+    """E, O, I: native kernels trust them."""
+    E, (outputs, inputs) = len(counts), weight_EOI.shape[-2:]
+    assert x_MI.shape == (sum(counts), inputs), f"{list(x_MI.shape)} inputs of groups {counts} by {inputs} weights"
+    assert y_MO.shape == (sum(counts), outputs), f"{list(y_MO.shape)} outputs of groups {counts} by {outputs} weights"
+    assert weight_EOI.shape[:-2].numel() == E, f"weights {list(weight_EOI.shape)} for {E} groups"
+    return E, outputs, inputs
 
 
 def row_alignment(x: Tensor) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baleen.model.linear import input_gradients, products
 from baleen.model.moe import Gate
 from baleen.model.transformer import Transformer
 from baleen.parallel.stage import Objective
@@ -121,12 +122,13 @@ class _Distilled(torch.autograd.Function):
         gradient_Nd = torch.empty_like(student_Nd)
         for start in range(0, N, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            wanted = (teacher_Nd[rows] @ weight_Zd.t()).to(wide).softmax(-1)
-            said = (student_Nd[rows] @ weight_Zd.t()).to(wide).log_softmax(-1)
+            one_group = [len(student_Nd[rows])]
+            wanted = products(teacher_Nd[rows], weight_Zd, one_group).to(wide).softmax(-1)
+            said = products(student_Nd[rows], weight_Zd, one_group).to(wide).log_softmax(-1)
             loss -= torch.dot(wanted.flatten(), said.flatten())
             equal += int((wanted.argmax(-1) == said.argmax(-1)).sum())
             gradient = said.exp_().sub_(wanted).div_(N).to(weight_Zd.dtype)
-            torch.mm(gradient, weight_Zd, out=gradient_Nd[rows])
+            input_gradients(gradient, weight_Zd, one_group, gradient_Nd[rows])
         ctx.save_for_backward(gradient_Nd)
         return loss / max(1, N), loss.new_tensor(equal / max(1, N))
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -24,6 +25,7 @@ constexpr int64_t WIDTH = 8, ROWS = 4;
 #endif
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
 constexpr int64_t PANEL = 2 * WIDTH, STRIP = 256, DEPTH = 256;
+static_assert(STRIP % ROWS == 0);
 
 inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
@@ -49,7 +51,7 @@ inline void last_rows(int64_t R, const float *a, int64_t a_row, int64_t a_col, c
     ((R == LESS + 1 ? tile<LESS + 1, C>(a, a_row, a_col, b, b_row, c, c_row, K, add) : (void)0), ...);
 }
 
-// Tiles of rows from m on, `a_tile` apart.
+// Tiles of ROWS rows, those of a `a_tile` apart, and what is left.
 template <int64_t C>
 inline void columns(int64_t M, const float *a, int64_t a_tile, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
                     float *c, int64_t c_row, int64_t K, bool add) {
@@ -78,11 +80,16 @@ struct Product {
     int64_t c_row, M, N, K;
 };
 
-#if __has_builtin(__builtin_shufflevector)  // GCC has it from 12 on
 // Rows of a square of vectors become its columns.
 template <int64_t S, int64_t... J> inline void exchange(vec &x, vec &y, std::integer_sequence<int64_t, J...>) {
+#ifdef __clang__
     vec low = __builtin_shufflevector(x, y, (J & S ? WIDTH + J - S : J)...);
     y = __builtin_shufflevector(x, y, (J & S ? WIDTH + J : J + S)...);
+#else
+    typedef int32_t lanes __attribute__((vector_size(WIDTH * sizeof(float))));
+    vec low = __builtin_shuffle(x, y, lanes{int32_t(J & S ? WIDTH + J - S : J)...});
+    y = __builtin_shuffle(x, y, lanes{int32_t(J & S ? WIDTH + J : J + S)...});
+#endif
     x = low;
 }
 
@@ -91,23 +98,21 @@ template <int64_t S = WIDTH / 2> inline void transpose(vec *square) {
         if (!(i & S)) exchange<S>(square[i], square[i + S], std::make_integer_sequence<int64_t, WIDTH>());
     if constexpr (S > 1) transpose<S / 2>(square);
 }
-#endif
 
-// to[K, PANEL] = b[K, N], with zeros behind the last column.
+// to[K, PANEL] = b[K, N]; behind a last column within a vector zeros.
 void pack_panel(const Matrix &b, int64_t K, int64_t N, float *to) {
     int64_t k = 0;
-#if __has_builtin(__builtin_shufflevector)
-    if (N == PANEL && b.row == 1)
+    if (N % WIDTH == 0 && b.row == 1)
         for (; k + WIDTH <= K; k += WIDTH)
-            for (int64_t n = 0; n < PANEL; n += WIDTH) {
+            for (int64_t n = 0; n < N; n += WIDTH) {
                 vec square[WIDTH];
                 for (int64_t i = 0; i < WIDTH; i++) square[i] = *(const vec *)b.at(k, n + i);
                 transpose(square);
                 for (int64_t i = 0; i < WIDTH; i++) *(vec *)(to + (k + i) * PANEL + n) = square[i];
             }
-#endif
     for (; k < K; k++)
         if (N == PANEL && b.col == 1) std::memcpy(to + k * PANEL, b.at(k, 0), PANEL * sizeof(float));
+        else if (N == WIDTH && b.col == 1) std::memcpy(to + k * PANEL, b.at(k, 0), WIDTH * sizeof(float));
         else
             for (int64_t n = 0; n < PANEL; n++) to[k * PANEL + n] = n < N ? *b.at(k, n) : 0;
 }
@@ -118,67 +123,77 @@ void pack_strip(const Matrix &a, int64_t M, int64_t K, float *to) {
     for (int64_t first = 0; first < K; first += NEAR)
         for (int64_t m = 0; m < M; m += ROWS)
             for (int64_t k = first; k < std::min(first + NEAR, K); k++) {
-                float *tile = to + m * K + k * ROWS;
-                if (M - m >= ROWS) std::memcpy(tile, a.at(m, k), ROWS * sizeof(float));
-                else std::memcpy(tile, a.at(m, k), (M - m) * sizeof(float));
+                float *row = to + m * K + k * ROWS;
+                if (M - m >= ROWS) std::memcpy(row, a.at(m, k), ROWS * sizeof(float));
+                else std::memcpy(row, a.at(m, k), (M - m) * sizeof(float));
             }
 }
 
+// What a thread packs into.
+struct Room {
+    float *panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH) * sizeof(float));
+    float *strip = panel + DEPTH * PANEL;
+    Room() = default;
+    Room(const Room &) = delete;
+    ~Room() { std::free(panel); }
+};
+
 // Rows [m, m + M) and columns [n, n + N) of a product.
-void work(const Product &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, float *strip, float *panel) {
+void work(const Product &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
     if (p.K == 0 && !add)
         for (int64_t i = m; i < m + M; i++) std::memset(p.c + i * p.c_row + n, 0, N * sizeof(float));
     for (int64_t k = 0; k < p.K; k += DEPTH) {
         int64_t K = std::min(DEPTH, p.K - k);
+        bool adds = add || k > 0;
         Matrix a = {p.a.at(m, k), p.a.row, p.a.col};
         int64_t a_tile = ROWS * a.row;
         if (a.row == 1 && a.col != 1) {
-            pack_strip(a, M, K, strip);
-            a = {strip, 1, ROWS};
+            pack_strip(a, M, K, room.strip);
+            a = {room.strip, 1, ROWS};
             a_tile = ROWS * K;
         }
         for (int64_t j = n; j < n + N; j += PANEL) {
             int64_t width = std::min(PANEL, n + N - j);
             float *c = p.c + m * p.c_row + j;
-            pack_panel({p.b.at(k, j), p.b.row, p.b.col}, K, width, panel);
-            if (width == PANEL) columns<2>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, add || k);
-            else if (width == WIDTH) columns<1>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, add || k);
+            pack_panel({p.b.at(k, j), p.b.row, p.b.col}, K, width, room.panel);
+            if (width == PANEL) columns<2>(M, a.data, a_tile, a.row, a.col, room.panel, PANEL, c, p.c_row, K, adds);
+            else if (width == WIDTH) columns<1>(M, a.data, a_tile, a.row, a.col, room.panel, PANEL, c, p.c_row, K, adds);
             else
                 for (int64_t i = 0; i < M; i += ROWS) {  // by way of a tile that is wide enough
-                    float sums[ROWS * PANEL];
+                    float sums[ROWS * PANEL] = {};
                     int64_t rows = std::min(ROWS, M - i);
-                    columns<2>(rows, a.data + i / ROWS * a_tile, a_tile, a.row, a.col, panel, PANEL, sums, PANEL, K, false);
+                    for (int64_t r = 0; adds && r < rows; r++)
+                        std::memcpy(sums + r * PANEL, c + (i + r) * p.c_row, width * sizeof(float));
+                    columns<2>(rows, a.data + i / ROWS * a_tile, a_tile, a.row, a.col, room.panel, PANEL, sums, PANEL, K, adds);
                     for (int64_t r = 0; r < rows; r++)
-                        for (int64_t x = 0; x < width; x++) {
-                            float &out = c[(i + r) * p.c_row + x];
-                            out = (add || k ? out : 0) + sums[r * PANEL + x];
-                        }
+                        std::memcpy(c + (i + r) * p.c_row, sums + r * PANEL, width * sizeof(float));
                 }
         }
     }
 }
 
-void multiply(int threads, const std::vector<Product> &products, bool add) {
+void multiply_packed(int threads, const std::vector<Product> &products, bool add) {
     struct Task {
         const Product *product;
         int64_t m, n;
     };
     std::vector<Task> tasks;
-    int64_t columns = 16 * PANEL;
-    for (; columns >= PANEL && (int64_t)tasks.size() < 2 * threads; columns /= 2) {  // enough for all to be busy
+    int64_t high = STRIP, wide = 16 * PANEL;
+    auto cut = [&] {
         tasks.clear();
         for (const Product &p : products)
-            for (int64_t m = 0; m < p.M; m += STRIP)
-                for (int64_t n = 0; n < p.N; n += columns) tasks.push_back({&p, m, n});
-    }
-    columns *= 2;
+            for (int64_t m = 0; m < p.M; m += high)
+                for (int64_t n = 0; n < p.N; n += wide) tasks.push_back({&p, m, n});
+        return (int64_t)tasks.size() >= 2 * threads;  // enough for all to be busy
+    };
+    while (!cut() && high > 4 * ROWS) (wide > PANEL ? wide : high) /= 2;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> strip(STRIP * DEPTH), panel(DEPTH * PANEL);
+        Room room;
 #pragma omp for schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) {
             const auto &[p, m, n] = tasks[t];
-            work(*p, m, std::min(STRIP, p->M - m), n, std::min(columns, p->N - n), add, strip.data(), panel.data());
+            work(*p, m, std::min(high, p->M - m), n, std::min(wide, p->N - n), add, room);
         }
     }
 }
@@ -189,7 +204,7 @@ void grouped_linear(int threads, const float *x, int64_t x_row, const float *w, 
     std::vector<Product> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{x + m * x_row, x_row, 1}, {w + e * O * I, 1, I}, y + m * O, O, counts[e], O, I});
-    multiply(threads, products, false);
+    multiply_packed(threads, products, false);
 }
 
 // dx[counts[e], I] = dy[counts[e], O] w[e]
@@ -198,7 +213,7 @@ void grouped_linear_dx(int threads, const float *dy, const float *w, float *dx, 
     std::vector<Product> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{dy + m * O, O, 1}, {w + e * O * I, I, 1}, dx + m * I, I, counts[e], I, O});
-    multiply(threads, products, false);
+    multiply_packed(threads, products, false);
 }
 
 // dw[e], [O, I] = or += dy[counts[e], O] transposed x[counts[e], I]
@@ -207,7 +222,7 @@ void grouped_linear_dw(int threads, const float *dy, const float *x, int64_t x_r
     std::vector<Product> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{dy + m * O, 1, O}, {x + m * x_row, x_row, 1}, dw + e * O * I, I, O, I, counts[e]});
-    multiply(threads, products, add);
+    multiply_packed(threads, products, add);
 }
 
 }  // namespace
