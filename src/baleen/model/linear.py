@@ -18,12 +18,17 @@ class Linear(nn.Linear):
     """nn.Linear, whose fp32 on CPUs is native: faster, and of one derivative alone."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim < 2 or _compute_dtype(input) is not torch.float32 or not _native(input, self.weight):
-            return super().forward(input)
-        rows_MI = input.flatten(0, -2)
-        y_MO: Tensor = _GroupedLinear.apply(rows_MI, self.weight, [len(rows_MI)])  # type: ignore[assignment]
-        y = y_MO.unflatten(0, input.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """F.linear: [..., I] -> [..., O]."""
+    if x.ndim < 2 or _compute_dtype(x) is not torch.float32 or not _native(x, weight_OI):
+        return F.linear(x, weight_OI, bias_O)
+    rows_MI = x.flatten(0, -2)
+    y_MO: Tensor = _GroupedLinear.apply(rows_MI, weight_OI, [len(rows_MI)])  # type: ignore[assignment]
+    y = y_MO.unflatten(0, x.shape[:-1])
+    return y if bias_O is None else y + bias_O
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
 from baleen.model.fused import swiglu
-from baleen.model.linear import Linear, grouped_linear, row_alignment
+from baleen.model.linear import Linear, grouped_linear, linear, row_alignment
 from baleen.model.rows import combine_rows, spread_rows
 
 
@@ -80,7 +79,7 @@ class Gate(nn.Module):
         cfg = self.config
         wide = torch.promote_types(x_Nd.dtype, torch.float32)
         with torch.autocast(x_Nd.device.type, enabled=False):
-            scores_NE = F.linear(x_Nd.to(wide), self.weight.to(wide)).sigmoid()
+            scores_NE = linear(x_Nd.to(wide), self.weight.to(wide)).sigmoid()
         choice_NE = scores_NE.detach() + self.e_score_correction_bias
         if cfg.n_group > 1:
             grouped = choice_NE.unflatten(-1, (cfg.n_group, -1))

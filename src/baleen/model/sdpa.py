@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from baleen.model.native.training import call, serves
 
-LONGEST = 2048  # tokens; the native kernel keeps rows of scores in the processor's cache
+LONGEST = 32768  # tokens; the native kernel keeps 32 rows of scores a thread, which are 4 MB then
 
 
 class Joined(nn.Module):

@@ -41,5 +41,5 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL("libc.so.6")
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    libc.mallopt(m_trim_threshold, -1)  # never: an int would hold no more than two gigabytes
     libc.mallopt(m_top_pad, 1 << 28)
