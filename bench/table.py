@@ -4,7 +4,7 @@
 
 Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code or elsewhere: stopped,
 the same command goes on. A ROW that is named is measured again; one that fails is told, and left as it was. --page only
-writes the README's table. Three quarters of an hour on two cores on which nothing else runs.
+writes the README's table. A quarter to three quarters of an hour on two cores on which nothing else runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "decode-S-8": ("decode.py", "--config", "S", "--batch", "8"),
     "decode-M-1": ("decode.py", "--config", "M", "--formats", "fp32,bf16,int8,int4"),
     "decode-M-8": ("decode.py", "--config", "M", "--batch", "8"),
-    "decode-L-1": ("decode.py", "--config", "L", "--rounds", "3"),
+    "decode-L-1": ("decode.py", "--config", "L"),
     "prefill-S": ("prefill.py", "--config", "S"),
     "prefill-M": ("prefill.py", "--config", "M"),
     "prefill-L": ("prefill.py", "--config", "L", "--rounds", "3"),

@@ -26,7 +26,7 @@ PROBE_SECONDS = 0.5  # a step of a probe, about: how many steps there is time fo
 # Freed memory is kept as training keeps it (glibc reads these), or page faults would be measured with every product.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 

@@ -1,6 +1,6 @@
-"""Measures what a training step is made of on this machine; `python -m baleen.train.operators SECONDS` prints JSON.
+"""Measures what a training step is made of on this machine, attention by PyTorch's.
 
-Nothing imports it: `baleen.cost.calibrate` starts it as a process.
+`python -m baleen.train.operators SECONDS` prints JSON. Nothing imports it; `baleen.cost.calibrate` starts it.
 """
 
 from __future__ import annotations

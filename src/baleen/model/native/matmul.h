@@ -1,5 +1,5 @@
-// Matmuls in fp32 at the rate of the machine, for training on CPUs: BLAS libraries take the wide registers of one
-// maker's processors alone, and know nothing of groups.
+// Matmuls in fp32 at the rate of the machine, for training on CPUs: MKL, which PyTorch multiplies
+// by, takes the widest registers of one maker's processors alone, and knows nothing of groups.
 //
 // A strip of rows by a few panels of columns is one task, whichever thread takes it. A panel of b is packed so that the
 // innermost loop reads whole vectors, and is cut in depth so that it stays in the first cache, the strip of a in the
@@ -133,7 +133,9 @@ void pack_strip(const Matrix &a, int64_t M, int64_t K, float *to) {
 struct Room {
     float *panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH) * sizeof(float));
     float *strip = panel + DEPTH * PANEL;
-    Room() = default;
+    Room() {
+        if (!panel) std::abort();  // out of memory
+    }
     Room(const Room &) = delete;
     ~Room() { std::free(panel); }
 };
