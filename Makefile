@@ -57,7 +57,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests bench evidence
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Beside the peers, on this machine: a quarter to three quarters of an hour. llama.cpp is compiled from llama-cpp-python's sources.
+# Beside the peers, on this machine: a quarter to three quarters of an hour. llama.cpp is compiled from the sources of
+# llama-cpp-python.
 bench: $(VENV)/.slow
 	$(BIN)/python bench/table.py
 

@@ -26,8 +26,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if x.ndim < 2 or _compute_dtype(x) is not torch.float32 or not _native(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
     rows_MI = x.flatten(0, -2)
-    y_MO: Tensor = _GroupedLinear.apply(rows_MI, weight_OI, [len(rows_MI)])  # type: ignore[assignment]
-    y = y_MO.unflatten(0, x.shape[:-1])
+    y = grouped_linear(rows_MI, weight_OI, [len(rows_MI)]).unflatten(0, x.shape[:-1])
     return y if bias_O is None else y + bias_O
 
 

@@ -2,7 +2,8 @@
 // causal attention (attention.h) and matmuls in fp32 (matmul.h).
 //
 // Shapes: N rows, d their width, Z = vocab_size. Rows are contiguous inside and `stride` elements apart.
-// Every one of `threads` takes one contiguous block of rows (of matmuls, tasks as they come), so that sums are added in the same order in every run.
+// Every one of `threads` takes one contiguous block of rows (of matmuls, tasks as they come), so that sums are added in
+// the same order in every run.
 
 #include <cmath>
 #include <cstring>
