@@ -61,13 +61,16 @@ class Dense(nn.Module):
 
 
 class DenseTrainer:
-    """The steps of nanoGPT: AdamW (fused) or Muon, clipping, the recipe's own schedule and precision."""
+    """The steps of nanoGPT: a compiled model, AdamW (fused) or Muon, clipping, the recipe's schedule and precision."""
 
     def __init__(self, recipe: Recipe, model: Dense, loader: Loader):
         self.recipe, self.model, self.loader = recipe, model, loader
         self.schedules, self.counters = Schedules(recipe), Counters()
         self.precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
         self.optimizer = Optimizer(model, recipe.train)
+        self._loss = torch.compile(self._eager_loss, dynamic=False)
+        shape = (self.schedules.batch_sequences(0.0), recipe.train.seq_len + 1)
+        self._loss(torch.zeros(shape, dtype=torch.long)).backward()  # compiled here, on no clock
 
     @property
     def position(self) -> float:
@@ -83,9 +86,7 @@ class DenseTrainer:
         """One step; returns the loss in nats a token."""
         started = time.monotonic()
         tokens = self.loader.next_batch(self.schedules.batch_sequences(self.position)).tokens
-        with computing_in(self.precision, tokens.device):
-            logits = self.model.logits(self.model(tokens[:, :-1]).hidden_BTd)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = self._loss(tokens)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_norm)
@@ -94,3 +95,8 @@ class DenseTrainer:
         self.counters.tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         self.counters.seconds += time.monotonic() - started
         return loss.item()
+
+    def _eager_loss(self, tokens: Tensor) -> Tensor:
+        with computing_in(self.precision, tokens.device):
+            logits = self.model.logits(self.model(tokens[:, :-1]).hidden_BTd)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())

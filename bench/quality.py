@@ -1,12 +1,11 @@
-"""Quality per second: the demo's model beside the best dense ones, with AdamW and with Muon, on one text.
+"""Quality per second: Baleen beside the best dense models, with AdamW and with Muon, on one text.
 
-    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--equal-size] [--config S|M] [--rows FILE] [--json]
+    python bench/quality.py [--minutes 20] [--grid-minutes 3] [--recipe quality.toml] [--rows FILE] [--json]
 
-Learning rates, and the sizes of the dense models, are tuned in short runs until the best has a worse neighbour on
-every side. Then each trains for --minutes. Every run is kept in --rows when it ends: stopped, the same command goes on.
-The clock stands still while held-out text is scored. Three hours and a half on two cores, the last of them for runs
-beside: Baleen in half the time, the dense model with AdamW for as many tokens. What it finds without
-an option is kept in bench/results/quality.json, from the first that is known on.
+Learning rate and size of each are tuned in short runs until the best has a worse neighbour on every side. Then each
+trains for --minutes, and Baleen for half of them. Every run is kept in --rows when it ends: stopped, the same command
+goes on. The clock stands still while held-out text is scored and while a dense model is compiled. Two hours and a half
+on two cores. What it finds without an option is kept in bench/results/quality.json.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import torch
 from contenders import machine
 from dense import Dense, DenseTrainer, active_parameters
 
+from baleen.config import ModelConfig
 from baleen.data.loader import Loader
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
@@ -36,29 +36,27 @@ from baleen.recipe import Recipe, load_recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 
-SCORES = 16  # of held-out text, on the way of a long run
+SCORES = 10  # of held-out text, on the way of a long run
 LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
-MANY_TOKENS = 10**9
-RESULTS = Path(__file__).parent / "results" / "quality.json"
-CONFIGS = {"S": "cpu-s", "M": "cpu-m"}
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "quality.json"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who races: its middle learning rate, its optimizer, and whether a dense model's size is tuned."""
+    """Who races: its optimizer and the middle of its learning rates. Size 0 is the recipe's model or, of a dense one,
+    its active size; each size beyond has its widths times SIZE_RATIO."""
 
     name: str
-    lr: float
     optimizer: str
+    lr: float
     dense: bool
-    has_sizes: bool = False
 
-    def recipe(self, base: Recipe, *, lr: float, minutes: float, tokens: int) -> Recipe:
-        changes: Row = {"optimizer": self.optimizer, "lr": lr, "minutes": minutes, "tokens": tokens}
-        if self.dense:  # nanoGPT has one learning rate for all
-            changes["embedding_lr_scale"] = 1.0
-        return base.model_copy(update={"train": base.train.model_copy(update=changes)})
+    def recipe(self, base: Recipe, *, lr: float, size: int, minutes: float) -> Recipe:
+        changes: Row = {"optimizer": self.optimizer, "lr": lr, "minutes": minutes}
+        model = base.model if self.dense else widened(base.model, SIZE_RATIO**size)
+        return base.model_copy(update={"model": model, "train": base.train.model_copy(update=changes)})
 
     def trainer(self, recipe: Recipe, prepared: Prepared, size: int) -> Trainer | DenseTrainer:
         loader = Loader(prepared.train, seed=recipe.train.seed)
@@ -71,6 +69,12 @@ class Contestant:
         return Trainer(recipe, model, loader)
 
 
+def widened(model: ModelConfig, ratio: float) -> ModelConfig:
+    """Heads stay as wide and as many as they are."""
+    widths = ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
+    return model.model_copy(update={name: round(ratio * getattr(model, name) / 16) * 16 for name in widths})
+
+
 class Race:
     """The runs, each by its settings and its code; those that have been run before are read from the file."""
 
@@ -78,12 +82,10 @@ class Race:
         self._base, self._prepared, self._path = base, prepared, path
         self._rows: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
 
-    def run(self, who: Contestant, *, lr: float, size: int, minutes: float, tokens: int = 0, scores: int = 1) -> Row:
-        """Trains for `minutes`, or for `tokens`: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
-        recipe = who.recipe(self._base, lr=lr, minutes=0.0 if tokens else minutes, tokens=tokens or MANY_TOKENS)
-        length = f"{tokens} tokens" if tokens else f"{minutes:g} minutes"
-        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {length}, seed {recipe.train.seed}, {fingerprint(recipe)}"
-        name = f"{name}, {machine()['cpu']}"
+    def run(self, who: Contestant, *, lr: float, size: int, minutes: float, scores: int = 1) -> Row:
+        """Trains for `minutes`: {bits_per_byte, tokens, seconds, tokens_per_second, parameters, curve, ...}."""
+        recipe = who.recipe(self._base, lr=lr, size=size, minutes=minutes)
+        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {minutes:g} minutes, {fingerprint(recipe)}, {machine()['cpu']}"
         if name not in self._rows:
             row = {"name": who.name, "lr": lr, "size": size} | self._train(
                 who.trainer(recipe, self._prepared, size), scores
@@ -103,8 +105,8 @@ class Race:
         while True:
             step, size = at = best
             rates = [(step - 1, size), (step + 1, size)]
-            sizes = [(step, size - 1), (step, size + 1)] if who.has_sizes else []
-            for near in (rates, sizes):  # sizes are compared at a rate that is best for one of them
+            sizes = [(step, size - 1), (step, size + 1)]
+            for near in (sizes, rates):
                 for place in (at, *near):
                     if place not in tried:
                         tried[place] = self.run(who, lr=who.lr * LR_RATIO ** place[0], size=place[1], minutes=minutes)
@@ -143,7 +145,7 @@ def fingerprint(recipe: Recipe) -> str:
     """Of what a run follows: the recipe, and the code that trains it."""
     digest = blake2b(recipe.to_toml().encode() + fingerprint_of_code().encode(), digest_size=6)
     for file in ("dense.py", Path(__file__).name):
-        digest.update(Path(__file__).with_name(file).read_bytes())
+        digest.update((HERE / file).read_bytes())
     return digest.hexdigest()
 
 
@@ -153,34 +155,25 @@ def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
 
 
 def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is known once all have been tuned and trained, and again after each further run."""
+    """What is known once all have been tuned and trained, and again after Baleen's shorter run."""
     base = load_recipe(args.recipe)
-    if args.config:
-        base = load_recipe(CONFIGS[args.config]).model_copy(update={"data": base.data})
     train = base.train
     prepared = prepare(
         base.data, vocab_size=base.model.vocab_size, seq_len=train.seq_len, seed=train.seed, cache_dir=args.cache
     )
     race = Race(base, prepared, args.rows)
-    ours = Contestant("baleen", train.lr, train.optimizer, dense=False)
-    adamw, muon = (
-        Contestant(f"dense {name}", args.dense_lr, name, dense=True, has_sizes=not args.equal_size)
-        for name in ("adamw", "muon")
-    )
+    ours = Contestant("baleen", train.optimizer, train.lr, dense=False)
+    peers = [Contestant(f"dense {name}", name, args.dense_lr, dense=True) for name in ("adamw", "muon")]
     grids, best, finals = {}, {}, {}
-    for who in (ours, adamw) if args.equal_size else (ours, adamw, muon):
-        print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each, then {args.minutes:g}", file=sys.stderr)
+    for who in (ours, *peers):
+        print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
         grids[who.name] = race.tuned(who, args.grid_minutes)
         best[who.name] = {key: grids[who.name][0][key] for key in ("lr", "size")}
+    for who in (ours, *peers):
         finals[who.name] = race.run(who, **best[who.name], minutes=args.minutes, scores=SCORES)
     yield told(finals, {}, grids)
-    others = {}
-    if not args.equal_size:
-        others["baleen, half the time"] = race.run(ours, **best[ours.name], minutes=args.minutes / 2, scores=SCORES)
-        yield told(finals, others, grids)
-    tokens = finals[ours.name]["tokens"]
-    others["dense adamw, equal tokens"] = race.run(adamw, **best[adamw.name], minutes=0, tokens=tokens, scores=SCORES)
-    yield told(finals, others, grids)
+    shorter = race.run(ours, **best[ours.name], minutes=args.minutes / 2, scores=SCORES)
+    yield told(finals, {"baleen, half the time": shorter}, grids)
 
 
 def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
@@ -202,12 +195,10 @@ def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[R
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="chitchat")
-    parser.add_argument("--config", choices=tuple(CONFIGS), help="a model of that size, on that recipe's text")
+    parser.add_argument("--recipe", default=str(HERE / "quality.toml"))
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--grid-minutes", type=float, default=3.0)
-    parser.add_argument("--equal-size", action="store_true", help="beside the dense model of equal active size alone")
-    parser.add_argument("--dense-lr", type=float, default=1.2e-3, help="middle of the dense models' grids")
+    parser.add_argument("--dense-lr", type=float, default=2.4e-3, help="middle of the dense models' grids")
     parser.add_argument("--rows", type=Path, default=Path("runs/bench-quality.json"), help="the runs that are done")
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-data"))
     parser.add_argument("--json", action="store_true")
