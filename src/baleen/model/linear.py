@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from baleen.model.native.training import call, serves
+from baleen.model.native.training import call, multiplies, serves
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whose fp32 on CPUs is native: faster, and of one derivative alone."""
+    """nn.Linear, native on CPUs where `multiplies` says so: faster, and of one derivative alone."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -23,7 +23,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """F.linear: [..., I] -> [..., O]."""
-    if x.ndim < 2 or _compute_dtype(x) is not torch.float32 or not _native(x, weight_OI):
+    if x.ndim < 2 or not (multiplies(_compute_dtype(x)) and serves(x) and serves(weight_OI)):
         return F.linear(x, weight_OI, bias_O)
     rows_MI = x.flatten(0, -2)
     y = grouped_linear(rows_MI, weight_OI, [len(rows_MI)]).unflatten(0, x.shape[:-1])
@@ -76,7 +76,7 @@ def products(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
     E, outputs, inputs = sizes = _sizes(x_MI, weight_EOI, out_MO, counts)
     if _native(x_MI, weight_EOI, out_MO):
         x = _rows(x_MI)
-        call("linear", (), x, x.stride(0), weight_EOI.contiguous(), out_MO, torch.tensor(counts), E, inputs, outputs)
+        call("linear", (x.dtype,), x, x.stride(0), weight_EOI.contiguous(), out_MO, torch.tensor(counts), E, inputs, outputs)
         return out_MO
     weights = weight_EOI.view(sizes)
     for rows, w, out in zip(x_MI.split(counts), weights, out_MO.split(counts), strict=True):
@@ -89,7 +89,8 @@ def input_gradients(grad_MO: Tensor, weight_EOI: Tensor, counts: list[int], out_
     grad_MO = grad_MO.contiguous()
     E, outputs, inputs = sizes = _sizes(out_MI, weight_EOI, grad_MO, counts)
     if _native(grad_MO, weight_EOI, out_MI) and out_MI.is_contiguous():
-        call("linear_dx", (), grad_MO, weight_EOI.contiguous(), out_MI, torch.tensor(counts), E, inputs, outputs)
+        weight = weight_EOI.contiguous()
+        call("linear_dx", (weight.dtype,), grad_MO, weight, out_MI, torch.tensor(counts), E, inputs, outputs)
         return out_MI
     weights = weight_EOI.view(sizes)
     for grad, w, out in zip(grad_MO.split(counts), weights, out_MI.split(counts), strict=True):
@@ -103,7 +104,8 @@ def weight_gradients(grad_MO: Tensor, x_MI: Tensor, counts: list[int], out_EOI: 
     E, outputs, inputs = sizes = _sizes(x_MI, out_EOI, grad_MO, counts)
     if _native(grad_MO, x_MI, out_EOI) and out_EOI.is_contiguous():
         x = _rows(x_MI)
-        call("linear_dw", (), grad_MO, x, x.stride(0), out_EOI, torch.tensor(counts), int(add), E, inputs, outputs)
+        ends = (torch.tensor(counts), int(add), E, inputs, outputs)
+        call("linear_dw", (x.dtype,), grad_MO, x, x.stride(0), out_EOI, *ends)
         return out_EOI
     groups = zip(grad_MO.split(counts), x_MI.split(counts), out_EOI.view(sizes), strict=True)
     for grad, rows, out in groups:
@@ -123,14 +125,16 @@ def _sizes(x_MI: Tensor, weight_EOI: Tensor, y_MO: Tensor, counts: list[int]) ->
 def row_alignment(x: Tensor) -> int:
     """What the rows of each group are rounded up to before `grouped_linear`.
 
-    oneDNN, which multiplies bf16 on CPUs, compiles a kernel for each shape it meets: without rounding, expert batches
-    never repeat a shape, and a matmul of an S-sized expert took 0.9 ms instead of 0.2.
+    oneDNN, which multiplies bf16 on CPUs where no native kernel does, compiles a kernel for each shape it meets:
+    without rounding, expert batches never repeat a shape, and a matmul of an S-sized expert took 0.9 ms, not 0.2.
     """
-    return 32 if x.device.type == "cpu" and _compute_dtype(x) == torch.bfloat16 else 1
+    dtype = _compute_dtype(x)
+    return 32 if x.device.type == "cpu" and dtype == torch.bfloat16 and not multiplies(dtype) else 1
 
 
 def _native(*operands: Tensor) -> bool:
-    return all(x.dtype is torch.float32 and serves(x) for x in operands)
+    dtype = operands[0].dtype
+    return multiplies(dtype) and all(x.dtype is dtype and serves(x) for x in operands)
 
 
 def _rows(x_MI: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-// Matmuls in fp32 at the rate of the machine, for training on CPUs: MKL, which PyTorch multiplies
-// by, takes the widest registers of one maker's processors alone, and knows nothing of groups.
+// Matmuls at the rate of the machine, for training on CPUs. In fp32: MKL, which PyTorch multiplies by, takes the widest
+// registers of one maker's processors alone, and knows nothing of groups. In bf16, summed in fp32, on processors that
+// multiply its pairs: oneDNN makes a kernel for every number of rows.
 //
 // A strip of rows by a few panels of columns is one task, whichever thread takes it. A panel of b is packed so that the
 // innermost loop reads whole vectors, and is cut in depth so that it stays in the first cache, the strip of a in the
@@ -15,6 +16,11 @@
 #include <vector>
 
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "common.h"
 
 namespace {
 
@@ -23,38 +29,52 @@ constexpr int64_t WIDTH = 16, ROWS = 8;  // floats in a vector; rows of a tile, 
 #else
 constexpr int64_t WIDTH = 8, ROWS = 4;
 #endif
-typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
-constexpr int64_t PANEL = 2 * WIDTH, STRIP = 256, DEPTH = 256;
+typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+constexpr int64_t PANEL = 2 * WIDTH, WIDE = 16 * PANEL, STRIP = 256, DEPTH = 256;
 static_assert(STRIP % ROWS == 0);
 
 inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
-// c[R, C * WIDTH] = or += a[R, K] b[K, C * WIDTH]
-template <int64_t R, int64_t C>
-inline void tile(const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c, int64_t c_row,
-                 int64_t K, bool add) {
+// A step of the innermost loop multiplies by one float, or by two bf16 that are neighbours in a sum.
+inline vec plus_product(vec sum, const float *a, vec b) { return sum + *a * b; }
+#ifdef __AVX512BF16__
+struct __attribute__((aligned(2), may_alias)) pair {
+    bf16 even, odd;
+};
+inline vec plus_product(vec sum, const pair *a, vec b) {
+    float both;
+    std::memcpy(&both, a, 4);
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_ps(both)), "v"(b));
+    return sum;
+}
+#endif
+
+// c[R, C * WIDTH] = or += a[R, K] b[K, C * WIDTH], of floats or of pairs
+template <int64_t R, int64_t C, class E>
+inline void tile(const E *a, int64_t a_row, int64_t a_col, const E *b, int64_t b_row, float *c, int64_t c_row, int64_t K,
+                 bool add) {
     vec sums[R][C];
     for (int64_t r = 0; r < R; r++)
         for (int64_t j = 0; j < C; j++) sums[r][j] = add ? *(const vec *)(c + r * c_row + j * WIDTH) : vec{};
     for (int64_t k = 0; k < K; k++)
         for (int64_t j = 0; j < C; j++) {
             vec bk = *(const vec *)(b + k * b_row + j * WIDTH);
-            for (int64_t r = 0; r < R; r++) sums[r][j] += a[r * a_row + k * a_col] * bk;
+            for (int64_t r = 0; r < R; r++) sums[r][j] = plus_product(sums[r][j], a + r * a_row + k * a_col, bk);
         }
     for (int64_t r = 0; r < R; r++)
         for (int64_t j = 0; j < C; j++) *(vec *)(c + r * c_row + j * WIDTH) = sums[r][j];
 }
 
-template <int64_t C, int64_t... LESS>
-inline void last_rows(int64_t R, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *c,
-                      int64_t c_row, int64_t K, bool add, std::integer_sequence<int64_t, LESS...>) {
+template <int64_t C, class E, int64_t... LESS>
+inline void last_rows(int64_t R, const E *a, int64_t a_row, int64_t a_col, const E *b, int64_t b_row, float *c, int64_t c_row,
+                      int64_t K, bool add, std::integer_sequence<int64_t, LESS...>) {
     ((R == LESS + 1 ? tile<LESS + 1, C>(a, a_row, a_col, b, b_row, c, c_row, K, add) : (void)0), ...);
 }
 
 // Tiles of ROWS rows, those of a `a_tile` apart, and what is left.
-template <int64_t C>
-inline void columns(int64_t M, const float *a, int64_t a_tile, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
-                    float *c, int64_t c_row, int64_t K, bool add) {
+template <int64_t C, class E>
+inline void columns(int64_t M, const E *a, int64_t a_tile, int64_t a_row, int64_t a_col, const E *b, int64_t b_row, float *c,
+                    int64_t c_row, int64_t K, bool add) {
     for (; M >= ROWS; M -= ROWS, a += a_tile, c += ROWS * c_row) tile<ROWS, C>(a, a_row, a_col, b, b_row, c, c_row, K, add);
     last_rows<C>(M, a, a_row, a_col, b, b_row, c, c_row, K, add, std::make_integer_sequence<int64_t, ROWS - 1>());
 }
@@ -67,16 +87,16 @@ void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t a_row, in
     for (; n < N; n += WIDTH) columns<1>(M, a, ROWS * a_row, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
 }
 
-struct Matrix {
-    const float *data;
+template <class T> struct Matrix {
+    const T *data;
     int64_t row, col;  // how far its rows and its columns are apart
-    const float *at(int64_t i, int64_t j) const { return data + i * row + j * col; }
+    const T *at(int64_t i, int64_t j) const { return data + i * row + j * col; }
 };
 
 // c[M, N] = or += a[M, K] b[K, N]; the columns of c are neighbours.
-struct Product {
-    Matrix a, b;
-    float *c;
+template <class T> struct Product {
+    Matrix<T> a, b;
+    T *c;
     int64_t c_row, M, N, K;
 };
 
@@ -100,7 +120,7 @@ template <int64_t S = WIDTH / 2> inline void transpose(vec *square) {
 }
 
 // to[K, PANEL] = b[K, N]; behind a last column within a vector zeros.
-void pack_panel(const Matrix &b, int64_t K, int64_t N, float *to) {
+void pack_panel(const Matrix<float> &b, int64_t K, int64_t N, float *to) {
     int64_t k = 0;
     if (N % WIDTH == 0 && b.row == 1)
         for (; k + WIDTH <= K; k += WIDTH)
@@ -118,7 +138,7 @@ void pack_panel(const Matrix &b, int64_t K, int64_t N, float *to) {
 }
 
 // Rows of a, transposed as it lies, by tiles: to[M / ROWS, K, ROWS].
-void pack_strip(const Matrix &a, int64_t M, int64_t K, float *to) {
+void pack_strip(const Matrix<float> &a, int64_t M, int64_t K, float *to) {
     constexpr int64_t NEAR = 16;  // of k at a time, so that the lines read are still there for the next tile
     for (int64_t first = 0; first < K; first += NEAR)
         for (int64_t m = 0; m < M; m += ROWS)
@@ -129,10 +149,10 @@ void pack_strip(const Matrix &a, int64_t M, int64_t K, float *to) {
             }
 }
 
-// What a thread packs into.
+// What a thread packs into, and where it adds up what is not fp32 in the end.
 struct Room {
-    float *panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH) * sizeof(float));
-    float *strip = panel + DEPTH * PANEL;
+    float *panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH + STRIP * WIDE) * sizeof(float));
+    float *strip = panel + DEPTH * PANEL, *sums = strip + STRIP * DEPTH;
     Room() {
         if (!panel) std::abort();  // out of memory
     }
@@ -141,13 +161,13 @@ struct Room {
 };
 
 // Rows [m, m + M) and columns [n, n + N) of a product.
-void work(const Product &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
+void work(const Product<float> &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
     if (p.K == 0 && !add)
         for (int64_t i = m; i < m + M; i++) std::memset(p.c + i * p.c_row + n, 0, N * sizeof(float));
     for (int64_t k = 0; k < p.K; k += DEPTH) {
         int64_t K = std::min(DEPTH, p.K - k);
         bool adds = add || k > 0;
-        Matrix a = {p.a.at(m, k), p.a.row, p.a.col};
+        Matrix<float> a = {p.a.at(m, k), p.a.row, p.a.col};
         int64_t a_tile = ROWS * a.row;
         if (a.row == 1 && a.col != 1) {
             pack_strip(a, M, K, room.strip);
@@ -174,16 +194,98 @@ void work(const Product &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add
     }
 }
 
-void multiply_packed(int threads, const std::vector<Product> &products, bool add) {
+#ifdef __AVX512BF16__
+// Neighbours in the sum: b[k, n] and b[k + 1, n], or 0 behind its end; `next` is how far they are apart.
+inline pair joined(const bf16 *first, int64_t next, bool last) { return {*first, last ? bf16{0} : first[next]}; }
+
+// Eight pairs of two rows.
+inline void zip(const bf16 *even, const bf16 *odd, pair *to) {
+    __m128i e = _mm_loadu_si128((const __m128i *)even), o = _mm_loadu_si128((const __m128i *)odd);
+    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi16(e, o));
+    _mm_storeu_si128((__m128i *)(to + 4), _mm_unpackhi_epi16(e, o));
+}
+
+// to[K / 2, PANEL] = b[K, N] in pairs
+void pack_panel(const Matrix<bf16> &b, int64_t K, int64_t N, pair *to) {
+    int64_t k = 0;
+    if (N % WIDTH == 0 && b.row == 1)
+        for (; k + 2 * WIDTH <= K; k += 2 * WIDTH)
+            for (int64_t n = 0; n < N; n += WIDTH) {
+                vec square[WIDTH];
+                for (int64_t i = 0; i < WIDTH; i++) square[i] = *(const vec *)b.at(k, n + i);
+                transpose(square);
+                for (int64_t i = 0; i < WIDTH; i++) *(vec *)(to + (k / 2 + i) * PANEL + n) = square[i];
+            }
+    for (; k < K; k += 2) {
+        pair *row = to + k / 2 * PANEL;
+        if (N == PANEL && b.col == 1 && k + 1 < K)
+            for (int64_t n = 0; n < PANEL; n += 8) zip(b.at(k, n), b.at(k + 1, n), row + n);
+        else
+            for (int64_t n = 0; n < PANEL; n++) row[n] = n < N ? joined(b.at(k, n), b.row, k + 1 == K) : pair{};
+    }
+}
+
+// Rows of a in pairs: to[M, K / 2], or, where a is transposed, by tiles: to[M / ROWS, K / 2, ROWS].
+void pack_strip(const Matrix<bf16> &a, int64_t M, int64_t K, pair *to) {
+    int64_t pairs = (K + 1) / 2;
+    if (a.row != 1) {
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t k = 0; k < K; k += 2) to[m * pairs + k / 2] = joined(a.at(m, k), a.col, k + 1 == K);
+        return;
+    }
+    constexpr int64_t NEAR = 16;
+    for (int64_t first = 0; first < K; first += NEAR)
+        for (int64_t m = 0; m < M; m += ROWS)
+            for (int64_t k = first; k < std::min(first + NEAR, K); k += 2) {
+                pair *row = to + m * pairs + k / 2 * ROWS;
+                if (M - m >= ROWS && k + 1 < K) zip(a.at(m, k), a.at(m, k + 1), row);
+                else
+                    for (int64_t r = 0; r < std::min(ROWS, M - m); r++) row[r] = joined(a.at(m + r, k), a.col, k + 1 == K);
+            }
+}
+
+void work(const Product<bf16> &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
+    pair *panel = (pair *)room.panel, *strip = (pair *)room.strip;
+    int64_t row = (N + PANEL - 1) / PANEL * PANEL;
+    if (p.K == 0) std::memset(room.sums, 0, M * row * sizeof(float));
+    for (int64_t k = 0; k < p.K; k += 2 * DEPTH) {
+        int64_t K = std::min(2 * DEPTH, p.K - k), pairs = (K + 1) / 2;
+        Matrix<bf16> a = {p.a.at(m, k), p.a.row, p.a.col};
+        Matrix<pair> in_pairs = {(const pair *)a.data, a.row / 2, 1};  // as it lies, where pairs lie in it
+        int64_t a_tile = ROWS * in_pairs.row;
+        if (a.col != 1 || a.row % 2 || K % 2) {
+            pack_strip(a, M, K, strip);
+            in_pairs = a.row == 1 ? Matrix<pair>{strip, 1, ROWS} : Matrix<pair>{strip, pairs, 1};
+            a_tile = ROWS * pairs;
+        }
+        for (int64_t j = 0; j < N; j += PANEL) {
+            pack_panel({p.b.at(k, n + j), p.b.row, p.b.col}, K, std::min(PANEL, N - j), panel);
+            columns<2>(M, in_pairs.data, a_tile, in_pairs.row, in_pairs.col, panel, PANEL, room.sums + j, row, pairs, k > 0);
+        }
+    }
+    for (int64_t i = 0; i < M; i++) {
+        const float *sums = room.sums + i * row;
+        bf16 *c = p.c + (m + i) * p.c_row + n;
+        if (add)
+#pragma omp simd
+            for (int64_t j = 0; j < N; j++) narrow(widen(c[j]) + sums[j], c[j]);
+        else
+#pragma omp simd
+            for (int64_t j = 0; j < N; j++) narrow(sums[j], c[j]);
+    }
+}
+#endif
+
+template <class T> void multiply_packed(int threads, const std::vector<Product<T>> &products, bool add) {
     struct Task {
-        const Product *product;
+        const Product<T> *product;
         int64_t m, n;
     };
     std::vector<Task> tasks;
-    int64_t high = STRIP, wide = 16 * PANEL;
+    int64_t high = STRIP, wide = WIDE;
     auto cut = [&] {
         tasks.clear();
-        for (const Product &p : products)
+        for (const Product<T> &p : products)
             for (int64_t m = 0; m < p.M; m += high)
                 for (int64_t n = 0; n < p.N; n += wide) tasks.push_back({&p, m, n});
         return (int64_t)tasks.size() >= 2 * threads;  // enough for all to be busy
@@ -201,27 +303,30 @@ void multiply_packed(int threads, const std::vector<Product> &products, bool add
 }
 
 // Rows of group e, x[counts[e], I], are multiplied by w[e], [O, I], transposed: y[counts[e], O].
-void grouped_linear(int threads, const float *x, int64_t x_row, const float *w, float *y, const int64_t *counts, int64_t E,
+template <class T>
+void grouped_linear(int threads, const T *x, int64_t x_row, const T *w, T *y, const int64_t *counts, int64_t E,
                     int64_t I, int64_t O) {
-    std::vector<Product> products;
+    std::vector<Product<T>> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{x + m * x_row, x_row, 1}, {w + e * O * I, 1, I}, y + m * O, O, counts[e], O, I});
     multiply_packed(threads, products, false);
 }
 
 // dx[counts[e], I] = dy[counts[e], O] w[e]
-void grouped_linear_dx(int threads, const float *dy, const float *w, float *dx, const int64_t *counts, int64_t E, int64_t I,
+template <class T>
+void grouped_linear_dx(int threads, const T *dy, const T *w, T *dx, const int64_t *counts, int64_t E, int64_t I,
                        int64_t O) {
-    std::vector<Product> products;
+    std::vector<Product<T>> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{dy + m * O, O, 1}, {w + e * O * I, I, 1}, dx + m * I, I, counts[e], I, O});
     multiply_packed(threads, products, false);
 }
 
 // dw[e], [O, I] = or += dy[counts[e], O] transposed x[counts[e], I]
-void grouped_linear_dw(int threads, const float *dy, const float *x, int64_t x_row, float *dw, const int64_t *counts,
+template <class T>
+void grouped_linear_dw(int threads, const T *dy, const T *x, int64_t x_row, T *dw, const int64_t *counts,
                        int64_t add, int64_t E, int64_t I, int64_t O) {
-    std::vector<Product> products;
+    std::vector<Product<T>> products;
     for (int64_t e = 0, m = 0; e < E; m += counts[e++])
         products.push_back({{dy + m * O, 1, O}, {x + m * x_row, x_row, 1}, dw + e * O * I, I, O, I, counts[e]});
     multiply_packed(threads, products, add);

@@ -1,5 +1,5 @@
 // The memory-bound parts of a training step, each in one pass over its rows where PyTorch's operators take many; and
-// causal attention (attention.h) and matmuls in fp32 (matmul.h).
+// causal attention (attention.h) and matmuls (matmul.h).
 //
 // Shapes: N rows, d their width, Z = vocab_size. Rows are contiguous inside and `stride` elements apart.
 // Every one of `threads` takes one contiguous block of rows (of matmuls, tasks as they come), so that sums are added in
@@ -177,9 +177,14 @@ void sum_rows_backward(int threads, const T *dout, const T *y, const int64_t *sl
 
 // What Python finds: pointers to the kernels, by name and dtypes.
 extern "C" {
-auto *linear = grouped_linear;
-auto *linear_dx = grouped_linear_dx;
-auto *linear_dw = grouped_linear_dw;
+auto *linear_float = grouped_linear<float>;
+auto *linear_dx_float = grouped_linear_dx<float>;
+auto *linear_dw_float = grouped_linear_dw<float>;
+#ifdef __AVX512BF16__
+auto *linear_bfloat16 = grouped_linear<bf16>;
+auto *linear_dx_bfloat16 = grouped_linear_dx<bf16>;
+auto *linear_dw_bfloat16 = grouped_linear_dw<bf16>;
+#endif
 auto *rms_norm_float_float = rms_norm<float, float>;
 auto *rms_norm_float_bfloat16 = rms_norm<float, bf16>;
 auto *rms_norm_bfloat16_bfloat16 = rms_norm<bf16, bf16>;

@@ -42,6 +42,16 @@ def serves(x: Tensor) -> bool:
     return plain and x.numel() > 0 and not torch.compiler.is_compiling() and load_library(SOURCE) is not None
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of that dtype are native: fp32, and bf16 where the CPU has instructions for it, but not AMX,
+    by which PyTorch multiplies faster."""
+    library = load_library(SOURCE)
+    if library is None or dtype is torch.float32:
+        return library is not None
+    return dtype is torch.bfloat16 and hasattr(library, "linear_bfloat16") and not torch.cpu._is_amx_tile_supported()
+
+
 def call(name: str, dtypes: tuple[torch.dtype, ...], *arguments: Tensor | int | float | None) -> None:
     """Run a kernel: tensors pass as pointers, None as a null one, int as int64_t, float as float."""
     kernel = _kernel(name, dtypes)
