@@ -13,7 +13,7 @@ from baleen.data.loader import Loader
 from baleen.model.transformer import Output, Transformer
 from baleen.recipe import Recipe
 from baleen.train.optimizer import Optimizer
-from baleen.train.precision import computing_in, resolve_precision
+from baleen.train.precision import Precision, computing_in, resolve_precision
 from baleen.train.schedule import Schedules
 from baleen.train.trainer import Counters
 
@@ -66,7 +66,7 @@ class DenseTrainer:
     def __init__(self, recipe: Recipe, model: Dense, loader: Loader):
         self.recipe, self.model, self.loader = recipe, model, loader
         self.schedules, self.counters = Schedules(recipe), Counters()
-        self.precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
+        self.precision: Precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
         self.optimizer = Optimizer(model, recipe.train)
         self._loss = torch.compile(self._eager_loss, dynamic=False)
         shape = (self.schedules.batch_sequences(0.0), recipe.train.seq_len + 1)

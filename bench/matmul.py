@@ -1,9 +1,9 @@
 """The matmuls of experts by the native kernels beside PyTorch's: GFLOP/s.
 
-    python bench/matmul.py [--rounds 9] [--json]
+    python bench/matmul.py [--precision fp32|bf16] [--rounds 9] [--json]
 
 2,048 tokens through the experts of configs S and M: forward, gradient of inputs, gradient of weights of all groups in
-one call, beside a loop of torch.mm over the groups and one torch.mm of all rows by one matrix (sgemm). All take turns.
+one call, beside a loop of torch.mm over the groups and one torch.mm of all rows by one matrix (gemm). All take turns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from baleen.model.linear import input_gradients, products, weight_gradients
 from baleen.model.native.training import kernels
 
 TOKENS = 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def contenders(x_MI: Tensor, weight_EOI: Tensor, grad_MO: Tensor, counts: list[int]) -> dict[str, Callable[[], object]]:
@@ -38,17 +39,17 @@ def contenders(x_MI: Tensor, weight_EOI: Tensor, grad_MO: Tensor, counts: list[i
     return {
         "forward, native": lambda: products(x_MI, weight_EOI, counts),
         "forward, loop": lambda: loop(out.split(counts), xs, weight_EOI.mT),
-        "forward, sgemm": lambda: torch.mm(x_MI, w.t(), out=out),
+        "forward, gemm": lambda: torch.mm(x_MI, w.t(), out=out),
         "inputs, native": lambda: input_gradients(grad_MO, weight_EOI, counts, grad_x),
         "inputs, loop": lambda: loop(grad_x.split(counts), grads, weight_EOI),
-        "inputs, sgemm": lambda: torch.mm(grad_MO, w, out=grad_x),
+        "inputs, gemm": lambda: torch.mm(grad_MO, w, out=grad_x),
         "weights, native": lambda: weight_gradients(grad_MO, x_MI, counts, grad_w),
         "weights, loop": lambda: loop(grad_w, turned, xs),
-        "weights, sgemm": lambda: torch.mm(grad_MO.t(), x_MI, out=grad_w[0]),
+        "weights, gemm": lambda: torch.mm(grad_MO.t(), x_MI, out=grad_w[0]),
     }
 
 
-def measure(config: str, rounds: int) -> dict[str, float]:
+def measure(config: str, rounds: int, dtype: torch.dtype) -> dict[str, float]:
     cfg = network(config).config
     generator = torch.Generator().manual_seed(1)
     of_expert = torch.randint(cfg.n_routed_experts, (TOKENS * cfg.num_experts_per_tok,), generator=generator)
@@ -57,8 +58,9 @@ def measure(config: str, rounds: int) -> dict[str, float]:
     shapes = ((2 * cfg.moe_intermediate_size, cfg.hidden_size), (cfg.hidden_size, cfg.moe_intermediate_size))
     made = []
     for outputs, inputs in shapes:
-        x, grad = (torch.randn(len(of_expert), width, generator=generator) for width in (inputs, outputs))
-        made.append(contenders(x, torch.randn(len(counts), outputs, inputs, generator=generator), grad, counts))
+        sizes = ((len(of_expert), inputs), (len(counts), outputs, inputs), (len(of_expert), outputs))
+        x, weight, grad = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+        made.append(contenders(x, weight, grad, counts))
     names = list(made[0])
     for round_ in range(rounds + 1):
         for name in in_turns(names, round_):
@@ -73,16 +75,17 @@ def measure(config: str, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = {config: measure(config, args.rounds) for config in ("S", "M")}
+    found = {config: measure(config, args.rounds, DTYPES[args.precision]) for config in ("S", "M")}
     if args.json:
-        print(json.dumps({"gflops": found, "path": kernels(), "machine": machine()}))
+        print(json.dumps({"gflops": found, "precision": args.precision, "path": kernels(), "machine": machine()}))
         return
     for config, rates in found.items():
         for work in ("forward", "inputs", "weights"):
-            who = {name: rates[f"{work}, {name}"] for name in ("native", "loop", "sgemm")}
+            who = {name: rates[f"{work}, {name}"] for name in ("native", "loop", "gemm")}
             print(f"{config} {work:8} " + "  ".join(f"{name} {rate:5.0f} GFLOP/s" for name, rate in who.items()))
 
 

@@ -3,9 +3,10 @@
     python bench/quality.py [--minutes 20] [--grid-minutes 3] [--recipe quality.toml] [--rows FILE] [--json]
 
 Learning rate and size of each are tuned in short runs until the best has a worse neighbour on every side. Then each
-trains for --minutes, and Baleen for half of them. Every run is kept in --rows when it ends: stopped, the same command
-goes on. The clock stands still while held-out text is scored and while a dense model is compiled. Two hours and a half
-on two cores. What it finds without an option is kept in bench/results/quality.json.
+trains for --minutes, and Baleen for half of them. Runs that are compared take turns of a few seconds, each on a clock
+of its own, which stands still while held-out text is scored and while a dense model is compiled: a machine that slows
+down slows all of them. What has ended is kept in --rows: stopped, the same command goes on. Two hours and a half on two
+cores. What it finds without an option is kept in bench/results/quality.json.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 
 SCORES = 10  # of held-out text, on the way of a long run
+TURN_SECONDS = 5.0
 LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
@@ -75,6 +77,15 @@ def widened(model: ModelConfig, ratio: float) -> ModelConfig:
     return model.model_copy(update={name: round(ratio * getattr(model, name) / 16) * 16 for name in widths})
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A contestant at one place of its grid."""
+
+    who: Contestant
+    lr: float
+    size: int
+
+
 class Race:
     """The runs, each by its settings and its code; those that have been run before are read from the file."""
 
@@ -82,20 +93,26 @@ class Race:
         self._base, self._prepared, self._path = base, prepared, path
         self._rows: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
 
-    def run(self, who: Contestant, *, lr: float, size: int, minutes: float, scores: int = 1) -> Row:
-        """Trains for `minutes`: {bits_per_byte, tokens, seconds, tokens_per_second, parameters, curve, ...}."""
-        recipe = who.recipe(self._base, lr=lr, size=size, minutes=minutes)
-        name = f"{who.name}, size {size:+d}, lr {lr:.3g}, {minutes:g} minutes, {fingerprint(recipe)}, {machine()['cpu']}"
-        if name not in self._rows:
-            row = {"name": who.name, "lr": lr, "size": size} | self._train(
-                who.trainer(recipe, self._prepared, size), scores
-            )
-            row |= {"date": datetime.date.today().isoformat()}
+    def run(self, entries: list[Entry], *, minutes: float, scores: int = 1) -> list[Row]:
+        """Trains each for `minutes`, by turns: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
+        runs, names = [], []
+        for entry in entries:
+            recipe = entry.who.recipe(self._base, lr=entry.lr, size=entry.size, minutes=minutes)
+            name = f"{entry.who.name}, size {entry.size:+d}, lr {entry.lr:.3g}, {minutes:g} minutes"
+            names.append(f"{name}, {fingerprint(recipe)}, {machine()['cpu']}")
+            if names[-1] not in self._rows:
+                trainer = entry.who.trainer(recipe, self._prepared, entry.size)
+                runs.append((names[-1], entry, Run(trainer, self._prepared, scores)))
+        while any(not run.trainer.done for _, _, run in runs):
+            for _, _, run in runs:
+                run.go_on(TURN_SECONDS)
+        for name, entry, run in runs:
+            row = {"name": entry.who.name, "lr": entry.lr, "size": entry.size} | run.row()
+            self._rows[name] = row | {"date": datetime.date.today().isoformat()}
             print(f"  {name}: {row['tokens']:,} tokens, {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
-            self._rows[name] = row
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._rows, indent=1) + "\n")
-        return self._rows[name]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._rows, indent=1) + "\n")
+        return [self._rows[name] for name in names]
 
     def tuned(self, who: Contestant, minutes: float) -> list[Row]:
         """Runs from the middle of the grid towards ever better neighbours; the first is the best one, with all its
@@ -104,40 +121,52 @@ class Race:
         best = (0, 0)
         while True:
             step, size = at = best
-            rates = [(step - 1, size), (step + 1, size)]
-            sizes = [(step, size - 1), (step, size + 1)]
+            sizes, rates = [(step, size - 1), (step, size + 1)], [(step - 1, size), (step + 1, size)]
             for near in (sizes, rates):
-                for place in (at, *near):
-                    if place not in tried:
-                        tried[place] = self.run(who, lr=who.lr * LR_RATIO ** place[0], size=place[1], minutes=minutes)
+                places = [place for place in (at, *near) if place not in tried]
+                entries = [Entry(who, who.lr * LR_RATIO ** place[0], place[1]) for place in places]
+                tried |= zip(places, self.run(entries, minutes=minutes), strict=True)
                 best = min((at, *near), key=lambda place: tried[place]["bits_per_byte"])
                 if best != at:
                     break
             else:
                 return sorted(tried.values(), key=lambda row: row["bits_per_byte"])
 
-    def _train(self, trainer: Trainer | DenseTrainer, scores: int) -> Row:
-        recipe, counters, curve, paused = trainer.recipe, trainer.counters, [], 0.0
-        model: Any = trainer.model
-        heldout, started = self._prepared.heldout, time.monotonic()
-        while not trainer.done:
-            trainer.step()
-            counters.wall_seconds = time.monotonic() - started - paused
-            share = trainer.position / recipe.train.tokens
-            if trainer.done or share * scores >= len(curve) + 1:
-                before = time.monotonic()
-                found = bits_per_byte(model, self._prepared.tokenizer, heldout, window=recipe.train.seq_len)
-                bits = found["bits_per_byte"]
-                bits = bits if math.isfinite(bits) else math.inf  # NaN would count as the best
-                curve.append({"seconds": counters.wall_seconds, "bits_per_byte": bits})
-                paused += time.monotonic() - before
+
+class Run:
+    """A training with a clock of its own, and the held-out text scored on the way."""
+
+    def __init__(self, trainer: Trainer | DenseTrainer, prepared: Prepared, scores: int):
+        self.trainer, self._prepared, self._scores = trainer, prepared, scores
+        self._curve: list[dict[str, float]] = []
+
+    def go_on(self, seconds: float) -> None:
+        """Trains for so long, or to the end."""
+        counters, started = self.trainer.counters, time.monotonic()
+        before = counters.wall_seconds
+        while not self.trainer.done and counters.wall_seconds - before < seconds:
+            self.trainer.step()
+            counters.wall_seconds = before + time.monotonic() - started
+        share = self.trainer.position / self.trainer.recipe.train.tokens
+        if before < counters.wall_seconds and (self.trainer.done or share * self._scores >= len(self._curve) + 1):
+            self._score()
+
+    def _score(self) -> None:
+        model: Any = self.trainer.model
+        window = self.trainer.recipe.train.seq_len
+        bits = bits_per_byte(model, self._prepared.tokenizer, self._prepared.heldout, window=window)["bits_per_byte"]
+        bits = bits if math.isfinite(bits) else math.inf  # NaN would count as the best
+        self._curve.append({"seconds": self.trainer.counters.wall_seconds, "bits_per_byte": bits})
+
+    def row(self) -> Row:
+        counters = self.trainer.counters
         return {
-            "bits_per_byte": curve[-1]["bits_per_byte"],
+            "bits_per_byte": self._curve[-1]["bits_per_byte"],
             "tokens": counters.tokens,
             "seconds": counters.wall_seconds,
             "tokens_per_second": counters.tokens / counters.wall_seconds,
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "curve": curve,
+            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "curve": self._curve,
         }
 
 
@@ -164,15 +193,15 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     race = Race(base, prepared, args.rows)
     ours = Contestant("baleen", train.optimizer, train.lr, dense=False)
     peers = [Contestant(f"dense {name}", name, args.dense_lr, dense=True) for name in ("adamw", "muon")]
-    grids, best, finals = {}, {}, {}
+    grids, best = {}, []
     for who in (ours, *peers):
         print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
         grids[who.name] = race.tuned(who, args.grid_minutes)
-        best[who.name] = {key: grids[who.name][0][key] for key in ("lr", "size")}
-    for who in (ours, *peers):
-        finals[who.name] = race.run(who, **best[who.name], minutes=args.minutes, scores=SCORES)
+        best.append(Entry(who, lr=grids[who.name][0]["lr"], size=grids[who.name][0]["size"]))
+    rows = race.run(best, minutes=args.minutes, scores=SCORES)
+    finals = {row["name"]: row for row in rows}
     yield told(finals, {}, grids)
-    shorter = race.run(ours, **best[ours.name], minutes=args.minutes / 2, scores=SCORES)
+    (shorter,) = race.run(best[:1], minutes=args.minutes / 2, scores=SCORES)
     yield told(finals, {"baleen, half the time": shorter}, grids)
 
 

@@ -16,9 +16,9 @@ from baleen.model.fused import (
     swiglu,
     swiglu_twin,
 )
-from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, products, weight_gradients
+from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, products, row_alignment, weight_gradients
 from baleen.model.native.library import load_library
-from baleen.model.native.training import SOURCE
+from baleen.model.native.training import SOURCE, multiplies
 from baleen.model.rows import combine_rows, sum_rows_twin
 from baleen.model.sdpa import Attention
 
@@ -26,6 +26,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
 
 needs_native = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler here")
+no_bf16 = pytest.mark.skipif(not multiplies(BF16), reason="no AVX512-BF16 here, or AMX, by which PyTorch multiplies")
+multiplied = pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=no_bf16)])
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
@@ -198,17 +200,18 @@ def test_attention_is_pytorchs_beyond_the_longest_and_under_a_mask(monkeypatch: 
 
 
 @needs_native
-@pytest.mark.parametrize("counts", [[3, 0, 21, 1], [300, 40]])
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (33, 16), (48, 80), (300, 352)])
-def test_matmuls_by_groups(counts: list[int], inputs: int, outputs: int):
+@multiplied
+@pytest.mark.parametrize("counts", [[3, 0, 21, 1], [300, 40], [600]])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (33, 16), (48, 80), (300, 352), (513, 31)])
+def test_matmuls_by_groups(dtype: torch.dtype, counts: list[int], inputs: int, outputs: int):
     """Of sizes on either side of a vector, a tile, a strip and a depth."""
     torch.manual_seed(0)
-    operands = [torch.randn(sum(counts), inputs), torch.randn(len(counts), outputs, inputs)]
+    operands = [torch.randn(sum(counts), inputs).to(dtype), torch.randn(len(counts), outputs, inputs).to(dtype)]
     ours, our_grads = gradients(lambda x, w: grouped_linear(x, w, counts), operands)
     wide = [x.double() for x in operands]
     theirs, their_grads = gradients(lambda x, w: grouped_linear_loop(x, w, counts), wide)
     for a, b in zip([ours, *our_grads], [theirs, *their_grads], strict=True):
-        assert close(a, b.float(), FP32)
+        assert close(a, b.to(dtype), dtype)
 
 
 @needs_native
@@ -227,23 +230,42 @@ def test_a_linear_layer_of_a_slice():
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [50, 600])
+@multiplied
+@pytest.mark.parametrize("rows", [50, 51, 600])
 @pytest.mark.parametrize("inputs", [33, 64])
-def test_gradients_of_weights_are_added(rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_of_weights_are_added(dtype: torch.dtype, rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
-    grad, x, before = torch.randn(rows, 20), torch.randn(rows, inputs), torch.randn(20, inputs)
+    grad, x, before = (torch.randn(shape).to(dtype) for shape in ((rows, 20), (rows, inputs), (20, inputs)))
     called, run = [], linear.call
     monkeypatch.setattr(linear, "call", lambda name, *rest: (called.append(name), run(name, *rest)))
     found = weight_gradients(grad, x, [rows], before.clone(), add=True)
     assert called == ["linear_dw"]
-    assert close(found, (before.double() + grad.double().t() @ x.double()).float(), FP32)
+    assert close(found, (before.double() + grad.double().t() @ x.double()).to(dtype), dtype)
 
 
 @needs_native
-def test_matmuls_do_not_depend_on_threads_or_on_their_neighbours():
+@no_bf16
+def test_under_autocast_matmuls_are_native_and_no_row_is_added(monkeypatch: pytest.MonkeyPatch):
+    """And equal to PyTorch's to the rounding of a bf16 output."""
+    torch.manual_seed(0)
+    called, run = [], linear.call
+    monkeypatch.setattr(linear, "call", lambda name, dtypes, *rest: (called.append(dtypes), run(name, dtypes, *rest)))
+    x, weight = torch.randn(2, 17, 40), torch.randn(24, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, our_grads = gradients(linear.linear, [x, weight])
+        theirs, their_grads = gradients(F.linear, [x, weight])
+        assert row_alignment(x) == 1
+    assert called == 3 * [(BF16,)]
+    assert close(ours, theirs, BF16) and [grad.dtype for grad in our_grads] == [FP32, FP32]
+    assert all(close(a.bfloat16(), b.bfloat16(), BF16) for a, b in zip(our_grads, their_grads, strict=True))
+
+
+@needs_native
+@multiplied
+def test_matmuls_do_not_depend_on_threads_or_on_their_neighbours(dtype: torch.dtype):
     """Each element is summed in one order, whoever computes it and however many rows there are."""
     torch.manual_seed(0)
-    x, weight = torch.randn(700, 300), torch.randn(2, 45, 300)
+    x, weight = torch.randn(700, 300).to(dtype), torch.randn(2, 45, 300).to(dtype)
     found, threads = {}, torch.get_num_threads()
     try:
         for count in (1, 2, 3):

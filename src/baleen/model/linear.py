@@ -75,8 +75,8 @@ def products(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
     out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[-2])
     E, outputs, inputs = sizes = _sizes(x_MI, weight_EOI, out_MO, counts)
     if _native(x_MI, weight_EOI, out_MO):
-        x = _rows(x_MI)
-        call("linear", (x.dtype,), x, x.stride(0), weight_EOI.contiguous(), out_MO, torch.tensor(counts), E, inputs, outputs)
+        x, weight = _rows(x_MI), weight_EOI.contiguous()
+        call("linear", (x.dtype,), x, x.stride(0), weight, out_MO, torch.tensor(counts), E, inputs, outputs)
         return out_MO
     weights = weight_EOI.view(sizes)
     for rows, w, out in zip(x_MI.split(counts), weights, out_MO.split(counts), strict=True):

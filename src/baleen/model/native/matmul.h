@@ -44,6 +44,7 @@ struct __attribute__((aligned(2), may_alias)) pair {
 inline vec plus_product(vec sum, const pair *a, vec b) {
     float both;
     std::memcpy(&both, a, 4);
+    // Around the intrinsic GCC 12 moves the sums through the stack: 250 GFLOP/s instead of 370.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_ps(both)), "v"(b));
     return sum;
 }
@@ -199,6 +200,7 @@ void work(const Product<float> &p, int64_t m, int64_t M, int64_t n, int64_t N, b
 inline pair joined(const bf16 *first, int64_t next, bool last) { return {*first, last ? bf16{0} : first[next]}; }
 
 // Eight pairs of two rows.
+static_assert(ROWS == 8 && PANEL % 8 == 0);
 inline void zip(const bf16 *even, const bf16 *odd, pair *to) {
     __m128i e = _mm_loadu_si128((const __m128i *)even), o = _mm_loadu_si128((const __m128i *)odd);
     _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi16(e, o));
