@@ -68,7 +68,7 @@ class DenseTrainer:
         self.schedules, self.counters = Schedules(recipe), Counters()
         self.precision: Precision = resolve_precision(recipe.train.precision, torch.device("cpu"))
         self.optimizer = Optimizer(model, recipe.train)
-        self._loss = torch.compile(self._eager_loss, dynamic=False)
+        self._loss = torch.compile(self._eager_loss, dynamic=False, fullgraph=True)
         shape = (self.schedules.batch_sequences(0.0), recipe.train.seq_len + 1)
         self._loss(torch.zeros(shape, dtype=torch.long)).backward()  # compiled here, on no clock
 

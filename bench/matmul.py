@@ -20,14 +20,14 @@ from rounds import in_turns
 from torch import Tensor
 
 from baleen.model.linear import input_gradients, products, weight_gradients
-from baleen.model.native.training import kernels
+from baleen.model.native.training import kernels, multiplies
 
 TOKENS = 2048
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def contenders(x_MI: Tensor, weight_EOI: Tensor, grad_MO: Tensor, counts: list[int]) -> dict[str, Callable[[], object]]:
-    """{"work, who": what is timed}; the loop and sgemm write into outputs that are there."""
+    """{"work, who": what is timed}; the loop and gemm write into outputs that are there."""
     out, grad_x, grad_w = torch.empty_like(grad_MO), torch.empty_like(x_MI), torch.empty_like(weight_EOI)
     xs, grads, w = x_MI.split(counts), grad_MO.split(counts), weight_EOI[0]
 
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if not multiplies(DTYPES[args.precision]):
+        parser.error(f"{args.precision} is PyTorch's on this machine: there is nothing to compare")
     found = {config: measure(config, args.rounds, DTYPES[args.precision]) for config in ("S", "M")}
     if args.json:
         print(json.dumps({"gflops": found, "precision": args.precision, "path": kernels(), "machine": machine()}))

@@ -3,10 +3,12 @@
     python bench/quality.py [--minutes 20] [--grid-minutes 3] [--recipe quality.toml] [--rows FILE] [--json]
 
 Learning rate and size of each are tuned in short runs until the best has a worse neighbour on every side. Then each
-trains for --minutes, and Baleen for half of them. Runs that are compared take turns of a few seconds, each on a clock
-of its own, which stands still while held-out text is scored and while a dense model is compiled: a machine that slows
-down slows all of them. What has ended is kept in --rows: stopped, the same command goes on. Two hours and a half on two
-cores. What it finds without an option is kept in bench/results/quality.json.
+trains for --minutes, and Baleen once more for half of them. The dense models are compiled and have what helps Baleen
+too: its schedule, its initial weights' size, its embedding's higher rate. Runs that are compared take turns of a few
+seconds, each on a clock of its own, which stands still while held-out text is scored and while a model is compiled: a
+machine that slows down slows all of them. What has been compared is kept in --rows: stopped, the same command goes on
+with the next comparison. Three hours on two cores, or more, where a middle of a grid is not its best. What it finds
+without an option is kept in bench/results/quality.json.
 """
 
 from __future__ import annotations
@@ -17,27 +19,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import machine
+from contenders import machine, versions
 from dense import Dense, DenseTrainer, active_parameters
+from rounds import in_turns
 
 from baleen.config import ModelConfig
 from baleen.data.loader import Loader
 from baleen.data.prepare import Prepared, prepare
 from baleen.eval.bits_per_byte import bits_per_byte
+from baleen.model.native.training import kernels
 from baleen.model.transformer import Transformer
 from baleen.parallel.ranks import fingerprint_of_code
 from baleen.recipe import Recipe, load_recipe
 from baleen.train.precision import keep_freed_memory
 from baleen.train.trainer import Trainer
 
-SCORES = 10  # of held-out text, on the way of a long run
+SCORES = 12  # of held-out text, on the way of a long run
 TURN_SECONDS = 5.0
 LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
 HERE = Path(__file__).parent
@@ -73,8 +76,9 @@ class Contestant:
 
 def widened(model: ModelConfig, ratio: float) -> ModelConfig:
     """Heads stay as wide and as many as they are."""
-    widths = ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
-    return model.model_copy(update={name: round(ratio * getattr(model, name) / 16) * 16 for name in widths})
+    names = ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
+    widths = {name: getattr(model, name) for name in names}
+    return model.model_copy(update={n: max(1, round(ratio * w / 16)) * 16 for n, w in widths.items() if w is not None})
 
 
 @dataclass(frozen=True)
@@ -84,53 +88,63 @@ class Entry:
     who: Contestant
     lr: float
     size: int
+    minutes: float
 
 
 class Race:
-    """The runs, each by its settings and its code; those that have been run before are read from the file."""
+    """Comparisons, each by its entries and their code; one that has been made before is read from the file."""
 
     def __init__(self, base: Recipe, prepared: Prepared, path: Path):
         self._base, self._prepared, self._path = base, prepared, path
-        self._rows: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+        self._compared: dict[str, list[Row]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def run(self, entries: list[Entry], *, minutes: float, scores: int = 1) -> list[Row]:
-        """Trains each for `minutes`, by turns: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
-        runs, names = [], []
-        for entry in entries:
-            recipe = entry.who.recipe(self._base, lr=entry.lr, size=entry.size, minutes=minutes)
-            name = f"{entry.who.name}, size {entry.size:+d}, lr {entry.lr:.3g}, {minutes:g} minutes"
-            names.append(f"{name}, {fingerprint(recipe)}, {machine()['cpu']}")
-            if names[-1] not in self._rows:
-                trainer = entry.who.trainer(recipe, self._prepared, entry.size)
-                runs.append((names[-1], entry, Run(trainer, self._prepared, scores)))
-        while any(not run.trainer.done for _, _, run in runs):
-            for _, _, run in runs:
-                run.go_on(TURN_SECONDS)
-        for name, entry, run in runs:
-            row = {"name": entry.who.name, "lr": entry.lr, "size": entry.size} | run.row()
-            self._rows[name] = row | {"date": datetime.date.today().isoformat()}
-            print(f"  {name}: {row['tokens']:,} tokens, {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._rows, indent=1) + "\n")
-        return [self._rows[name] for name in names]
+    def compare(self, entries: list[Entry], *, scores: int = 1) -> list[Row]:
+        """Trains all by turns; a row of each: {bits_per_byte, tokens, seconds, tokens_per_second, curve, ...}."""
+        recipes = [e.who.recipe(self._base, lr=e.lr, size=e.size, minutes=e.minutes) for e in entries]
+        name = self._name(entries, recipes, scores)
+        if name not in self._compared:
+            runs = []
+            for entry, recipe in zip(entries, recipes, strict=True):
+                runs.append(Run(entry.who.trainer(recipe, self._prepared, entry.size), self._prepared, scores))
+            turn = 0
+            while not all(run.trainer.done for run in runs):
+                for run in in_turns(runs, turn):
+                    run.go_on(TURN_SECONDS)
+                turn += 1
+            rows = []
+            for entry, run in zip(entries, runs, strict=True):
+                place = {"name": entry.who.name, "lr": entry.lr, "size": entry.size}
+                rows.append(row := place | run.row() | {"date": datetime.date.today().isoformat()})
+                told = f"{row['name']}, size {row['size']:+d}, lr {row['lr']:.2g}, {entry.minutes:g} minutes"
+                print(f"  {told}: {row['tokens']:,} tokens, {row['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
+            self._compared[name] = rows
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._compared, indent=1) + "\n")
+        return self._compared[name]
 
     def tuned(self, who: Contestant, minutes: float) -> list[Row]:
-        """Runs from the middle of the grid towards ever better neighbours; the first is the best one, with all its
-        neighbours among the others."""
-        tried: dict[tuple[int, int], Row] = {}
-        best = (0, 0)
+        """Compares the middle of the grid with its four neighbours and goes on around the best, until that is a middle;
+        the rows of the last comparison, the best first. Where two places beat each other by turns, it is the last."""
+        step, size = 0, 0
+        middles = []
         while True:
-            step, size = at = best
-            sizes, rates = [(step, size - 1), (step, size + 1)], [(step - 1, size), (step + 1, size)]
-            for near in (sizes, rates):
-                places = [place for place in (at, *near) if place not in tried]
-                entries = [Entry(who, who.lr * LR_RATIO ** place[0], place[1]) for place in places]
-                tried |= zip(places, self.run(entries, minutes=minutes), strict=True)
-                best = min((at, *near), key=lambda place: tried[place]["bits_per_byte"])
-                if best != at:
-                    break
-            else:
-                return sorted(tried.values(), key=lambda row: row["bits_per_byte"])
+            middles.append((step, size))
+            places = [(step, size), (step, size - 1), (step, size + 1), (step - 1, size), (step + 1, size)]
+            rows = self.compare([Entry(who, who.lr * LR_RATIO ** place[0], place[1], minutes) for place in places])
+            best = min(range(len(rows)), key=lambda i: rows[i]["bits_per_byte"])
+            if places[best] in middles:
+                return [rows[best], *rows[:best], *rows[best + 1 :]]
+            step, size = places[best]
+
+    def _name(self, entries: list[Entry], recipes: list[Recipe], scores: int) -> str:
+        """Of all that decides the rows: code, recipes, text and machine."""
+        digest = blake2b(fingerprint_of_code().encode(), digest_size=8)
+        for file in ("dense.py", Path(__file__).name):
+            digest.update((HERE / file).read_bytes())
+        for entry, recipe in zip(entries, recipes, strict=True):
+            digest.update(f"{entry} {recipe.to_toml()}".encode())
+        digest.update(json.dumps([scores, self._prepared.stats, machine(), versions()]).encode())
+        return f"{' / '.join(dict.fromkeys(entry.who.name for entry in entries))}, {digest.hexdigest()}"
 
 
 class Run:
@@ -166,16 +180,9 @@ class Run:
             "seconds": counters.wall_seconds,
             "tokens_per_second": counters.tokens / counters.wall_seconds,
             "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "epochs": self.trainer.loader.epoch,  # of the text that are behind it
             "curve": self._curve,
         }
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Of what a run follows: the recipe, and the code that trains it."""
-    digest = blake2b(recipe.to_toml().encode() + fingerprint_of_code().encode(), digest_size=6)
-    for file in ("dense.py", Path(__file__).name):
-        digest.update((HERE / file).read_bytes())
-    return digest.hexdigest()
 
 
 def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
@@ -183,8 +190,8 @@ def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
     return next((point["seconds"] for point in curve if point["bits_per_byte"] <= bits), None)
 
 
-def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is known once all have been tuned and trained, and again after Baleen's shorter run."""
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What all have reached, each at the best place of its grid."""
     base = load_recipe(args.recipe)
     train = base.train
     prepared = prepare(
@@ -197,28 +204,30 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for who in (ours, *peers):
         print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
         grids[who.name] = race.tuned(who, args.grid_minutes)
-        best.append(Entry(who, lr=grids[who.name][0]["lr"], size=grids[who.name][0]["size"]))
-    rows = race.run(best, minutes=args.minutes, scores=SCORES)
-    finals = {row["name"]: row for row in rows}
-    yield told(finals, {}, grids)
-    (shorter,) = race.run(best[:1], minutes=args.minutes / 2, scores=SCORES)
-    yield told(finals, {"baleen, half the time": shorter}, grids)
+        middle = grids[who.name][0]
+        best.append(Entry(who, middle["lr"], middle["size"], args.minutes))
+    shorter = replace(best[0], minutes=args.minutes / 2)
+    *finals, half = race.compare([*best, shorter], scores=SCORES)
+    return told({row["name"]: row for row in finals}, half, grids)
 
 
-def told(finals: dict[str, Row], others: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
+def told(finals: dict[str, Row], half: Row, grids: dict[str, list[Row]]) -> dict[str, Any]:
     """{baleen, peers, ratios, reached_after_seconds, grids, machine, date}"""
-    bits = {name: row["bits_per_byte"] for name, row in (finals | others).items()}
-    peers = {name: row for name, row in finals.items() if name != "baleen"}
+    ours = {"baleen": finals.pop("baleen"), "baleen, half the time": half}
+    ratios = {
+        f"bits per byte: {a} / {b}": row["bits_per_byte"] / peer["bits_per_byte"]
+        for a, row in ours.items()
+        for b, peer in finals.items()
+    }
+    curve = ours["baleen"]["curve"]
     return {
-        "baleen": finals["baleen"],
-        "peers": peers | others,
-        "ratios": {
-            f"bits per byte: {a} / {b}": bits[a] / bits[b] for a in bits for b in bits if "baleen" in a and "dense" in b
-        },
-        "reached_after_seconds": {name: first_reached(finals["baleen"]["curve"], bits[name]) for name in peers},
+        **ours,
+        "peers": finals,
+        "ratios": ratios,
+        "reached_after_seconds": {name: first_reached(curve, row["bits_per_byte"]) for name, row in finals.items()},
         "grids": grids,
         "machine": machine(),
-        "date": max(row["date"] for row in finals.values()),
+        "date": ours["baleen"]["date"],
     }
 
 
@@ -233,17 +242,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     keep_freed_memory()
-    result: dict[str, Any] = {}
-    for result in measured(args):
-        if vars(args) == vars(parser.parse_args([])) | {"json": args.json}:
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    torch._dynamo.config.recompile_limit = 64  # dense models of many sizes share one compiled function
+    print(f"baleen's kernels: {kernels()}", file=sys.stderr)  # compiled now, on no clock
+    result = measured(args)
+    if vars(args) == vars(parser.parse_args([])) | {"json": args.json}:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))
         return
-    for name, row in {"baleen": result["baleen"], **result["peers"]}.items():
+    halves = ("baleen", "baleen, half the time")
+    for name, row in {**{name: result[name] for name in halves}, **result["peers"]}.items():
         print(
             f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
-            f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}"
+            f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}, epochs {row['epochs']}"
         )
         print("  " + " ".join(f"{point['seconds']:.0f}s:{point['bits_per_byte']:.3f}" for point in row["curve"]))
     for name, ratio in result["ratios"].items():

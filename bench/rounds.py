@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from contenders import Baleen, Contender, LlamaCpp, Transformers, differences, gguf_file, machine, versions
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from baleen.infer.native.library import native_library
 from baleen.model.transformer import Transformer
 
+T = TypeVar("T")
 WINDOW = 0.5  # seconds, of each contender in each round
 LLAMA = {"fp32": "f32", "bf16": "f16", "int8": "q8_0", "int4": "q4_1"}  # the same bits a weight
 # Of the logits, against fp32. Random gates choose among near ties, which rounding turns; strangers differ by 1.4.
@@ -103,7 +104,7 @@ def speed(run: Callable[[], object], tokens: int, before: Callable[[], object] =
     return times * tokens / timed
 
 
-def in_turns(names: Sequence[str], round_: int) -> list[str]:
+def in_turns(names: Sequence[T], round_: int) -> list[T]:
     """All of them, in each round another one first."""
     first = round_ % len(names)
     return [*names[first:], *names[:first]]

@@ -149,7 +149,7 @@ def test_what_it_is_made_of_makes_another_library(compiler, source, monkeypatch)
 
 @needs_compiler
 @pytest.mark.skipif(not X86, reason="compiles for x86")
-@pytest.mark.parametrize("arch", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ["x86-64-v3", "cooperlake", pytest.param("x86-64-v2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOURCES)
 def test_other_cpus_are_compiled_for_without_warnings(name, arch):
     flags = ("-std=c++17", "-fopenmp", f"-march={arch}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
@@ -160,10 +160,10 @@ def test_other_cpus_are_compiled_for_without_warnings(name, arch):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="compiles for x86")
-@pytest.mark.parametrize("arch", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("arch", ["x86-64", "x86-64-v3", "x86-64-v4", "cooperlake"])
 def test_kernels_for_other_cpus_equal_their_twins(arch, tmp_path):
-    """The tests of both libraries again, compiled for a CPU without AVX, with AVX2, and with AVX-512."""
-    needs = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}.get(arch, "")
+    """The tests of both libraries again, compiled for a CPU without AVX, with AVX2, with AVX-512, and with its BF16."""
+    needs = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw", "cooperlake": "avx512_bf16"}.get(arch, "")
     if needs not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {needs}")
     env = {**os.environ, "BALEEN_NATIVE_ARCH": arch, "BALEEN_NATIVE": "require", "XDG_CACHE_HOME": str(tmp_path)}

@@ -23,11 +23,13 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """F.linear: [..., I] -> [..., O]."""
-    if x.ndim < 2 or not (multiplies(_compute_dtype(x)) and serves(x) and serves(weight_OI)):
+    dtype = _compute_dtype(x)
+    alike = x.dtype is weight_OI.dtype or torch.is_autocast_enabled(x.device.type)
+    if x.ndim < 2 or not (alike and serves(x) and serves(weight_OI) and multiplies(dtype)):
         return F.linear(x, weight_OI, bias_O)
     rows_MI = x.flatten(0, -2)
     y = grouped_linear(rows_MI, weight_OI, [len(rows_MI)]).unflatten(0, x.shape[:-1])
-    return y if bias_O is None else y + bias_O
+    return y if bias_O is None else y + bias_O.to(y.dtype)
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int] | Tensor) -> Tensor:
@@ -129,12 +131,13 @@ def row_alignment(x: Tensor) -> int:
     without rounding, expert batches never repeat a shape, and a matmul of an S-sized expert took 0.9 ms, not 0.2.
     """
     dtype = _compute_dtype(x)
-    return 32 if x.device.type == "cpu" and dtype == torch.bfloat16 and not multiplies(dtype) else 1
+    by_onednn = x.device.type == "cpu" and dtype == torch.bfloat16 and not (serves(x) and multiplies(dtype))
+    return 32 if by_onednn else 1
 
 
 def _native(*operands: Tensor) -> bool:
     dtype = operands[0].dtype
-    return multiplies(dtype) and all(x.dtype is dtype and serves(x) for x in operands)
+    return all(x.dtype is dtype and serves(x) for x in operands) and multiplies(dtype)
 
 
 def _rows(x_MI: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if wide == hidden_Nd.dtype:
                     weight_gradients(logits, hidden, one_group, grad_weight, add=True)
                 else:
-                    grad_weight += logits.t() @ hidden
+                    grad_weight += weight_gradients(logits, hidden, one_group, torch.empty_like(weight_Zd))
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_Zd.dtype))
         return loss / count
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -152,9 +153,10 @@ void pack_strip(const Matrix<float> &a, int64_t M, int64_t K, float *to) {
 
 // What a thread packs into, and where it adds up what is not fp32 in the end.
 struct Room {
-    float *panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH + STRIP * WIDE) * sizeof(float));
-    float *strip = panel + DEPTH * PANEL, *sums = strip + STRIP * DEPTH;
-    Room() {
+    float *panel, *strip, *sums;
+    explicit Room(bool adds_up) {
+        panel = (float *)std::aligned_alloc(64, (DEPTH * PANEL + STRIP * DEPTH + adds_up * STRIP * WIDE) * sizeof(float));
+        strip = panel + DEPTH * PANEL, sums = strip + STRIP * DEPTH;
         if (!panel) std::abort();  // out of memory
     }
     Room(const Room &) = delete;
@@ -214,7 +216,7 @@ void pack_panel(const Matrix<bf16> &b, int64_t K, int64_t N, pair *to) {
         for (; k + 2 * WIDTH <= K; k += 2 * WIDTH)
             for (int64_t n = 0; n < N; n += WIDTH) {
                 vec square[WIDTH];
-                for (int64_t i = 0; i < WIDTH; i++) square[i] = *(const vec *)b.at(k, n + i);
+                for (int64_t i = 0; i < WIDTH; i++) std::memcpy(square + i, b.at(k, n + i), sizeof(vec));
                 transpose(square);
                 for (int64_t i = 0; i < WIDTH; i++) *(vec *)(to + (k / 2 + i) * PANEL + n) = square[i];
             }
@@ -261,8 +263,10 @@ void work(const Product<bf16> &p, int64_t m, int64_t M, int64_t n, int64_t N, bo
             a_tile = ROWS * pairs;
         }
         for (int64_t j = 0; j < N; j += PANEL) {
-            pack_panel({p.b.at(k, n + j), p.b.row, p.b.col}, K, std::min(PANEL, N - j), panel);
-            columns<2>(M, in_pairs.data, a_tile, in_pairs.row, in_pairs.col, panel, PANEL, room.sums + j, row, pairs, k > 0);
+            int64_t width = std::min(PANEL, N - j);
+            pack_panel({p.b.at(k, n + j), p.b.row, p.b.col}, K, width, panel);
+            auto multiply = width > WIDTH ? columns<2, pair> : columns<1, pair>;
+            multiply(M, in_pairs.data, a_tile, in_pairs.row, in_pairs.col, panel, PANEL, room.sums + j, row, pairs, k > 0);
         }
     }
     for (int64_t i = 0; i < M; i++) {
@@ -295,7 +299,7 @@ template <class T> void multiply_packed(int threads, const std::vector<Product<T
     while (!cut() && high > 4 * ROWS) (wide > PANEL ? wide : high) /= 2;
 #pragma omp parallel num_threads(threads)
     {
-        Room room;
+        Room room(!std::is_same<T, float>::value);
 #pragma omp for schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) {
             const auto &[p, m, n] = tasks[t];
