@@ -45,6 +45,7 @@ class Dense(nn.Module):
                 vocab_size=cfg.vocab_size, hidden_size=d, intermediate_size=width, num_hidden_layers=L,
                 num_attention_heads=cfg.num_attention_heads, num_key_value_heads=cfg.num_attention_heads,
                 max_position_embeddings=cfg.max_position_embeddings, initializer_range=cfg.initializer_range,
+                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
                 tie_word_embeddings=False, attn_implementation="sdpa",
             )
         )  # fmt: skip

@@ -112,6 +112,8 @@ class ModelConfig(Strict):
     rope_interleave: bool = True
     rms_norm_eps: float = Field(1e-6, gt=0.0)
     initializer_range: float = Field(0.006, gt=0.0)
+    # The norms of MLA's latents begin at sqrt(d / rank), not at 1 (model/initial.py). Told only where it is so.
+    mla_scale_lora: bool = Field(False, exclude_if=lambda scaled: not scaled)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     bos_token_id: SizeOrZero = 0
@@ -211,8 +213,12 @@ HF_IGNORED = {
 
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> the dict of a Hugging Face `deepseek_v3` config.json."""
-    out = {**HF_CONSTANTS, **config.model_dump(), "num_key_value_heads": config.num_attention_heads}
+    """ModelConfig -> the dict of a Hugging Face `deepseek_v3` config.json.
+
+    Without mla_scale_lora: the norms' weights hold that scale, and other engines would apply it once more.
+    """
+    keys = config.model_dump(exclude={"mla_scale_lora"})
+    out = {**HF_CONSTANTS, **keys, "num_key_value_heads": config.num_attention_heads}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling.model_dump(exclude_none=True)
         out["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}

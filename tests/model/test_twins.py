@@ -265,3 +265,19 @@ def test_weights_are_normal_and_repeatable(tiny_config):
     weight = model.model.embed_tokens.weight
     assert weight.std().item() == pytest.approx(0.1, rel=0.05) and abs(weight.mean().item()) < 0.01
     assert torch.equal(model.model.norm.weight, torch.ones(256))
+    assert all(p.eq(1).all() for name, p in model.named_parameters() if name.endswith("norm.weight"))
+
+
+def test_what_is_made_of_a_scaled_latent_is_as_large_as_of_the_hidden_state(tiny_config):
+    shape = {"hidden_size": 256, "q_lora_rank": 64, "kv_lora_rank": 16, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    model = Transformer(tiny_config(mla_scale_lora=True, **shape))
+    model.init_weights(0)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))
+    queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
+    latents = attention.kv_a_proj_with_mqa(hidden)[:, :16]
+    keys_and_values = attention.kv_b_proj(attention.kv_a_layernorm(latents))
+    for made in (queries, keys_and_values):
+        assert made.std().item() == pytest.approx(0.1 * 256**0.5, rel=0.1)
+    scaled = {name for name, p in model.named_parameters() if name.endswith("norm.weight") and not p.eq(1).all()}
+    assert {name.split(".")[-2] for name in scaled} == {"q_a_layernorm", "kv_a_layernorm"} and len(scaled) == 2 * 4
