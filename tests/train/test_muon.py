@@ -67,6 +67,28 @@ def test_stack_equals_its_slices_exactly_in_float64():
             torch.testing.assert_close(stack[expert, rows], single, rtol=1e-12, atol=1e-12)
 
 
+def test_matrices_of_one_shape_step_together_as_each_alone(monkeypatch):
+    shapes = [(6, 10), (10, 6), (6, 10), (6, 10)]
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    grads = [[g.double() for g in gradients(shape, 3, seed)] for seed, shape in enumerate(shapes)]
+    parameters = [torch.nn.Parameter(start.clone()) for start in starts]
+    optimizer = Muon([{"params": parameters, "matrices": 1}], dtype=torch.float64, **SETTINGS)
+    batches = []
+    monkeypatch.setattr(
+        "baleen.train.muon.orthogonalize", lambda g, dtype: batches.append(len(g)) or orthogonalize(g, dtype)
+    )
+    for step in range(3):
+        for parameter, of_it in zip(parameters, grads, strict=True):
+            parameter.grad = of_it[step].clone()
+        optimizer.step()
+    assert batches == [3, 1] * 3
+    monkeypatch.undo()
+    for parameter, start, of_it in zip(parameters, starts, grads, strict=True):
+        alone = run_ours(start, of_it, 1, torch.float64, **SETTINGS)
+        torch.testing.assert_close(parameter.detach(), alone, rtol=1e-12, atol=1e-12)
+
+
 def test_halves_apart_are_not_the_whole():
     start, grads = torch.randn(2, 8, 6), gradients((2, 8, 6), 1)
     whole, halves = (run_ours(start, grads, m, torch.float32, **SETTINGS) for m in (1, 2))
