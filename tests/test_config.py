@@ -88,8 +88,11 @@ def test_any_config_json_is_read_or_refused(junk):
         assert model_config_from_hf(json.loads(json.dumps(model_config_to_hf(config)))) == config
 
 
-def test_a_scale_that_the_weights_hold_is_not_exported():
-    assert "mla_scale_lora" not in model_config_to_hf(load_model({**SMALL, "mla_scale_lora": True}))
+def test_a_scale_that_the_weights_hold_is_neither_exported_nor_read():
+    """Where another engine's config.json has it, it belongs to the function."""
+    assert "mla_scale_lora" not in model_config_to_hf(ModelConfig(**SMALL, mla_scale_lora=True))
+    with pytest.raises(UserError, match="mla_scale_lora"):
+        load_model({**SMALL, "mla_scale_lora": True})
 
 
 @pytest.mark.parametrize(

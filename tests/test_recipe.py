@@ -29,6 +29,13 @@ def test_shipped_recipes_load_and_go_round(name, tmp_path):
     assert written_and_read(recipe, tmp_path) == recipe
 
 
+def test_a_key_that_is_off_is_not_told(tmp_path):
+    """The evidence's rows are known by the text of their recipes."""
+    assert "mla_scale_lora" not in load_recipe("cpu-s").to_toml()
+    recipe = load_recipe("cpu-s", ["model.mla_scale_lora=true"])
+    assert recipe.model.mla_scale_lora and written_and_read(recipe, tmp_path) == recipe
+
+
 @pytest.mark.parametrize("name", CONTINUED)
 def test_recipes_with_a_base_are_for_only(name, tmp_path):
     recipe = read_recipe(ContinuedRecipe, name)

@@ -211,13 +211,13 @@ HF_IGNORED = {
     "quantization_config", "return_dict", "seq_aux", "torch_dtype", "transformers_version", "unk_token_id",
 }  # fmt: skip
 
+# Keys of ours that config.json does not have: how the weights began is in the weights.
+HF_UNTOLD = {"mla_scale_lora"}
+
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """ModelConfig -> the dict of a Hugging Face `deepseek_v3` config.json.
-
-    Without mla_scale_lora: the norms' weights hold that scale, and other engines would apply it once more.
-    """
-    keys = config.model_dump(exclude={"mla_scale_lora"})
+    """ModelConfig -> the dict of a Hugging Face `deepseek_v3` config.json."""
+    keys = config.model_dump(exclude=HF_UNTOLD)
     out = {**HF_CONSTANTS, **keys, "num_key_value_heads": config.num_attention_heads}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling.model_dump(exclude_none=True)
@@ -243,7 +243,7 @@ def model_config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    known = {k: v for k, v in raw.items() if k in ModelConfig.model_fields}
+    known = {k: v for k, v in raw.items() if k in ModelConfig.model_fields and k not in HF_UNTOLD}
     unknown = sorted(set(raw) - set(known) - set(HF_CONSTANTS) - HF_IGNORED)
     if unknown:
         raise UserError(f"config.json has keys that Baleen does not know: {', '.join(map(ascii, unknown))}")
