@@ -1,4 +1,6 @@
-"""Shared by all tests: small random networks, and the examples of property tests."""
+"""Shared by all tests: small random networks, the examples of property tests, an environment of nobody's own."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,9 @@ from hypothesis import settings
 
 from baleen.config import ModelConfig
 from baleen.model.transformer import Transformer
+
+for name in ("BALEEN_LAB", "BALEEN_API_KEY"):  # the ledger and the key of whoever runs the tests
+    os.environ.pop(name, None)
 
 # The same examples every time, and no verdict on a machine that is busy.
 settings.register_profile("baleen", deadline=None, derandomize=True)

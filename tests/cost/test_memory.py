@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_native
 
 from baleen.config import ModelConfig, UserError
 from baleen.cost import flops
@@ -10,7 +11,6 @@ from baleen.cost.layout import Layout, make_layout
 from baleen.cost.memory import GIB, in_flight_layers, layer_activation_bytes, rank_memory
 from baleen.cost.schedule import interleaved_1f1b, schedule
 from baleen.cost.simulator import Durations, execute
-from baleen.model.native.training import kernels
 
 V3 = from_model_config(ModelConfig())
 V3_LAYOUT = Layout(devices=2048, pipeline=16, expert=64, zero=1, schedule="dualpipe", recompute="deepseek")
@@ -109,7 +109,7 @@ def test_static_memory_equals_a_real_step(config):
     assert counted.optimizer == pytest.approx(_bytes(moments), rel=0.01)
 
 
-@pytest.mark.skipif(kernels() == "pytorch", reason="PyTorch's own operators keep other tensors than native ones")
+@needs_native  # PyTorch's own operators keep other tensors
 @pytest.mark.parametrize(("storage", "off_by"), [("fp32", 0.01), ("autocast", 0.03)])
 @pytest.mark.parametrize("layer_idx", [0, 1], ids=["dense", "moe"])
 def test_a_layer_keeps_for_its_backward_what_is_counted(storage, off_by, layer_idx):

@@ -51,7 +51,8 @@ def test_a_known_prefix_is_not_computed_again(engine, speculate):
     second = [*first, *answer.token_ids, *text(6, seed=1)]  # 39 tokens, of which the last said was never read
     shapes.clear()
     (again,) = warm.complete([Request(second, params)], speculate=speculate)
-    assert again.cached_tokens == 32 and shapes[0] == 7
+    known = 28 if speculate else 32  # the MTP layers do not read an answer's end
+    assert again.cached_tokens == known and shapes[0] == 39 - known
     assert again == engine(page_size=4).complete([Request(second, params)])[0]
     assert warm.pages.in_use == 0
 
@@ -82,9 +83,13 @@ def test_chunks_change_nothing(engine, chunk):
         assert [x.logprob for x in a.logprobs] == pytest.approx([x.logprob for x in b.logprobs], abs=1e-9)
 
 
-def test_giving_way_changes_nothing(engine):
+@pytest.mark.parametrize("speculate", [1, 2])
+def test_giving_way_changes_nothing(engine, speculate):
     """More requests than the cache holds at once: the youngest are put back and go on later."""
-    small = engine(cache_tokens=64, page_size=4, speculate=1)
+    small = engine(cache_tokens=64, page_size=4, speculate=speculate)
+    starts = []
+    forward = small._stepper.runner.draft
+    small._stepper.runner.draft = lambda k, x, batch: starts.extend(batch.starts) or forward(k, x, batch)
     requests = [Request(text(9, seed=n), drawn(n, max_tokens=30, trace=True, logprobs=0)) for n in range(6)]
     ids = [small.submit(request) for request in requests]
     put_back, waiting = 0, small.waiting
@@ -94,7 +99,7 @@ def test_giving_way_changes_nothing(engine):
             events[event.request].append(event)
         put_back += small.waiting > waiting
         waiting = small.waiting
-    assert put_back > 0
+    assert put_back > 0 and min(starts) >= 0 and small.latents.latents.isfinite().all()
     plain = engine().complete(requests)
     for id, alone in zip(ids, plain, strict=True):
         assert ids_of(events[id]) == alone.token_ids
@@ -140,13 +145,12 @@ def test_events_reach_their_own(engine):
     alone = [engine().complete([request])[0].token_ids for request in requests]
     submitted = e.submit(requests[0])
     a, b = iter(e.generate([requests[1]])), iter(e.generate([requests[2]], speculate=1))
-    got = {0: [], 1: [], 2: []}
+    got = {1: [], 2: []}
     for _ in range(12):
         got[1] += next(a, None).token_ids if len(got[1]) < 12 else ()
         got[2] += next(b, None).token_ids if len(got[2]) < 12 else ()
-    e2 = finish(e)
     assert tuple(got[1]) == alone[1] and tuple(got[2]) == alone[2]
-    assert ids_of(e2.get(submitted, [])) == alone[0][len(alone[0]) - len(ids_of(e2.get(submitted, []))) :]
+    assert ids_of(finish(e)[submitted]) == alone[0]  # its events waited while the others took the steps
 
 
 def test_queue_bounds(engine):
@@ -161,6 +165,28 @@ def test_queue_bounds(engine):
     events = e.step()
     assert {event.request: event.finish_reason for event in events} == {first: None, late: "timeout", later: "timeout"}
     assert set(finish(e)) == {first} and not e.has_work
+
+
+def test_what_expires_is_not_admitted_in_the_same_step(engine):
+    now = [0.0]
+    e = engine(max_batch=1, queue_seconds=5.0, clock=lambda: now[0])
+    first = e.submit(Request(text(4), drawn(max_tokens=1)))
+    late = e.submit(Request(text(4), drawn()))
+    assert [event.request for event in e.step()] == [first]  # which frees the slot
+    now[0] = 6.0
+    assert [(event.request, event.finish_reason) for event in e.step()] == [(late, "timeout")]
+    assert not e.has_work and e.pages.in_use == 0
+
+
+@pytest.mark.parametrize("name", ["max_batch", "prefill_chunk"])
+def test_an_engine_that_could_do_nothing(engine, name):
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        engine(**{name: 0})
+
+
+def test_without_a_length_an_answer_takes_what_the_cache_holds(engine):
+    (answer,) = engine(cache_tokens=64).complete([Request(text(10), drawn(max_tokens=None))])
+    assert len(answer.token_ids) == 54 and answer.finish_reason == "length"
 
 
 def test_a_request_that_never_fits(engine):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from chi_square import chi_square_excess
+from needs import needs_native
 
 from baleen.config import UserError
 from baleen.infer import sampler
@@ -121,6 +122,7 @@ def test_the_ends_of_the_noise_are_finite():
     assert set(choose(one, [Place(SamplingParams(), 0, (), i) for i in range(3000)]).tolist()) == {2}
 
 
+@needs_native
 @pytest.mark.parametrize("vocab", [1, 5, 16, 276, 1003])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
 def test_the_native_draw_is_its_twins(monkeypatch, vocab, spread):
@@ -201,6 +203,12 @@ def test_constraint():
 def test_impossible_parameters(wrong):
     with pytest.raises(UserError, match=next(iter(wrong)).replace("_", ".")):
         SamplingParams(**wrong)
+
+
+def test_a_temperature_by_which_nothing_can_be_divided_is_greedy():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(temperature=1e-40)
+    assert choose(logits, [Place(params, 1, (), 0)]).tolist() == logits.argmax(-1).tolist() and params.temperature == 0
 
 
 def test_one_stop_string_is_not_a_list_of_letters():

@@ -285,6 +285,18 @@ def test_adaptive_answers_that_stop_drafting_share_no_page_that_was_not_read(tin
     assert again.cached_tokens == 16  # the prompt's two pages, none of the answer's
 
 
+def test_answers_that_end_early_share_no_page_that_was_not_read(tiny_model):
+    """What ends with its first token is not drafted for."""
+    engine = Engine(small(tiny_model, vocab_size=12), None, page_size=8)
+    first = SamplingParams(temperature=0, max_tokens=9)
+    end = engine.complete([Request([1] * 17, first)])[0].token_ids[0]
+    engine.complete([Request([1] * 17, SamplingParams(temperature=0, max_tokens=9, stop_ids=(end,)))], speculate=2)
+    (answer,) = engine.complete([Request([1] * 17, first)], speculate=2)
+    assert answer.cached_tokens == 0
+    (answer,) = engine.complete([Request([1] * 17, first)], speculate=2)
+    assert answer.cached_tokens == 16
+
+
 def test_acceptance_none(tiny_model):
     engine = Engine(counting_model(tiny_model, wrong_after=range(12)), ByteTokenizer())
     generation = engine.generate([Request([5], SamplingParams(temperature=0, max_tokens=31))], speculate=1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 from torch import Tensor
 from torch.func import functional_call
 
@@ -17,15 +18,13 @@ from baleen.model.fused import (
     swiglu_twin,
 )
 from baleen.model.linear import Linear, grouped_linear, grouped_linear_loop, products, row_alignment, weight_gradients
-from baleen.model.native.library import load_library
-from baleen.model.native.training import SOURCE, multiplies
+from baleen.model.native.training import multiplies
 from baleen.model.rows import combine_rows, sum_rows_twin
 from baleen.model.sdpa import Attention
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 1e-2}  # of the largest value
 
-needs_native = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler here")
 NATIVE = [FP32, *([BF16] if multiplies(BF16) else [])]  # what is multiplied natively here
 multiplied = pytest.mark.parametrize("dtype", NATIVE)
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -152,7 +153,7 @@ def test_what_it_is_made_of_makes_another_library(compiler, source, monkeypatch)
 @pytest.mark.parametrize("arch", ["x86-64-v3", "cooperlake", pytest.param("x86-64-v2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOURCES)
 def test_other_cpus_are_compiled_for_without_warnings(name, arch):
-    flags = ("-std=c++17", "-fopenmp", f"-march={arch}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+    flags = ("-std=c++17", "-fopenmp", f"-march={arch}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only")
     done = subprocess.run(["c++", *flags, SOURCES[name]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -171,4 +172,5 @@ def test_kernels_for_other_cpus_equal_their_twins(arch, tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    skipped = re.search(r" passed, (\d+) skipped", done.stdout)  # what is for bf16 alone
+    assert " passed" in done.stdout and (skipped and skipped[1]) == (None if arch == "cooperlake" else "2")

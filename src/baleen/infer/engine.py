@@ -66,11 +66,16 @@ class Engine:
         self.model, self._tokenizer = model, tokenizer
         self._spellings = {skip: None if tokenizer is None else Spelling(tokenizer, skip) for skip in (True, False)}
         config = model.config
+        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: take 1 or more")
         self._speculate: Speculate = self._depth_of(speculate)
         with torch.inference_mode():
             like = {"dtype": model.model.norm.weight.dtype, "device": model.device}
-            one = LatentPages(config, 1, page_size=page_size, mtp=True, **like)
             if cache_tokens is None:
+                on_cpu = model.device.type == "cpu"  # where a runner may widen 16 bits
+                dtype = torch.promote_types(like["dtype"], torch.float32) if on_cpu else like["dtype"]
+                one = LatentPages(config, 1, page_size=page_size, mtp=True, dtype=dtype)
                 affordable = MAX_CACHE_BYTES // one.bytes_per_token
                 cache_tokens = max(self.context, min(max_batch * self.context, affordable))
             count = -(-cache_tokens // page_size)
@@ -88,6 +93,7 @@ class Engine:
         self._stepper = Stepper(made, Drafter(made, depth) if depth else None)
         self._clock = clock
         self._runs: dict[int, Run] = {}
+        self._unclaimed: list[Event] = []  # of submitted requests, while a `Generation` took the steps
         self._next_id = 0
 
     # --- what there is
@@ -108,7 +114,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._runs)
+        return bool(self._runs or self._unclaimed)
 
     @property
     def waiting(self) -> int:
@@ -140,7 +146,7 @@ class Engine:
             events += self._stepper.step(plan)
         for run, _ in plan:
             self._scheduler.advance(run.job, run.job.computed + run.span.count)
-        mine = []
+        mine, self._unclaimed = self._unclaimed, []
         for run, event in events:
             if event.finish_reason is not None:
                 self.abort(run.job.id)
@@ -165,14 +171,15 @@ class Engine:
     def _submit(self, request: Request, speculate: Speculate, sink: deque[Event] | None) -> int:
         self.check(request)
         params, ids = request.params, list(request.prompt_ids)
-        room = self.context - len(ids)
+        room = min(self.context, self.pages.total * self.pages.page_size) - len(ids)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         end_id = self.model.config.eos_token_id if self._tokenizer is None else self._tokenizer.eos_id
         ends = params.stop_ids if params.ignore_eos else (end_id, *params.stop_ids)
         # The log-probability of a token needs the hidden state of the one before it.
         reuse = self.context if params.prompt_logprobs is None else max(0, params.prompt_logprobs_from - 1)
         depth = self.model.config.num_nextn_predict_layers if speculate == "auto" else speculate
-        depth = 0 if params.depends_on_answer else depth
+        if params.depends_on_answer or max_tokens < 3:  # no draft before the first token, nor for the last
+            depth = 0
         run = Run(
             Job(self._next_id, ids, self._clock() if sink is None else math.inf, reuse, drafts_for=depth > 0),
             request,
@@ -193,7 +200,7 @@ class Engine:
         if request.params.stop and self._tokenizer is None:
             raise UserError("stop strings need a tokenizer: give stop_ids")
         most = request.params.max_tokens
-        longest = len(request.prompt_ids) + (self.context if most is None else most)
+        longest = len(request.prompt_ids) + (1 if most is None else most)
         check_fits(min(longest, self.context), self.pages)
 
     def _depth_of(self, speculate: Speculate) -> Speculate:
@@ -206,7 +213,9 @@ class Engine:
         return speculate
 
     def _expire(self, job: Job) -> tuple[Run, Event]:
-        return self._runs[job.id], Event(job.id, "", (), 0, "timeout")
+        run = self._runs[job.id]
+        self.abort(job.id)  # at once, or this step might admit it
+        return run, Event(job.id, "", (), 0, "timeout")
 
 
 class Generation:
@@ -228,7 +237,7 @@ class Generation:
         spoken: set[int] = set()
         try:
             while index:
-                engine.step()
+                engine._unclaimed = engine.step()
                 stats.seconds += time.perf_counter() - started
                 stats.steps += any(event.request in spoken for event in events)
                 while events:

@@ -41,8 +41,9 @@ class Run:
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     traced: int = 0  # tokens of the answer whose experts have been reported
     scores_prompt: bool = field(init=False)
-    read_along: bool = False  # whether the MTP layers read this step's tokens
-    tail_Td: Tensor | None = None  # the drafter's
+    read_along: bool = False  # whether the MTP layers have read all of this step's tokens
+    tail_Td: Tensor | None = None  # the drafter's, of the tokens before position `tail_end`
+    tail_end: int = 0
 
     def __post_init__(self) -> None:
         self.scores_prompt = self.request.params.prompt_logprobs is not None
@@ -117,7 +118,8 @@ class Run:
     def window(self) -> Window:
         """What the drafter may read after a step, and how many drafts it should make for the next."""
         span, job = self.span, self.job
-        window = Window(job.tokens, job.computed, span.first, span.count, job.pages, tail_Td=self.tail_Td)
+        tail_Td = self.tail_Td if self.tail_end == job.computed else None  # it may have given way since
+        window = Window(job.tokens, job.computed, span.first, span.count, job.pages, tail_Td=tail_Td)
         if span.is_last:
             said = self.answer.count
             window.place = Place(self.request.params, self.seed, (), said)

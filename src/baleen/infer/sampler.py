@@ -43,9 +43,10 @@ class Constraint(Protocol):
 class SamplingParams:
     """How one answer is drawn. The defaults draw from the model's own distribution until its end token.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability; 1 and 0 are off. seed: None takes
-    one from the system. max_tokens: None is what the context leaves. stop: strings that end the answer and are cut
-    from it. stop_ids: tokens that do so besides the tokenizer's end token. ignore_eos: go on after that one.
+    temperature: 0 is greedy, and so is anything below 1e-5. top_k: 0 is off. top_p, min_p: shares of probability; 1 and
+    0 are off. seed: None takes one from the system. max_tokens: None is what the context and the cache leave. stop:
+    strings that end the answer and are cut from it. stop_ids: tokens that do so besides the tokenizer's end token.
+    ignore_eos: go on after that one.
     skip_special: leave control tokens out of the text; false shows all but the end token, for who parses them.
 
     logit_bias: added to the logits of these tokens. presence_penalty, frequency_penalty: taken from the logit of every
@@ -78,6 +79,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if 0 < self.temperature < 1e-5:  # by which 32 bits can't divide
+            object.__setattr__(self, "temperature", 0.0)
         least = 1 if self.prompt_logprobs is None else 0
         for good, fault in (
             (0.0 <= self.temperature <= 100.0, f"temperature is {self.temperature}: take one from 0 (greedy) to 100"),

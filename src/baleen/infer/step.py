@@ -48,8 +48,8 @@ class Stepper:
         ]
         finished = {id(run) for run, event in events if event.finish_reason is not None}
         drafted = self._draft([run for run in runs if id(run) not in finished], result.hidden_Nd)
-        for run in runs:  # of one that is finished only the last step's rows are missing
-            if run.depth and run.job.unread is None and not run.read_along and id(run) not in finished:
+        for run in runs:
+            if run.depth and run.job.unread is None and (not run.read_along or id(run) in finished):
                 run.job.unread = run.job.computed
         if only_answers and any(run.adaptive for run in runs):
             said = sum(len(event.token_ids) for _, event in events)
@@ -102,5 +102,6 @@ class Stepper:
         if windows:
             self._drafter.propose(hidden_Nd, [window for _, window in windows])
         for run, window in windows:
-            run.job.drafts, run.tail_Td = window.drafts, window.tail_Td
+            run.job.drafts, run.tail_Td, run.tail_end = window.drafts, window.tail_Td, window.start + window.count
+            run.read_along = window.place is None or window.wanted == run.depth
         return pays

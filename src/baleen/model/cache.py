@@ -6,9 +6,8 @@ C = kv_lora_rank + qk_rope_head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from baleen.config import ModelConfig
+
+SMALL = 1024  # pages that are read in one piece however unlike their sequences are
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def padded(table: Sequence[int], width: int) -> list[int]:
 
 def _segments(batch: Batch, positions_N: Tensor, size: int) -> list[Segment]:
     device, segments, first = positions_N.device, [], 0
-    for T, members in groupby(range(len(batch.counts)), key=lambda b: batch.counts[b]):
-        rows = list(members)
+    for rows in _alike(batch, size):
+        T = batch.counts[rows[0]]
         tokens = slice(first, first + len(rows) * T)
         first = tokens.stop
         ends = [batch.starts[b] + T for b in rows]
@@ -148,6 +149,23 @@ def _segments(batch: Batch, positions_N: Tensor, size: int) -> list[Segment]:
             Segment(tokens, (len(rows), T), pages, visible, mask, is_level and visible == T, is_level and T == 1)
         )
     return segments
+
+
+def _alike(batch: Batch, size: int) -> Iterator[list[int]]:
+    """Neighbours with equally many new tokens that, read as far as the longest, are at most twice the pages that they
+    have: one long conversation among many short ones would make all of them as long."""
+    rows: list[int] = []
+    own = widest = 0
+    for b, (start, count) in enumerate(zip(batch.starts, batch.counts, strict=True)):
+        width = -(-(start + count) // size)
+        read = max(widest, width) * (len(rows) + 1)
+        if rows and (count != batch.counts[rows[0]] or read > max(SMALL, 2 * (own + width))):
+            yield rows
+            rows, own, widest = [], 0, 0
+        rows.append(b)
+        own, widest = own + width, max(widest, width)
+    if rows:
+        yield rows
 
 
 def _neighbours(pages: list[int]) -> slice | None:

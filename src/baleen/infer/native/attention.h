@@ -68,21 +68,20 @@ class Sequences {
 };
 
 // Products by a panel of which only the first `lanes` outputs are wanted: half a register where that will do. A lane's
-// sum is the same whichever is taken.
+// sum is the same whichever is taken, and goes on from what is there: into how many calls it is cut, by pages that lie
+// apart, can't be told from it.
 template <class V, int ROWS>
 inline void lane_tile(const float* w, const Rows& rows, int in, float* out, bool add) {
     typedef V V_any __attribute__((aligned(4), may_alias));
-    V acc[ROWS] = {};
+    V acc[ROWS];
+    for (int r = 0; r < ROWS; r++) acc[r] = add ? *(const V_any*)(out + r * PANEL) : V{};
     const float* x = rows.x;
     for (int k = 0; k < in; k++, x += rows.in_step) {
         const V at = *(const V_any*)(w + k * PANEL);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) acc[r] += at * x[r * rows.row_step];
     }
-    for (int r = 0; r < ROWS; r++) {
-        V_any* to = (V_any*)(out + r * PANEL);
-        *to = add ? *to + acc[r] : acc[r];
-    }
+    for (int r = 0; r < ROWS; r++) *(V_any*)(out + r * PANEL) = acc[r];
 }
 
 template <class V, int... LESS>

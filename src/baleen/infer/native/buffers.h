@@ -3,6 +3,7 @@
 
 #include "matmul.h"
 
+#include <cstdio>
 #include <cstdlib>
 
 // Grows and is never cleared; aligned to 64 bytes.
@@ -16,6 +17,7 @@ template <class T> class Buffer {
         if (count > count_) {
             free(data_);
             data_ = (T*)aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+            if (!data_) fprintf(stderr, "baleen: out of memory\n"), abort();
             count_ = count;
         }
         return data_;

@@ -27,7 +27,7 @@ def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None
     """The native one where there is one: on a CPU with a compiler, unless BALEEN_NATIVE=off; else PyTorch's, by CUDA
     graphs on GPUs whose operators wait for nothing.
 
-    format: of the packed weights; None: fp32, or bf16 for a model in 16 bits. A model in 16 bits that PyTorch must run
+    format: of the packed weights; None: bf16 for a model in bf16, else fp32. A model in 16 bits that PyTorch must run
     on a CPU without bf16 products is widened to fp32, in place. Raises UserError if a format is asked for, or
     BALEEN_NATIVE=require, and there is no native runner.
     """
@@ -47,7 +47,7 @@ def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None
         if can_wait_for_nothing or groups_without_waiting(model.device, dtype):
             return GraphRunner(model, pages)
         return TorchRunner(model, pages)
-    return NativeRunner(library, model, _wide(pages, model), format or ("fp32" if dtype == torch.float32 else "bf16"))
+    return NativeRunner(library, model, _wide(pages, model), format or ("bf16" if dtype == torch.bfloat16 else "fp32"))
 
 
 def _wide(pages: LatentPages, model: Transformer) -> LatentPages:
@@ -99,6 +99,7 @@ class NativeRunner:
         return logits[:, :vocab]
 
     def _run(self, batch: Batch, depth: int, hidden_in: Tensor | None, routes: Tensor | None) -> Tensor:
+        assert min(batch.starts) >= 0, "a row before the first position would be another sequence's"
         hidden_Nd = torch.empty(len(batch.tokens), self.config.hidden_size)
         ids, starts, counts = array("q", batch.tokens), array("q", batch.starts), array("q", batch.counts)
         tables = array("q", [page for table in batch.tables for page in table])
