@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from baleen.cost.energy import CounterMeter, EstimatedMeter, RaplMeter, rapl_packages
+from baleen.cost.energy import CounterMeter, EstimatedMeter, LastingMeter, RaplMeter, rapl_packages
 
 
 def zone(root: Path, name: str, energy: int, wrap: int = 1000) -> Path:
@@ -38,6 +38,15 @@ def test_an_estimate_is_watts_times_device_seconds():
     meter = EstimatedMeter(3.5)
     assert (meter.joules(10), meter.how) == (35, "estimated")
     assert (EstimatedMeter(None).joules(10), EstimatedMeter(None).how) == (None, "unknown")
+
+
+def test_a_meter_that_fails_is_estimated_on_from_its_last_reading(capsys):
+    readings = iter([5.0, 9.0])
+    meter = LastingMeter(CounterMeter([lambda: 1000 * next(readings)], devices=1), 2.0)
+    assert (meter.joules(3), meter.how) == (4.0, "measured")
+    assert (meter.joules(5), meter.how) == (4.0 + 2 * 2.0, "estimated")
+    assert meter.joules(6) == 4.0 + 3 * 2.0
+    assert capsys.readouterr().err.count("energy is estimated from here on") == 1
 
 
 def test_a_node_stands_for_the_others():

@@ -147,6 +147,7 @@ def test_the_assistant_of_a_foreign_template_is_found_by_how_its_turns_open(tmp_
     assert tokenizer.decode(learnt, skip_special=False).replace(" ", "") == "hié<|im_end|><|im_end|>hihi<|im_end|>"
     assert sum(tokenizer.assistant_mask(ids[:-1])) == len(learnt) - 1  # cut off before its end
     assert tokenizer.decode([tokenizer.turn_end_id], skip_special=False) == "<|im_end|>"
+    assert tokenizer.answer_ends == (tokenizer.eos_id, tokenizer.turn_end_id)
 
 
 def test_a_line_break_that_joins_the_answers_first_word_hides_no_answer(tmp_path):

@@ -64,6 +64,9 @@ def test_a_model_may_ask_for_its_likeliest_token(tmp_path):
     for said, temperature in [(False, 0.0), (True, CHAT_PARAMS.temperature)]:
         (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": said}))
         assert params_of(tmp_path).temperature == temperature
+    for said, ends in ((7, (7,)), ([7, 9], (7, 9)), (None, ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert params_of(tmp_path).stop_ids == ends
 
 
 def words(text):
@@ -258,6 +261,7 @@ class MarkerFirst:
     """A tokenizer whose user marker is token 0, the one a model of zeros chooses."""
 
     user_id = 0
+    answer_ends = property(lambda self: (self._tokenizer.eos_id, self.user_id))
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer

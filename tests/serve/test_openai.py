@@ -291,6 +291,9 @@ def test_echo_of_text_leaves_out_the_token_that_we_added(client, tiny, tokenizer
     scored = text(client, "naïve birds", echo=True, logprobs=0, max_tokens=0)
     assert scored.choices[0].text == words and scored.usage.completion_tokens == 0
     assert scored.choices[0].logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+    best = text(client, "naïve birds", echo=True, logprobs=2, max_tokens=0).choices[0].logprobs.top_logprobs
+    both = text(client, "naïve birds", echo=True, logprobs=2, max_tokens=1).choices[0].logprobs.top_logprobs
+    assert best == both[: len(best)] and all(len(tops) >= 2 for tops in best[1:])
     pieces = list(text(client, "naïve birds", echo=True, logprobs=0, max_tokens=3, seed=4, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
     tokens = [token for piece in pieces if piece.choices[0].logprobs for token in piece.choices[0].logprobs.tokens]
@@ -371,15 +374,19 @@ def test_tool_choice(client, scripted):
     for name, arguments in calls_of(required.message):
         assert name == "add" and 0 <= arguments["a"] <= 99 and arguments["b"] in (1, 2)
     named = {"type": "function", "function": {"name": "get_time"}}
-    one = chat(client, tools=[ADD, TIME], tool_choice=named, max_tokens=300, seed=2, temperature=0.1).choices[0]
-    assert [name for name, _ in calls_of(one.message)] in (["get_time"], [])  # cut short: arguments have no end yet
-    assert one.message.tool_calls or one.finish_reason == "length"
+    closed = {"type": "object", "properties": {}, "additionalProperties": False}
+    now = {**TIME, "function": {**TIME["function"], "parameters": closed}}
+    one = chat(client, tools=[ADD, now], tool_choice=named, max_tokens=300, seed=2, logit_bias=ENDING).choices[0]
+    assert calls_of(one.message) == [("get_time", {})] and one.finish_reason == "tool_calls"
     server = scripted(lambda prompt: "none" if "Tools" not in prompt else wire(("get_time", "{}")))
     assert (
         chat(client_of(server), model="script", tools=[TIME], tool_choice="none").choices[0].message.content == "none"
     )
     with pytest.raises(openai.BadRequestError, match="not among the tools"):
         chat(client, tools=[ADD], tool_choice=named)
+    calls = client_of(scripted(wire(("get_time", "{}"))))  # though it was told of no tools
+    said = chat(calls, model="script", tools=[TIME], tool_choice="none").choices[0].message
+    assert said.tool_calls is None and "<|" not in said.content
 
 
 def test_one_call_at_a_time(scripted):
@@ -484,6 +491,10 @@ def test_fit_heeds_the_limit_and_the_context(scripted, limit, most):
     asked = [*turns, {"role": "user", "content": "which birds"}]
     fitted = chat(client_of(server), asked, model="script", extra_body={"baleen": {"fit": True}})
     assert most - 60 < fitted.usage.prompt_tokens <= most
+    with pytest.raises(openai.BadRequestError) as caught:  # there are no turns to leave out
+        chat(client_of(server), [{"role": "system", "content": "over hills and far away " * 60}], model="script",
+             extra_body={"baleen": {"fit": True}})  # fmt: skip
+    assert caught.value.code == "context_length_exceeded"
 
 
 # --- faults

@@ -1,8 +1,10 @@
 """`baleen chat --url`: a server as the terminal's partner."""
 
+import http.server
 import io
 import socket
 import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -67,13 +69,46 @@ def test_what_goes_wrong_is_said(scripted, tiny):
         list(Remote(slow.url).reply([Message("user", "x")], PARAMS, False))
 
 
+@pytest.mark.parametrize(
+    "models, stream",
+    [
+        (b"<html>", b""),
+        (b'["x"]', b""),
+        (b'{"data": [{"id": "m"}]}', b'data: {"error": "busy"}\n'),
+        (b'{"data": [{"id": "m"}]}', b"data: {\n"),
+    ],
+)
+def test_what_is_no_openai_api_is_said(models, stream):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(models)
+
+        def do_POST(self):
+            self.answer(stream)
+
+        def answer(self, body):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="is it an OpenAI API"):
+            list(Remote(f"http://127.0.0.1:{server.server_port}").reply([Message("user", "x")], PARAMS, False))
+        server.shutdown()
+
+
 def test_stopping_to_listen_stops_the_server(scripted):
     server = scripted("word " * 90, pause=0.02)
     pieces = iter(Remote(server.url).reply([Message("user", "x")], PARAMS, False))
     next(pieces)
     next(pieces)
     pieces.close()
-    stopped = threading.Event()
+    until = time.monotonic() + 20
     while not server.engine.aborted:
-        assert not stopped.wait(0.01)
+        assert time.monotonic() < until
+        time.sleep(0.01)
     assert server.engine.pages.in_use == 0

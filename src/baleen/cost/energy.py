@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +76,29 @@ class CounterMeter:
 
     def joules(self, device_seconds: float) -> float:
         return (sum(read() for read in self.counters) - self.start) * self.scale / 1e3
+
+
+class LastingMeter:
+    """A meter that goes on by an estimate, from its last reading, where the machine's counters fail: that must cost
+    nobody a row of the ledger or an answer."""
+
+    def __init__(self, meter: Meter, watts_per_device: float | None) -> None:
+        self._meter: Meter | None = meter
+        self._estimate = EstimatedMeter(watts_per_device)
+        self._joules: float | None = 0.0
+        self._device_seconds = 0.0
+        self.how, self.note = meter.how, meter.note
+
+    def joules(self, device_seconds: float) -> float | None:
+        if self._meter is not None:
+            try:
+                self._joules, self._device_seconds = self._meter.joules(device_seconds), device_seconds
+                return self._joules
+            except Exception as error:  # a driver's failure, of whatever kind
+                print(f"warning: energy is estimated from here on ({error})", file=sys.stderr)
+                self._meter, self.how, self.note = None, self._estimate.how, self._estimate.note
+        more = self._estimate.joules(device_seconds - self._device_seconds)
+        return None if self._joules is None or more is None else self._joules + more
 
 
 def rapl_packages(root: Path = POWERCAP) -> list[Path]:

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from baleen.config import UserError
-from baleen.cost.energy import EstimatedMeter, Meter, open_meter
+from baleen.cost.energy import LastingMeter, Meter, open_meter
 from baleen.cost.money import RateCard
 
 StageName = Literal["data", "tokenizer", "pretrain", "extend", "sft", "rl", "distill", "eval", "serve", "export"]
@@ -137,6 +137,7 @@ class Stage:
         self._sigterm: Any = None
         if self.meter is None:
             self.meter = open_meter(self.device_name, self.devices, self.rate.watts_per_device)
+        self.meter = LastingMeter(self.meter, self.rate.watts_per_device)
         if self.ledger.rank == 0:
             try:
                 self.parent, self.usd_before = _earlier(self.ledger.path, self.name)
@@ -182,12 +183,7 @@ class Stage:
     def joules(self) -> float | None:
         assert self.meter is not None
         with self._lock:
-            try:
-                return self.meter.joules(self.device_seconds)
-            except Exception as error:  # a driver's failure, of whatever kind, must not cost the ledger its rows
-                print(f"warning: energy is estimated from here on ({error})", file=sys.stderr)
-                self.meter = EstimatedMeter(self.rate.watts_per_device)
-                return self.meter.joules(self.device_seconds)
+            return self.meter.joules(self.device_seconds)
 
     def beat(self) -> None:
         """Write the state now. A full disk is a warning: the next row carries everything again."""

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from baleen.config import UserError, read_json
-from baleen.data.control import ControlTokens
+from baleen.data.control import REASONING_TOKENS, ControlTokens
 from baleen.data.document import Message
 from baleen.data.template import ChatTemplate
 
@@ -210,7 +210,7 @@ class Tokenizer:
         if opened[: len(closed)] != closed:
             return [], None
         opening = list(os.path.commonprefix([opened, said])[len(closed) :])
-        control = set(self._control.ids.values())
+        control = {id for name, id in self._control.ids.items() if name not in REASONING_TOKENS}
         closing = next((id for id in said[len(closed) + len(opening) :] if id in control), None)
         return (opening, closing) if control & set(opening) else ([], closing)
 
@@ -223,6 +223,13 @@ class Tokenizer:
     def turn_end_id(self) -> int | None:
         """The control token with which the chat template ends the assistant's turns: mostly, not always, the eos."""
         return self._turn[1]
+
+    @property
+    def answer_ends(self) -> tuple[int, ...]:
+        """Tokens at which the assistant's turn is over: the end of a text, what the template closes a turn with, and
+        the opening of the user's next turn, which a small model may begin instead of ending its own."""
+        ends = (self.eos_id, self.turn_end_id, self.user_id)
+        return tuple(dict.fromkeys(id for id in ends if id is not None))
 
     def assistant_mask(self, ids: Sequence[int]) -> list[int]:
         """1 at the tokens an assistant turn is made of, its end token included: what SFT learns to predict.

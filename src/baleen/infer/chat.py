@@ -93,10 +93,14 @@ def opening_of(engine: Engine, prompt_ids: list[int]) -> str:
 
 
 def params_of(model: Path) -> SamplingParams:
-    """How the model at this path talks: greedily if its generation_config.json says so, else by CHAT_PARAMS."""
+    """How the model at this path talks: by CHAT_PARAMS, greedily if its generation_config.json says so, and until any
+    of the end tokens that are listed there."""
     file = model / "generation_config.json"
-    greedy = file.is_file() and read_json(file).get("do_sample") is False
-    return replace(CHAT_PARAMS, temperature=0.0) if greedy else CHAT_PARAMS
+    said = read_json(file) if file.is_file() else {}
+    ends = said.get("eos_token_id")
+    stop_ids = tuple(id for id in (ends if isinstance(ends, list) else [ends]) if isinstance(id, int))
+    temperature = 0.0 if said.get("do_sample") is False else CHAT_PARAMS.temperature
+    return replace(CHAT_PARAMS, temperature=temperature, stop_ids=stop_ids)
 
 
 def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:
@@ -105,10 +109,8 @@ def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, specu
 
 
 def turn(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Request:
-    """Of the assistant alone: a small model may begin the user's next turn instead of ending its own."""
-    user_id = engine.tokenizer.user_id
-    stop_ids = params.stop_ids if user_id is None else (*params.stop_ids, user_id)
-    return Request(prompt_ids, replace(params, stop_ids=stop_ids))
+    """Of the assistant alone."""
+    return Request(prompt_ids, replace(params, stop_ids=(*params.stop_ids, *engine.tokenizer.answer_ends)))
 
 
 def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Message]:

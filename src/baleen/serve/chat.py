@@ -9,7 +9,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from baleen.infer.chat import CHAT_PARAMS
 from baleen.infer.engine import Request
 from baleen.infer.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words, opens_reasoning
 from baleen.infer.sampler import Constraint, SamplingParams
@@ -51,7 +50,7 @@ class Choice:
         self._request, self._model, self._params = request, model, params
         tokenizer = model.tokenizer
         thinking = opens_reasoning(tokenizer, prompt_ids)
-        names = [tool.function.name for tool in request.tools or () if request.tool_choice != "none"]
+        names = [tool.function.name for tool in request.offered]
         self._parser = AnswerParser(thinking=thinking, markers=model.markers if names else None, tools=names)
         self._part = self._parser.part
         self._borders = {tokenizer.id_of(THINK): "reasoning", tokenizer.id_of(END_THINK): "content"}
@@ -153,7 +152,8 @@ class Chat:
         context = self._model.engine.context
         room = min(self._service.limits.prompt_tokens or context, context * 3 // 4)
         while len(ids) > room:
-            first = next(i for i, message in enumerate(messages) if message.role not in ("system", "developer"))
+            turns = (i for i, message in enumerate(messages) if message.role not in ("system", "developer"))
+            first = next(turns, len(messages))
             turn = next((i for i in range(first + 1, len(messages)) if messages[i].role == "user"), None)
             if turn is None:
                 break
@@ -163,20 +163,19 @@ class Chat:
         return ids
 
     def _params(self) -> SamplingParams:
-        # A small model may begin the user's next turn instead of ending its own.
-        user_id, markers = self._model.tokenizer.user_id, self._model.markers
-        stop_ids = [] if user_id is None else [user_id]
-        if self._request.parallel_tool_calls is False and markers is not None and self._request.tools:
+        defaults, markers = self._model.chat_params, self._model.markers
+        stop_ids = [*defaults.stop_ids, *self._model.tokenizer.answer_ends]
+        if self._request.parallel_tool_calls is False and markers is not None and self._request.offered:
             end_id = self._model.tokenizer.id_of(markers.end)
             stop_ids += [] if end_id is None else [end_id]
         return sampling_params(
             self._request,
             self._model,
-            CHAT_PARAMS,
+            defaults,
             max_tokens=self._request.length,
             stop_ids=tuple(stop_ids),
             logprobs=self._request.top_logprobs or 0 if self._request.logprobs else None,
-            skip_special=not self._request.tools,
+            skip_special=not self._request.offered,
         )
 
     async def answer(self) -> ChatCompletion:

@@ -75,7 +75,11 @@ class Completions:
             SamplingParams(),
             max_tokens=request.max_tokens,
             logprobs=request.logprobs,
-            prompt_logprobs=0 if request.max_tokens == 0 else request.logprobs if request.echo else None,
+            prompt_logprobs=request.logprobs or 0
+            if request.max_tokens == 0
+            else request.logprobs
+            if request.echo
+            else None,
         )
         texts = self._texts(prompts)
         added = len(beginning(tokenizer)) if isinstance(self._first, str) else 0

@@ -82,17 +82,17 @@ class Constrainer:
     def grammar(self, request: ChatRequest, thinking: bool) -> str | None:
         """In llguidance's Lark: reasoning first where it is open, then JSON or calls."""
         form = request.response_format
-        offered = request.tools if request.tool_choice != "none" else None
+        offered = request.offered
         body, rules = [], []
         if request.tool_choice == "required" or isinstance(request.tool_choice, ChosenTool):
             body.append("calls")
         elif isinstance(form, JsonObjectFormat | JsonSchemaFormat):
             body.append(_json(form.json_schema.schema_ if isinstance(form, JsonSchemaFormat) else ANY_OBJECT))
-            body += ["calls"] * (offered is not None and self._markers is not None)
+            body += ["calls"] * (bool(offered) and self._markers is not None)
         else:
             return None
         if "calls" in body:
-            rules += self._calls(request, offered or [])
+            rules += self._calls(request, offered)
         before = ""
         if thinking:
             before = f"THOUGHT {self._token(END_THINK)} WHITE "

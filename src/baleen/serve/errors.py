@@ -31,7 +31,10 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": "1"} if self.status == 429 else {}
+        if self.status == 429:
+            return {"Retry-After": "1"}
+        # OpenAI's clients ask again after these two, which would only be computed, or fail, once more.
+        return {"x-should-retry": "false"} if self.code in ("request_timeout", "engine_failed") else {}
 
     @property
     def response(self) -> JSONResponse:

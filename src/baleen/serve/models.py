@@ -12,9 +12,10 @@ from baleen.config import UserError
 from baleen.cost.architecture import from_model_config
 from baleen.cost.flops import active_parameters, parameters
 from baleen.data.tokenizer import Tokenizer
-from baleen.infer.chat import CHAT_PARAMS
+from baleen.infer.chat import CHAT_PARAMS, params_of
 from baleen.infer.engine import Engine
 from baleen.infer.parse import THINK, ToolMarkers
+from baleen.infer.sampler import SamplingParams
 from baleen.interop.load import Loaded, load
 from baleen.serve.answers import ModelCard
 from baleen.serve.constrain import Constrainer
@@ -26,11 +27,13 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
 
 @dataclass
 class Served:
-    """One model under its name. `run_dir`: where its run lives, None for a model that is not a run of ours."""
+    """One model under its name. `run_dir`: where its run lives, None for a model that is not a run of ours.
+    `chat_params`: what a conversation takes for what a request leaves out."""
 
     name: str
     engine: Engine
     run_dir: Path | None = None
+    chat_params: SamplingParams = CHAT_PARAMS
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -76,8 +79,7 @@ class Served:
                 "mtp_layers": config.num_nextn_predict_layers,
                 "parameters": parameters(arch)["total"],
                 "active_parameters": active_parameters(arch),
-                # what the chat endpoint takes for what a request leaves out
-                "sampling": {name: getattr(CHAT_PARAMS, name) for name in SAMPLING},
+                "sampling": {name: getattr(self.chat_params, name) for name in SAMPLING},
             },
         )
 
@@ -122,7 +124,7 @@ def load_models(runs: Sequence[str], make_engine: Callable[[Loaded], Engine]) ->
     for run in runs:
         loaded = load(run)
         is_run = (Path(run) / "recipe.toml").is_file()
-        served.append(Served(name_of(run), make_engine(loaded), Path(run) if is_run else None))
+        served.append(Served(name_of(run), make_engine(loaded), Path(run) if is_run else None, params_of(loaded.path)))
     return Models(served)
 
 

@@ -15,10 +15,8 @@ from baleen.serve.protocol import AssistantMessage, ChatRequest, CompletionReque
 
 def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
     """The conversation, up to where the assistant speaks. Raises BadRequest for what the template refuses."""
-    offered = request.tools or [] if request.tool_choice != "none" else []
-    return conversation(
-        tokenizer, request.messages, request.thinking, [tool.model_dump(exclude_none=True) for tool in offered]
-    )
+    tools = [tool.model_dump(exclude_none=True) for tool in request.offered]
+    return conversation(tokenizer, request.messages, request.thinking, tools)
 
 
 def conversation(

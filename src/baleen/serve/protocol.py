@@ -253,6 +253,11 @@ class ChatRequest(Sampling):
         return self
 
     @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
     def length(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 

@@ -33,7 +33,10 @@ class Remote:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         with self._open("/models") as response:
-            cards = {card["id"]: card for card in json.load(response)["data"]}
+            try:
+                cards = {card["id"]: card for card in json.load(response)["data"]}
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self._base}/models answers with something else: is it an OpenAI API?") from None
         if not cards or (model or next(iter(cards))) not in cards:
             raise UserError(f"{url} has no model {model}: take one of {', '.join(cards) or 'none'}")
         self.model = model or next(iter(cards))
@@ -107,13 +110,21 @@ def _chunks(response: http.client.HTTPResponse) -> Generator[dict[str, Any], Non
                 if data == b"[DONE]":
                     return
                 if line.startswith(b"data:"):
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise UserError(f"the server says: {chunk['error']['message']}")
-                    yield chunk
+                    yield _chunk(data)
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"the connection to the server broke ({error}): ask again") from None
     raise UserError("the server ended the answer in its midst: ask again")
+
+
+def _chunk(data: bytes) -> dict[str, Any]:
+    try:
+        chunk = json.loads(data)
+        message = chunk["error"]["message"] if "error" in chunk else None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"the server sends {data[:60]!r} in its stream: is it an OpenAI API?") from None
+    if message is not None:
+        raise UserError(f"the server says: {message}")
+    return chunk
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from baleen.config import UserError
-from baleen.cost.energy import open_meter
+from baleen.cost.energy import LastingMeter, open_meter
 from baleen.cost.ledger import Ledger, Stage
 from baleen.cost.money import RateCard, rate_card
 from baleen.infer.engine import Engine, Speculate
@@ -146,9 +146,9 @@ def make_service(models: Models, limits: Limits, rate: RateCard, stage: Stage | 
         if stage is not None:
             stage.progress(tokens=tokens, productive_seconds=seconds)
 
-    meter = open_meter(device_name, devices, rate.watts_per_device)
+    meter = LastingMeter(open_meter(device_name, devices, rate.watts_per_device), rate.watts_per_device)
     worker = Worker(models.engines, devices=devices, meter=meter, on_step=on_step)
-    return Service(models, worker, limits, Tariff(devices, rate, meter.how))
+    return Service(models, worker, limits, Tariff(devices, rate, meter))
 
 
 @contextlib.contextmanager

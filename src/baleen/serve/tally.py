@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baleen.cost.energy import Meter
 from baleen.cost.money import RateCard
 from baleen.data.tokenizer import Tokenizer
 from baleen.serve.answers import CompletionDetails, PromptDetails, Usage
@@ -19,7 +20,7 @@ class Tariff:
 
     devices: int
     rate: RateCard
-    energy_how: str
+    meter: Meter
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Tally:
             "accepted": self.accepted,
             "device_seconds": device_seconds,
             "joules": self.joules,
-            "energy_how": tariff.energy_how,
+            "energy_how": tariff.meter.how,
             "usd": device_seconds / 3600 * tariff.rate.usd_per_device_hour,
             "usd_per_device_hour": tariff.rate.usd_per_device_hour,
             "watts_per_device": tariff.rate.watts_per_device,

@@ -82,6 +82,12 @@ def test_an_export_opens_in_another_browser(visit, tmp_path):
     page.set_input_files("#import-file", file)  # and an older version of it goes beside it, not over it
     elsewhere.told("1 of 1 conversations added.")
     assert elsewhere.titles() == ["hello", "hello"]
+    elsewhere.button("More for “hello”").nth(1).click()
+    elsewhere.button("Delete").click()  # its traces are its own
+    elsewhere.told("Conversation deleted")
+    page.reload()
+    elsewhere.button("hello").click()
+    page.locator(".fingerprint").nth(2).wait_for()
 
 
 DAMAGED = {
@@ -209,6 +215,12 @@ def test_what_goes_wrong_is_said(visit):
     page.fill("#key", "wrong")
     page.keyboard.press("Enter")
     page.get_by_text("That key was refused.").wait_for()
+    page.fill("#key", "“secret”")  # quotes that were pasted along can't be sent
+    page.keyboard.press("Enter")
+    assert page.locator("#key:invalid").count() == 1
+    page.keyboard.press("Escape")
+    chat.told("The server asks for a key, and none was given.")
+    page.reload()
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     chat.ready()

@@ -75,6 +75,16 @@ export function find(conversation, words) {
   return null;
 }
 
+/** A copy with ids of its own, and the traces by them: it may be removed without the one it is a copy of. */
+export function copyOf({ conversation, traces }) {
+  const ids = new Map(Object.keys(conversation.nodes).map((id) => [id, newId()]));
+  const nodes = Object.values(conversation.nodes).map((node) => ({ ...node, id: ids.get(node.id), parent: ids.get(node.parent) ?? null }));
+  return {
+    conversation: { ...conversation, id: newId(), leaf: ids.get(conversation.leaf) ?? null, nodes: Object.fromEntries(nodes.map((node) => [node.id, node])) },
+    traces: Object.fromEntries([...ids].filter(([id]) => id in traces).map(([id, own]) => [own, traces[id]])),
+  };
+}
+
 /** The text of an export. traces: Map from the id of an answer to its trace as JSON. */
 export const exportText = (conversations, traces) =>
   JSON.stringify({

@@ -1,6 +1,6 @@
 // All conversations and the traces of their answers: in memory as they are shown, and in the browser's store.
 
-import { exportText, importText, newId } from "./conversation.js";
+import { copyOf, exportText, importText } from "./conversation.js";
 import { Store } from "./store.js";
 import { Trace } from "./trace.js";
 
@@ -75,21 +75,21 @@ export class Library {
   }
 
   /** Adds what a file holds; one that is here already, but different, is added beside it. Returns how many of how many.
-   * Throws an Error that says what is wrong with the file; then nothing was added. */
+   * Throws an Error that says what is wrong with the file: then nothing was added; or with the browser's store. */
   async import(text) {
     const read = importText(text);
     let added = 0;
-    for (const { conversation, traces } of read) {
-      const here = this.get(conversation.id);
-      if (here?.updated === conversation.updated) continue;
-      if (here) conversation.id = newId();
+    for (const own of read) {
+      const here = this.get(own.conversation.id);
+      if (here?.updated === own.conversation.updated) continue;
+      const { conversation, traces } = here ? copyOf(own) : own;
       for (const node of Object.values(conversation.nodes).filter(isAnswer)) {
         const trace = Trace.from(traces[node.id]);
         if (!trace || this.trace(node)) continue;
         this.setTrace(node, trace);
-        await this.saveTrace(node);
       }
       await this.save(conversation);
+      for (const node of Object.values(conversation.nodes).filter((node) => this.trace(node))) await this.saveTrace(node);
       added++;
     }
     return { added, of: read.length };

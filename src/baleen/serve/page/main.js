@@ -1,7 +1,7 @@
 // The page: what is shown, what runs, and who is told.
 
 import { Answer } from "./answer.js";
-import { Api } from "./api.js";
+import { Api, ServerError } from "./api.js";
 import { add, newConversation, show, shownPath } from "./conversation.js";
 import { byId, download, element, icon, toast } from "./dom.js";
 import { count, parameters } from "./figures.js";
@@ -87,9 +87,8 @@ function answer(parent) {
 async function finish({ conversation, node, trace }) {
   running.delete(node.id);
   conversation.updated = Date.now();
-  if (trace.tokens.length) await library.saveTrace(node);
-  else library.setTrace(node, null);
-  if (library.get(conversation.id)) save(conversation); // else it was removed meanwhile
+  if (!trace.tokens.length) library.setTrace(node, null);
+  if (library.get(conversation.id)) save(conversation, true, node); // else it was removed meanwhile
   if (conversation !== current) return;
   if (inspected === node && panel.view === "mixture") mixture.update();
   draw();
@@ -137,13 +136,17 @@ async function importFile(file) {
     toast(`${count(added)} of ${count(of)} conversations added${added < of ? "; the others are here already" : ""}.`);
     drawList();
   } catch (error) {
-    toast(`Nothing was imported: ${error.message}.`);
+    const fate = error instanceof DOMException ? "The import ended early" : "Nothing was imported"; // by the store, or the file
+    toast(`${fate}: ${error.message}.`);
+    drawList();
   }
 }
 
-async function save(conversation, listed = true) {
+/** answer: one whose trace is to be kept too. */
+async function save(conversation, listed = true, answer = null) {
   try {
     await library.save(conversation);
+    if (answer && library.trace(answer)) await library.saveTrace(answer);
   } catch (error) {
     toast(`This browser could not save the conversation: ${error.message}`);
   }
@@ -263,9 +266,9 @@ function askForKey(again) {
   byId("key").value = "";
   byId("key-note").textContent = again ? "That key was refused." : "Kept until this tab is closed.";
   if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
-    const given = (event) => (event.preventDefault(), dialog.close(), resolve(byId("key").value));
-    byId("key-form").addEventListener("submit", given, { once: true });
+  return new Promise((resolve, reject) => {
+    byId("key-form").onsubmit = (event) => (event.preventDefault(), resolve(byId("key").value), dialog.close());
+    dialog.onclose = () => reject(new ServerError("The server asks for a key, and none was given.", 401));
   });
 }
 

@@ -9,6 +9,13 @@ const settled = (request) =>
     request.onerror = () => reject(request.error);
   });
 
+/** Once it is on the disk: a full one may refuse what the request had been granted. */
+const written = ({ transaction }) =>
+  new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = () => reject(transaction.error);
+  });
+
 export class Store {
   #database;
   #channel = new BroadcastChannel(NAME);
@@ -36,12 +43,12 @@ export class Store {
   }
 
   async save(conversation) {
-    await settled(this.#of("conversations", "readwrite").put(conversation, conversation.id));
+    await written(this.#of("conversations", "readwrite").put(conversation, conversation.id));
     this.#channel.postMessage(conversation.id);
   }
 
   async remove(conversation) {
-    await settled(this.#of("conversations", "readwrite").delete(conversation.id));
+    await written(this.#of("conversations", "readwrite").delete(conversation.id));
     this.#channel.postMessage(conversation.id);
   }
 
@@ -51,12 +58,12 @@ export class Store {
   }
 
   saveTrace(nodeId, trace) {
-    return settled(this.#of("traces", "readwrite").put(trace, nodeId));
+    return written(this.#of("traces", "readwrite").put(trace, nodeId));
   }
 
-  removeTraces(nodeIds) {
+  async removeTraces(nodeIds) {
     const traces = this.#of("traces", "readwrite");
-    return Promise.all(nodeIds.map((id) => settled(traces.delete(id))));
+    for (const request of nodeIds.map((id) => traces.delete(id)).slice(-1)) await written(request);
   }
 
   /** Calls back with the id of a conversation that another tab saved or removed. */
