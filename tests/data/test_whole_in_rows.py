@@ -28,3 +28,8 @@ def test_a_document_longer_than_a_row_goes_on_in_the_next():
     packed = pack(whole_in_rows(documents, 8, PAD), 8)
     assert packed.flat_tokens[:20].tolist() == list(range(20))
     assert len(packed) == 3
+
+
+def test_no_row_is_padding_alone():
+    packed = pack(whole_in_rows([TokenisedDocument([1] * 8, [1] * 8)], 8, PAD), 8)
+    assert packed.flat_tokens.tolist() == [1] * 8 + [PAD]

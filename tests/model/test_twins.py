@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baleen.config import ModelConfig
+from baleen.model import cache as cache_module
 from baleen.model import moe as moe_module
 from baleen.model.attention import LatentAttention
 from baleen.model.cache import Batch, LatentPages
@@ -16,6 +17,7 @@ from baleen.model.moe import DeepseekMoE, Gate, Routing, sequence_balance_loss
 from baleen.model.native.training import serves
 from baleen.model.rope import RotaryEmbedding, rotate, softmax_scale, yarn_mscale
 from baleen.model.transformer import Transformer
+from baleen.parallel.stage import Stage
 
 F64 = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -41,10 +43,22 @@ def test_cached_equals_full(tiny_model, monkeypatch, absorb, chunk):
     torch.testing.assert_close(torch.cat(parts, 1), full, **F64)
 
 
+def test_one_long_sequence_does_not_make_the_others_as_long():
+    lengths = [16] * 100 + [32_768] + [16] * 155
+    tables = [list(range(-(-n // 16))) for n in lengths]
+    batch = Batch([1] * 256, [n - 1 for n in lengths], [1] * 256, tables)
+    segments = cache_module._segments(batch, torch.tensor(batch.positions()), 16)
+    assert [segment.shape for segment in segments] == [(100, 1), (1, 1), (155, 1)]
+    assert [segment.tokens for segment in segments] == [slice(0, 100), slice(100, 101), slice(101, 256)]
+    assert [segment.visible for segment in segments] == [16, 32_768, 16]
+
+
+@pytest.mark.parametrize("small", [cache_module.SMALL, 0])
 @pytest.mark.parametrize("absorb", [False, True])
-def test_ragged_equals_each_alone(tiny_model, monkeypatch, absorb):
+def test_ragged_equals_each_alone(tiny_model, monkeypatch, absorb, small):
     """Sequences of any length and any number of new tokens in one forward, with pages strewn about."""
     model = tiny_model(dtype=torch.float64)
+    monkeypatch.setattr(cache_module, "SMALL", small)
     monkeypatch.setattr(LatentAttention, "prefers_absorbed", lambda *_: absorb)
     pages = LatentPages(model.config, 20, page_size=4, dtype=torch.float64)
     tables = torch.randperm(20, generator=torch.Generator().manual_seed(2)).view(4, 5).tolist()
@@ -197,6 +211,24 @@ def test_rows_that_round_an_experts_batch_count_for_nothing(tiny_model, monkeypa
         results.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
     for rounded, exact in zip(*results, strict=True):
         torch.testing.assert_close(rounded, exact, **F64)
+
+
+def test_experts_that_no_token_has_come_to(tiny_model):
+    """As on a rank of expert parallelism whose experts nobody chose: nothing in, nothing out, and gradients of zero."""
+    experts = next(m for m in tiny_model().modules() if isinstance(m, moe_module.Experts))
+    x_Nd, none = torch.zeros(0, 32, requires_grad=True), torch.zeros(0, 1, dtype=torch.long)
+    y_Nd = moe_module.apply_experts(x_Nd, none, torch.ones(0, 1), torch.zeros(8, dtype=torch.long), experts)
+    y_Nd.sum().backward()
+    assert y_Nd.shape == x_Nd.grad.shape == (0, 32)
+    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+
+
+def test_a_stage_turns_by_angles_of_the_weights_precision(tiny_model):
+    """Not of the activations', which are bf16 behind a norm under autocast."""
+    model = tiny_model()
+    stage = Stage(model, range(3), first=True, last=True, lends_embedding=False)
+    context = stage._context(torch.zeros(1, 5, 32, dtype=torch.bfloat16), None)
+    assert context.cos.dtype == torch.float32
 
 
 def test_no_token_is_dropped(tiny_model):

@@ -56,8 +56,8 @@ def tokens_of(rank: int) -> Tensor:
 
 def pipeline(schedule: str) -> None:
     team = team_of(ParallelConfig(pipeline=2, zero=1, schedule=schedule))
-    share = 1 / MICRO_BATCHES / team.data_ranks
-    step = [MicroBatch(rows, None, None, share) for rows in tokens_of(team.data_rank).chunk(MICRO_BATCHES)]
+    shares = torch.full((2 + team.config.num_nextn_predict_layers,), 1 / MICRO_BATCHES / team.data_ranks)
+    step = [MicroBatch(rows, None, None, shares) for rows in tokens_of(team.data_rank).chunk(MICRO_BATCHES)]
     for _ in range(2):  # the first step makes connections; of the second it counts
         with Traffic() as traffic:
             team.accumulate(step, OBJECTIVE)
@@ -84,7 +84,8 @@ def experts(dispatch: str) -> None:
         gate.register_forward_hook(by_turns)
     tokens = tokens_of(dist.get_rank())
     with Traffic() as traffic:
-        totals = team.accumulate([MicroBatch(tokens, None, None, 1 / ranks)], OBJECTIVE)
+        shares = torch.full((2 + team.config.num_nextn_predict_layers,), 1 / ranks)
+        totals = team.accumulate([MicroBatch(tokens, None, None, shares)], OBJECTIVE)
     leaving = torch.tensor(traffic.leaving["alltoall_base"], dtype=torch.float64)
     dist.all_reduce(leaving)
     if dist.get_rank() == 0:

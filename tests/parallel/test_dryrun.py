@@ -71,7 +71,7 @@ def test_what_a_step_of_three_micro_batches_sends(tiny_model, zero, reduced, gat
     """In multiples of the weights: ZeRO-1 reduces once a step, and gathers once, for all forwards and backwards."""
     model, parallel = tiny_model(), ParallelConfig(zero=zero)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    micro_batch = MicroBatch(torch.randint(97, (B, T + 1)), None, None, 1 / 3)
+    micro_batch = MicroBatch(torch.randint(97, (B, T + 1)), None, None, torch.full((3,), 1 / 3))
     with _fake_group(0, 4), Traffic() as traffic:
         team = take_part(model, parallel, Mesh(make_grid(parallel, model.config, 4), "cpu"))
         team.accumulate(3 * [micro_batch], OBJECTIVE)

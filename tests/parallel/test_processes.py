@@ -54,6 +54,15 @@ def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
     assert done.stderr.count(f"step-{STEPS} is passed over") == 1 and "shard-00002" in done.stderr
 
 
+def test_two_processes_export_what_one_has_finished(torchrun, recipe_file, tmp_path):
+    """Its checkpoint is no shards: they are written first."""
+    run, recipe = tmp_path / "run", recipe_file(train={"micro_batch_size": 2})
+    train(torchrun, 1, recipe, run)
+    shutil.rmtree(run / "model")  # as if it had been killed before
+    assert json.loads(train(torchrun, 2, recipe, run, "--resume").stdout)["status"] == "done"
+    assert load_model(run / "model").config.vocab_size == 300
+
+
 def test_tokens_travel_in_fp8_too_and_the_nodes_that_they_reach_are_told(torchrun, recipe_file, tmp_path):
     told = {}
     for dispatch in ("wide", "fp8"):

@@ -102,8 +102,7 @@ def test_micro_batches_make_the_same_step(tmp_path, base, recipe, only):
     base()
     losses = []
     for size in (0, 1):
-        plain = recipe(own=6, tokens=64, micro_batch_size=size, mtp_loss_weight=0.0, balance_loss_weight=0.0)
-        train_on(plain, tmp_path / f"run{size}", only=only)
+        train_on(recipe(own=6, tokens=64, micro_batch_size=size), tmp_path / f"run{size}", only=only)
         losses.append(read_metrics(tmp_path / f"run{size}")[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -49,6 +49,7 @@ def test_the_smallest_batch_of_a_schedule_counts(tiny_config):
         ({"eval_every": 5}, {}, "train.eval_every is for one process"),
         ({"optimizer": "muon"}, {}, "Muon needs whole matrices"),
         ({"precision": "fp8"}, {}, "train.precision=fp8 is for one process"),
+        ({}, {"dispatch": "fp8"}, "set parallel.expert too"),
         ({}, {"pipeline": 2, "zero": 3}, "take parallel.zero=1"),
         ({}, {"pipeline": 4}, "take at most 4 stages"),
         ({}, {"expert": 3}, "the nearest that does is parallel.expert = 2"),

@@ -16,7 +16,7 @@ import torch
 from baleen.config import UserError
 from baleen.data.document import Document, Message
 from baleen.parallel.worker import Alone
-from baleen.train import checkpoint, loop
+from baleen.train import checkpoint, loop, rundir
 from baleen.train.checkpoint import load_newest
 from baleen.train.display import Display
 from baleen.train.loop import train
@@ -236,6 +236,26 @@ def test_a_run_that_never_trained_leaves_its_directory_free(tiny_recipe, corpus,
     with pytest.raises(UserError, match="is empty"):
         run(tiny_recipe(data={"sources": (str(tmp_path / "empty.txt"),)}), tmp_path / "run")
     assert run(tiny_recipe(), tmp_path / "run", max_steps=1)[0]["step"] == 1
+
+
+def test_a_run_that_ended_in_its_first_step_leaves_its_directory_free(tiny_recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "step", lambda self: 1 / 0)  # out of memory, say
+        with pytest.raises(ZeroDivisionError):
+            run(tiny_recipe(), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert run(tiny_recipe(train={"micro_batch_size": 2}), tmp_path / "run", max_steps=1)[0]["step"] == 1
+
+
+def test_a_directory_that_refuses_the_recipe(tiny_recipe, tmp_path, monkeypatch):
+    run(tiny_recipe(), tmp_path / "run", max_steps=1)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(rundir, "write_aside", refuse)
+    with pytest.raises(UserError, match="cannot be written"):
+        run(tiny_recipe(), tmp_path / "run", resume=True, max_steps=1)
 
 
 # --- bad text

@@ -42,12 +42,13 @@ def gradients(model, batch, **train):
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_masks_reach_the_loss_in_every_micro_batch(tiny_model, batch, micro_batch_size, document_mask):
-    keys = {"mtp_loss_weight": 0.0, "balance_loss_weight": 0.0}
-    model = tiny_model(num_nextn_predict_layers=0)
+    """Of MTP's two depths and of the balance loss too, each of which has another share of the step."""
+    keys = {"mtp_loss_weight": 0.3, "balance_loss_weight": 0.1}
+    model = tiny_model(num_nextn_predict_layers=2)
     loss, found = gradients(
-        model, batch, micro_batch_size=micro_batch_size, document_mask=document_mask, balance_loss_weight=0.0
+        model, batch, micro_batch_size=micro_batch_size, document_mask=document_mask, balance_loss_weight=0.1
     )
-    twin = tiny_model(num_nextn_predict_layers=0)
+    twin = tiny_model(num_nextn_predict_layers=2)
     documents = batch.document_ids if document_mask else None
     expected = training_loss(twin, batch.tokens, document_ids=documents, loss_mask=batch.loss_mask, **keys)
     expected.total.backward()

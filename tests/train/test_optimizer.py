@@ -94,6 +94,16 @@ def test_state_goes_round_by_name(tiny_model, kind):
     assert not state["model.norm.weight.exp_avg"].equal(one.state_tensors()["model.norm.weight.exp_avg"])
 
 
+def test_room_for_its_state_is_where_its_parameters_are():
+    """A fused AdamW counts its steps on the device, and would be handed a pointer to the host."""
+    optimizer = optimizer_of(torch.nn.Linear(3, 2))
+    optimizer._named = {name: parameter.to("meta") for name, parameter in optimizer._named.items()}
+    names = [f"{name}.{state}" for name in ("weight", "bias") for state in ("step", "exp_avg", "exp_avg_sq")]
+    room = optimizer.empty_state_tensors(names)
+    assert room.keys() == set(names) and {tensor.device.type for tensor in room.values()} == {"meta"}
+    assert room["weight.step"].shape == () and room["weight.step"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "name, tensor",
     [

@@ -76,3 +76,13 @@ def test_killed_and_resumed_equals_straight(tmp_path):
     assert straight["step"] == resumed["step"] == 40
     for key in ("weights_sha256", "heldout_bpb", "loss"):
         assert resumed[key] == straight[key]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["train", "cpu-s", "--run", "r", "--world", "8"], "--world is for --dry-run"),
+     (["chat", "runs/r", "--model", "m"], "--model is for a --url")],
+)  # fmt: skip
+def test_options_that_would_be_ignored(arguments, says):
+    with pytest.raises(UserError, match=says):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -57,7 +57,10 @@ def package_files(name: str) -> list[Path]:
     """The files that `read_package` reads, sorted by path."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     if name == "python-docs":
-        return [stdlib / "pydoc_data" / "topics.py"]
+        topics = stdlib / "pydoc_data" / "topics.py"
+        if not topics.is_file():
+            raise UserError(f"package:python-docs reads {topics}, which this Python lacks: install all of its library")
+        return [topics]
     if name == "stdlib":
         roots = [stdlib / f"{module}.py" for module in sys.stdlib_module_names]
         folders = [stdlib / module for module in sys.stdlib_module_names if (stdlib / module).is_dir()]
@@ -68,7 +71,10 @@ def package_files(name: str) -> list[Path]:
         install = "'baleen-lm[demo]'" if name == "chitchat-dataset" else name
         raise UserError(f"package:{name} is not installed: pip install {install}") from None
     if name == "chitchat-dataset":
-        return [f for f in files if f.name == "dataset.json"]
+        found = [f for f in files if f.name == "dataset.json" and f.is_file()]
+        if not found:
+            raise UserError("package:chitchat-dataset has no dataset.json: pip install --force-reinstall it")
+        return found
     return sorted(f for f in files if f.suffix in TEXT_SUFFIXES and f.is_file())
 
 

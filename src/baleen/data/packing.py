@@ -102,8 +102,8 @@ def whole_in_rows(documents: Iterable[TokenisedDocument], seq_len: int, pad_id: 
             used = 0
         yield document
         used = (used + len(document.tokens)) % seq_len
-    if used != 1:
-        yield padding(seq_len - used + 1)
+    if missing := (1 - used) % seq_len:
+        yield padding(missing)
 
 
 def pack(token_lists: Iterable[Sequence[int] | TokenisedDocument], seq_len: int) -> PackedTokens:

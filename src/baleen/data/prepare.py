@@ -206,8 +206,9 @@ def _tokenise(
 
 
 def _tokenise_chats(batch: list[Document], tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
-    for ids in tokenizer.encode_chats([document.messages or () for document in batch]):
-        if ids[-1] != tokenizer.eos_id:  # the user had the last word
+    chats = [document.messages or () for document in batch]
+    for messages, ids in zip(chats, tokenizer.encode_chats(chats), strict=True):
+        if tokenizer.eos_id not in ids or not messages or messages[-1].role != "assistant":
             ids.append(tokenizer.eos_id)
         yield TokenisedDocument(ids)
 

@@ -45,7 +45,9 @@ class _CombineRows(torch.autograd.Function):
             slots = slots_NK.flatten()
             grad_NKd = weights_NK[..., None].to(grad_Nd.dtype) * grad_Nd[:, None]
             grad_Md.index_copy_(0, slots, grad_NKd.flatten(0, 1).to(y_Md.dtype))
-            grad_weights = (y_Md[slots].view(*slots_NK.shape, -1) * grad_Nd[:, None]).sum(-1).to(weights_NK.dtype)
+            grad_weights = (
+                (y_Md[slots].view(*slots_NK.shape, y_Md.shape[1]) * grad_Nd[:, None]).sum(-1).to(weights_NK.dtype)
+            )
         return grad_Md, None, grad_weights
 
 
@@ -66,7 +68,7 @@ def sum_rows(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tenso
 
 
 def sum_rows_twin(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-    y_NKd = y_Md[slots_NK.flatten()].view(*slots_NK.shape, -1)
+    y_NKd = y_Md[slots_NK.flatten()].view(*slots_NK.shape, y_Md.shape[1])
     if weights_NK is None:
         return y_NKd.sum(1)
     return (weights_NK.to(y_NKd.dtype)[:, None] @ y_NKd).squeeze(1)

@@ -97,10 +97,11 @@ def _count_fakes(
             recompute(part, parallel.recompute, note)
             for module in part.modules():
                 module.register_forward_pre_hook(weigh)  # when FSDP has gathered them
-        tokens = torch.zeros(sequences, T + 1, dtype=torch.int64)
+        shares = torch.ones(2 + team.config.num_nextn_predict_layers)
+        micro_batch = MicroBatch(torch.zeros(sequences, T + 1, dtype=torch.int64), None, None, shares)
         with Traffic() as traffic:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                outputs = _forward(team, objective, MicroBatch(tokens, None, None, 1.0))
+                outputs = _forward(team, objective, micro_batch)
             for module in [m for part in team.parts for m in part.modules()]:
                 weigh(module)  # the head is read without being called
             for out in reversed(outputs):  # unheard: what is recomputed here was not kept
@@ -137,14 +138,14 @@ def _forward(team: Team, objective: Objective, micro_batch: MicroBatch) -> list[
     """One micro-batch through what the rank holds, output by output; a stage's input comes from nowhere."""
     if isinstance(team.parts[0], Transformer):
         return [objective.of_model(team.parts[0], micro_batch.tokens, None, None).total]
-    tokens, share = micro_batch.tokens, torch.ones(1)
+    tokens = micro_batch.tokens
     B, width = tokens.shape
     outputs = []
     for stage in team.parts:
         assert isinstance(stage, Stage)
         stage.objective, stage.told = objective, []
         x = torch.zeros(B, width - 1, team.config.hidden_size, requires_grad=True)
-        outputs.append(stage(tokens if stage.first else x, tokens, share))
+        outputs.append(stage(tokens if stage.first else x, tokens, micro_batch.shares[None]))
     return outputs
 
 

@@ -94,8 +94,8 @@ def send_bf16(rows: Tensor, trip: Trip) -> Tensor:
 
 
 def send_fp8(rows: Tensor, trip: Trip) -> Tensor:
-    """In tiles of 1 x 128. Float8 travels as the bytes that it is, which every backend can carry."""
-    numbers, scales = quantize_blocks(rows, ACTIVATION_BLOCK)
+    """In tiles of 1 x 128, by powers of two (V3 §3.3.3). Float8 travels as its bytes, which every backend can carry."""
+    numbers, scales = quantize_blocks(rows, ACTIVATION_BLOCK, power_of_two=True)
     arrived = trip.all_to_all(numbers.view(torch.uint8)).view(numbers.dtype)
     return dequantize_blocks(arrived, trip.all_to_all(scales), ACTIVATION_BLOCK).to(rows.dtype)
 

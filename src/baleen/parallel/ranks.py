@@ -69,7 +69,7 @@ class Ranks:
     def lead(self, task: Callable[[], T]) -> T | None:
         """Run `task` on rank 0, while the others wait; its result there, None elsewhere.
 
-        If it raises, it raises on rank 0 alone and the other ranks end without a word.
+        If it raises, it raises on rank 0 alone and the other ranks end without a word, with the exit code of `joined`.
         """
         result, fault = None, None
         if self.rank == 0:
@@ -77,11 +77,12 @@ class Ranks:
                 result = task()
             except Exception as error:
                 fault = error
-        failed = self.largest([float(fault is not None)])[0]
+        code = self.largest([float(_exit_code(fault))])[0]
         if fault is not None:
             raise fault
-        if failed:
-            sys.exit(2)
+        if code:
+            time.sleep(SPEAKING_SECONDS)
+            sys.exit(int(code))
         return result
 
     def largest(self, values: list[float]) -> list[float]:
@@ -170,11 +171,15 @@ def joined(timeout_seconds: float) -> Iterator[Ranks]:
         told = _last_word(ranks, error, rank_0, last_word_seconds(error, timeout_seconds))
         if told is None:
             time.sleep(SPEAKING_SECONDS)
-            sys.exit(2 if isinstance(error, UserError) else 1)
+            sys.exit(_exit_code(error))
         if told is error:
             raise
         raise told from None
     dist.destroy_process_group()
+
+
+def _exit_code(error: Exception | None) -> int:
+    return 0 if error is None else 2 if isinstance(error, UserError) else 1
 
 
 def limit_waiting(timeout_seconds: float) -> None:

@@ -45,7 +45,12 @@ class Objective(Protocol):
         ...
 
     def of_model(
-        self, model: Transformer, tokens: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None
+        self,
+        model: Transformer,
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        loss_mask: Tensor | None,
+        shares: Tensor | None = None,
     ) -> Losses: ...
 
     def of_hidden(
@@ -56,6 +61,7 @@ class Objective(Protocol):
         tokens: Tensor,
         document_ids: Tensor | None,
         loss_mask: Tensor | None,
+        shares: Tensor | None,
     ) -> Losses:
         """From the trunk's output on; `model` gives predict_ahead, lm_head and config."""
         ...
@@ -79,9 +85,8 @@ def split_layers(config: ModelConfig, stages: int) -> list[range]:
 
 
 class Told(NamedTuple):
-    """What one micro-batch told on its way through one stage."""
+    """What one micro-batch told on its way through one stage: its part of the step's."""
 
-    share: Tensor
     main: Tensor
     mtp: Tensor
     balance: Tensor
@@ -132,19 +137,19 @@ class Stage(nn.Module):
         self,
         x: Tensor,
         tokens: Tensor,
-        share: Tensor,
+        shares: Tensor,
         document_ids: Tensor | None = None,
         loss_mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, d], or at the first stage tokens [B, T + 1] -> hidden states, or at the last the loss.
 
-        tokens, document_ids, loss_mask: [B, T + 1], known to every rank. share: of this micro-batch in the batch, [1].
+        tokens, document_ids, loss_mask: [B, T + 1], known to every rank. shares: MicroBatch's, [1, 2 + D].
         """
         with self.objective.computing(tokens.device):
-            return self._forward(x, tokens, share, document_ids, loss_mask)
+            return self._forward(x, tokens, shares[0], document_ids, loss_mask)
 
     def _forward(
-        self, x: Tensor, tokens: Tensor, share: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None
+        self, x: Tensor, tokens: Tensor, shares: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None
     ) -> Tensor:
         T = tokens.shape[1] - 1
         x_BTd = self._lent[0](x[:, :T]) if self.first else x
@@ -155,16 +160,17 @@ class Stage(nn.Module):
             routings += [] if routing is None else [routing]
         if self.last:
             hidden = self.model.norm(x_BTd)  # type: ignore[operator]
-            loss = self.objective.of_hidden(self, hidden, routings, tokens, document_ids, loss_mask)
-            self.told.append(Told(share, loss.main, loss.mtp, loss.balance, loss.loads))
-            return loss.total * share[0]
+            loss = self.objective.of_hidden(self, hidden, routings, tokens, document_ids, loss_mask, shares)
+            self.told.append(Told(loss.main, loss.mtp, loss.balance, loss.loads))
+            return loss.total
         balance = x_BTd.new_zeros(())
         if self.objective.balance_loss_weight and routings:
             top_k = self.config.num_experts_per_tok
-            balance = torch.stack([sequence_balance_loss(r, x.shape[0], top_k) for r in routings]).sum()
-            x_BTd = attach_loss(x_BTd, self.objective.balance_loss_weight * share[0] * balance)
+            balances = [sequence_balance_loss(r, x.shape[0], top_k) for r in routings]
+            balance = torch.stack(balances).sum() * shares[1].to(x_BTd)
+            x_BTd = attach_loss(x_BTd, self.objective.balance_loss_weight * balance)
         zero = balance.new_zeros(())
-        self.told.append(Told(share, zero, zero, balance.detach(), [routing.load() for routing in routings]))
+        self.told.append(Told(zero, zero, balance.detach(), [routing.load() for routing in routings]))
         return x_BTd
 
     def predict_ahead(
@@ -182,7 +188,8 @@ class Stage(nn.Module):
         if document_ids_BT is not None:
             same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             mask = (same & same.new_ones(T, T).tril())[:, None]
-        cos, sin = self.model.rotary(positions_BT, x_BTd.dtype)  # type: ignore[operator]
+        dtype = next(super().parameters()).dtype  # not x's, which autocast may have made bf16
+        cos, sin = self.model.rotary(positions_BT, dtype)  # type: ignore[operator]
         return Context(positions_BT=positions_BT, cos=cos, sin=sin, mask=mask, cache=None)
 
 

@@ -103,11 +103,11 @@ class Team:
     def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
         self._drop_gradients()
         told = []
-        for number, (tokens, document_ids, loss_mask, share) in enumerate(micro_batches, 1):
+        for number, micro_batch in enumerate(micro_batches, 1):
             synchronise(self.model, self.parallel.zero, last=number == len(micro_batches))
-            loss = objective.of_model(self.model, tokens, document_ids, loss_mask)
-            (loss.total * share).backward()
-            told.append((list(self.gates), Told(torch.tensor([share]), loss.main, loss.mtp, loss.balance, loss.loads)))
+            loss = objective.of_model(self.model, *micro_batch)
+            loss.total.backward()
+            told.append((list(self.gates), Told(loss.main, loss.mtp, loss.balance, loss.loads)))
         self.bring_gradients()
         return self._totals(told)
 
@@ -126,8 +126,8 @@ class Team:
         moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_layers_with_mtp))
         loads_GE = torch.zeros(moe_layers, config.n_routed_experts, dtype=torch.int64, device=self.device)
         losses = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for gates, (share, *values, loads) in told:
-            losses += torch.stack(values).double() * share.to(losses)
+        for gates, (*values, loads) in told:
+            losses += torch.stack(values).double()
             for gate, load in zip(gates, loads, strict=False):  # fewer where the MTP layers are left out
                 loads_GE[gate] += load
         trips = torch.tensor([d.take_reached() for d in self._dispatchers()] or [(0, 0)], device=self.device).sum(0)
@@ -231,7 +231,7 @@ class PipelineTeam(Team):
             stage.objective, stage.told = objective, []
         columns = list(zip(*micro_batches, strict=True))
         tokens, documents, masks = (None if c[0] is None else torch.cat(c) for c in columns[:3])
-        given = {"tokens": tokens, "share": torch.tensor(columns[3], dtype=torch.float64, device=self.device)}
+        given = {"tokens": tokens, "shares": torch.stack(columns[3]).to(self.device)}
         given |= {name: rows for name, rows in (("document_ids", documents), ("loss_mask", masks)) if rows is not None}
         arguments = [tokens] if self.parts[0].first else []
         target = tokens if self.parts[-1].last else None  # the loss is taken in the stage; this is for form's sake

@@ -18,12 +18,16 @@ from baleen.parallel.stage import Objective
 
 
 class MicroBatch(NamedTuple):
-    """Sequences that pass the model at once, [B, T + 1] each, and their share of the step's loss."""
+    """Sequences that pass the model at once, [B, T + 1] each.
+
+    shares: what they are of the whole step, over all ranks, [2 + D] on the CPU: of the targets that are learnt, of the
+    sequences, and of the targets of each of the D MTP depths. Where tokens are masked these differ.
+    """
 
     tokens: Tensor
     document_ids: Tensor | None
     loss_mask: Tensor | None
-    share: float
+    shares: Tensor
 
 
 class Totals(NamedTuple):
@@ -121,12 +125,12 @@ class Alone:
     def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
         main = mtp = balance = 0.0
         loads: list[Tensor] = []
-        for tokens, document_ids, loss_mask, share in micro_batches:
-            loss = objective.of_model(self.model, tokens, document_ids, loss_mask)
-            (loss.total * share).backward()
-            main += loss.main.item() * share
-            mtp += loss.mtp.item() * share
-            balance += loss.balance.item() * share
+        for micro_batch in micro_batches:
+            loss = objective.of_model(self.model, *micro_batch)
+            loss.total.backward()
+            main += loss.main.item()
+            mtp += loss.mtp.item()
+            balance += loss.balance.item()
             loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
         return Totals(main, mtp, balance, loads)
 

@@ -12,6 +12,8 @@ def check_layout(recipe: Recipe, world: int) -> Grid:
     """The grid of ranks. Raises UserError, naming what would work, if they cannot train this recipe."""
     train = recipe.train
     grid = make_grid(recipe.parallel, recipe.model, world)
+    if recipe.parallel.dispatch == "fp8" and grid.expert == 1:
+        raise UserError("parallel.dispatch=fp8 is for experts that are spread over ranks: set parallel.expert too")
     if world == 1:
         return grid
     sequences, at_once = train.batch_tokens // train.seq_len, sequences_at_once(recipe, grid.data)
@@ -27,7 +29,9 @@ def check_layout(recipe: Recipe, world: int) -> Grid:
     if train.optimizer == "muon" and recipe.parallel.zero:
         raise UserError("Muon needs whole matrices: take parallel.zero=0, or train.optimizer=adamw")
     if train.precision == "fp8":
-        raise UserError("train.precision=fp8 is for one process: take bf16, or parallel.dispatch=fp8 with it")
+        raise UserError(
+            "train.precision=fp8 is for one process: take bf16; experts apart may take parallel.dispatch=fp8"
+        )
     return grid
 
 

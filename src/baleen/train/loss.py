@@ -34,6 +34,8 @@ class PredictsAhead(Protocol):
 
 
 class Loss(NamedTuple):
+    """Of one batch; of a micro-batch, its part of the step's, so that those of all add up."""
+
     total: Tensor
     main: Tensor  # nats a token
     mtp: Tensor  # mean over depths; 0 without MTP
@@ -49,17 +51,21 @@ def training_loss(
     balance_loss_weight: float,
     document_ids: Tensor | None = None,
     loss_mask: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Loss:
     """Loss of tokens [B, T + 1]: the first T are the input of the trunk, the last T its targets.
 
     MTP layer k reads h^{k-1}_i with t_{i+k} and predicts t_{i+k+1}; the last k positions have no such target.
     document_ids [B, T + 1]: attention stays within a document. loss_mask [B, T + 1]: 0 where a token is not learnt.
+    shares: of a step of several micro-batches (see MicroBatch); each term is this one's part of the step's.
     """
     T = tokens.shape[1] - 1
     documents = None if document_ids is None else document_ids[:, :T]
     hidden, routings = model(tokens[:, :T], document_ids_BT=documents)
     weights = {"mtp_loss_weight": mtp_loss_weight, "balance_loss_weight": balance_loss_weight}
-    return prediction_loss(model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights)
+    return prediction_loss(
+        model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, shares=shares, **weights
+    )
 
 
 def prediction_loss(
@@ -72,12 +78,15 @@ def prediction_loss(
     balance_loss_weight: float,
     document_ids: Tensor | None,
     loss_mask: Tensor | None,
+    shares: Tensor | None,
 ) -> Loss:
     """The part of `training_loss` behind the trunk, whose output is hidden [B, T, d]."""
     targets = tokens if loss_mask is None else tokens.masked_fill(loss_mask == 0, IGNORED)
     T, head = tokens.shape[1] - 1, model.lm_head.weight
     all_learnt = loss_mask is None
     main = cross_entropy(hidden, head, targets[:, 1:], all_learnt=all_learnt)
+    shares = main.new_ones(2 + model.config.num_nextn_predict_layers) if shares is None else shares.to(main)
+    main = main * shares[0]
     mtp = main.new_zeros(())
     depth = model.config.num_nextn_predict_layers if mtp_loss_weight else 0
     for k in range(1, depth + 1):
@@ -85,10 +94,10 @@ def prediction_loss(
         output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
         hidden = output.hidden_BTd
         routings = routings + output.routings
-        mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :], all_learnt=all_learnt) / depth
+        mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :], all_learnt=all_learnt) * shares[1 + k] / depth
     counted = routings if balance_loss_weight else []
     balances = [sequence_balance_loss(r, tokens.shape[0], model.config.num_experts_per_tok) for r in counted]
-    balance = torch.stack(balances).sum() if balances else 0 * main
+    balance = torch.stack(balances).sum() * shares[1] if balances else 0 * main
     total = main + mtp_loss_weight * mtp + balance_loss_weight * balance
     return Loss(total, main.detach(), mtp.detach(), balance.detach(), [routing.load() for routing in routings])
 
@@ -105,12 +114,19 @@ class Objective(NamedTuple):
         return computing_in(self.precision, device)
 
     def of_model(
-        self, model: Transformer, tokens: Tensor, document_ids: Tensor | None, loss_mask: Tensor | None
+        self,
+        model: Transformer,
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        loss_mask: Tensor | None,
+        shares: Tensor | None = None,
     ) -> Loss:
         """`training_loss` in this precision."""
         weights = {"mtp_loss_weight": self.mtp_loss_weight, "balance_loss_weight": self.balance_loss_weight}
         with self.computing(tokens.device):
-            return training_loss(model, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights)
+            return training_loss(
+                model, tokens, document_ids=document_ids, loss_mask=loss_mask, shares=shares, **weights
+            )
 
     def of_hidden(
         self,
@@ -120,11 +136,12 @@ class Objective(NamedTuple):
         tokens: Tensor,
         document_ids: Tensor | None,
         loss_mask: Tensor | None,
+        shares: Tensor | None,
     ) -> Loss:
         """`prediction_loss` in the precision of the caller."""
         weights = {"mtp_loss_weight": self.mtp_loss_weight, "balance_loss_weight": self.balance_loss_weight}
         return prediction_loss(
-            model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, **weights
+            model, hidden, routings, tokens, document_ids=document_ids, loss_mask=loss_mask, shares=shares, **weights
         )
 
 

@@ -66,7 +66,10 @@ class Optimizer:
             name, _, state = key.rpartition(".")
             if name in self._named:
                 parameter = self._named[name]
-                room[key] = torch.zeros(()) if state == "step" else torch.zeros_like(parameter, requires_grad=False)
+                like = torch.zeros_like(parameter, requires_grad=False)
+                room[key] = (
+                    like.new_zeros((), dtype=torch.float32) if state == "step" else like
+                )  # where fused ones count
         return room
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -41,7 +41,10 @@ def open_run(run_dir: Path, recipe: Strict, *, resume: bool) -> Iterator[None]:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
         except BlockingIOError:
             raise UserError(f"another process is at work in {run_dir}: wait until it ends, or stop it") from None
-        _claim(run_dir, recipe, resume)
+        try:
+            _claim(run_dir, recipe, resume)
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
         yield
     finally:
         os.close(directory)
@@ -52,7 +55,10 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
     if file.is_file():
         stored, asked = (_apart_from_layout(each) for each in (read_recipe(type(recipe), file), recipe))
         other = stored != asked
-        names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
+        paths = [
+            path for path in run_dir.iterdir() if path.name != METRICS or path.stat().st_size
+        ]  # begun, no step yet
+        names = {path.name for path in paths if not path.name.startswith(".")}
         begun = names - BEFORE_TRAINING - BEFORE_STAGES or any(p.is_file() for p in run_dir.glob("stages/**/*"))
         if not begun and (not other or "run_id" in names):  # without run_id it is a user's own file
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # that of another recipe's words
@@ -69,10 +75,7 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
         return
     if any(path.name != "run_id" for path in run_dir.iterdir()):
         raise UserError(f"{run_dir} holds something that is not a run: choose another --run directory")
-    try:
-        write_aside(file, recipe.to_toml())
-    except OSError as error:
-        raise UserError(f"{run_dir} cannot be written ({error}): choose another --run directory") from None
+    write_aside(file, recipe.to_toml())
 
 
 def _first_difference(one: Strict, other: Strict) -> str:

@@ -75,7 +75,8 @@ class TeamSaver(Saver):
         while (step := int(self.ranks.largest([steps.pop() if steps else -1])[0])) >= 0:
             fault = self.ranks.first_word(f"step-{step}", self._fault_of_share(step))
             if fault is None:
-                self.saved_step = step
+                is_cut = (self.folder / f"step-{step}" / SHARDS).is_dir()
+                self.saved_step = step if is_cut else -1  # one process wrote it: to be written again, in shards
                 return checkpoint.open_step(self.folder, step)
             torn = True
             if lead:

@@ -140,11 +140,11 @@ class Trainer:
         return 1 if self.worker.world == 1 else sequences_at_once(self.recipe, self.worker.data_ranks)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's sequences by micro-batches, each with its share of the learnt targets of the whole batch."""
+        """This rank's sequences by micro-batches."""
         size = self.recipe.train.micro_batch_size or len(batch.tokens)
         documents = batch.document_ids if self.recipe.train.document_mask else None
         cut = [
-            MicroBatch(*rows, share=1.0)
+            MicroBatch(*rows, shares=torch.empty(0))
             for rows in zip(
                 *(
                     [None] * -(-len(batch.tokens) // size) if rows is None else rows.to(self.worker.device).split(size)
@@ -153,9 +153,16 @@ class Trainer:
                 strict=True,
             )
         ]
-        learnt = [len(m.tokens) if m.loss_mask is None else int(m.loss_mask[:, 1:].sum()) for m in cut]
-        total = max(1.0, self.worker.sum(sum(learnt)))
-        return [m._replace(share=count / total) for m, count in zip(cut, learnt, strict=True)]
+        depth = self.recipe.model.num_nextn_predict_layers
+
+        def learnt(m: MicroBatch, ahead: int) -> int:
+            return m.tokens[:, ahead:].numel() if m.loss_mask is None else int(m.loss_mask[:, ahead:].sum())
+
+        rows = [[learnt(m, 1), len(m.tokens), *(learnt(m, 1 + k) for k in range(1, depth + 1))] for m in cut]
+        counts = torch.tensor(rows, dtype=torch.float64)
+        totals = [max(1.0, self.worker.sum(count)) for count in counts.sum(0).tolist()]
+        counts /= torch.tensor(totals, dtype=torch.float64)
+        return [m._replace(shares=one) for m, one in zip(cut, counts, strict=True)]
 
     def checkpoint(self) -> Checkpoint:
         """Of tensors that are spread over ranks it holds this rank's part, as DTensors."""

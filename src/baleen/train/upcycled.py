@@ -45,7 +45,8 @@ def _jittered(training: bool, args: tuple[Tensor, ...], amount: float) -> tuple[
     if not training:
         return args
     x, *rest = args
-    return (x * torch.empty_like(x).uniform_(1 - amount, 1 + amount), *rest)
+    noise = torch.empty_like(x, device="cpu").uniform_(1 - amount, 1 + amount)  # by the generator that is resumed
+    return (x * noise.to(x.device), *rest)
 
 
 @torch.no_grad()
