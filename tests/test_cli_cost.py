@@ -12,10 +12,11 @@ from baleen.config import UserError
 from baleen.cost.ledger import Ledger
 from baleen.cost.money import rate_card
 
+PLAN = ["plan", "--model", "v3-671b", "--tokens", "1T", "--gpu", "h800", "--gpus", "2048"]
+
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    monkeypatch.delenv("BALEEN_LAB", raising=False)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "demo"
     with Ledger.open(run).stage("pretrain", devices=2, device_name="cpu", rate=rate_card("cpu")):
@@ -102,6 +103,13 @@ def test_simulate():
         (["add", "--category", "data", "--usd", "1", "--period", "later"], "period"),
         (["report", "nowhere"], "holds no folder"),
         (["claims", "--set", "nothing=1"], "no factor"),
+        (["calibrate", "--out", "nowhere/hardware.toml"], "cannot be written"),
+        ([*PLAN, "--set", "context_tokens=0"], "divided by was set to 0"),
+        (["simulate", "schedules", "--forward", "0", "--backward", "0", "--weight", "0"], "nothing takes time"),
+        (["simulate", "schedules", "--forward", "nan"], "forward time of a stage is nan"),
+        (["validate", "."], "cannot be read"),
+        ([*PLAN, "--hardware", "."], "cannot be read"),
+        (["rate", "cpu", "--usd", "100"], "rents alone"),
     ],
 )
 def test_mistakes_are_named(run_dir, arguments, message):
@@ -110,7 +118,6 @@ def test_mistakes_are_named(run_dir, arguments, message):
 
 
 def test_no_lab_is_a_mistake(tmp_path, monkeypatch):
-    monkeypatch.delenv("BALEEN_LAB", raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no lab is named"):
         CliRunner().invoke(app, ["report"], catch_exceptions=False)

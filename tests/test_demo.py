@@ -79,7 +79,7 @@ def test_summary(demo_run):
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert summary.keys() >= KEYS
     assert summary["tokens_trained"] == 30720
-    assert 0 < summary["heldout_bpb"] < summary["xz_bpb"] + 8
+    assert 0 < summary["heldout_bpb"] < 4  # at chance 8.3 bits a token, of not much more than a byte each
     assert all(0 <= summary[k] <= 1 for k in KEYS if k.startswith(("mtp_", "next_", "distinct")))
     assert 0 < summary["cost_headline_usd"] < summary["cost_full_usd"]
     assert len(summary["samples"]) == 3

@@ -81,6 +81,8 @@ def train(
             print(f"error: cost plan does not count as the ranks do: {', '.join(counted['disagree'])}", file=sys.stderr)
             raise typer.Exit(1)
         return
+    if world != 1:
+        raise UserError("--world is for --dry-run: a real run has as many processes as torchrun starts")
     if run is None:
         raise UserError("where shall the run be kept? Give --run DIRECTORY")
     if only is not None:
@@ -172,6 +174,8 @@ def chat_(
         raise UserError("chat takes either a RUN or a --url")
     if url is not None and (votes > 1 or thinking_budget is not None or weights is not None):
         raise UserError("--votes, --thinking-budget and --weights are for a RUN here: leave them out with --url")
+    if run is not None and model is not None:
+        raise UserError("--model is for a --url: a RUN is one model")
     if votes > 1 and prompt is None:
         raise UserError("--votes is for one question: give it by --prompt")
     params, system = CHAT_PARAMS, ""

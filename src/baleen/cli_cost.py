@@ -259,7 +259,7 @@ def failures(
     gpus: Annotated[int, typer.Option(help="Devices of the job")] = 2048,
     days: Annotated[float, typer.Option(help="Days of productive work")] = 30.0,
     interval: Annotated[float | None, typer.Option(help="Seconds between checkpoints [default: Young-Daly]")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     set_: Sets = None,
     json: Json = False,
 ) -> None:

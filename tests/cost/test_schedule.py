@@ -186,7 +186,7 @@ def test_bad_counts_name_the_nearest_good_ones(name, ranks, microbatches, cure):
 
 
 def test_bad_durations():
-    with pytest.raises(UserError, match="negative"):
+    with pytest.raises(UserError, match="0 or more"):
         Durations(-1.0, 2.0, 1.0)
     with pytest.raises(UserError, match="longer than the backward"):
         Durations(1.0, 2.0, 2.5)

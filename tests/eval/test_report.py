@@ -75,11 +75,6 @@ def page_of(run_dir) -> Page:
     return Page(write_report(run_dir).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(autouse=True)
-def lab_is_the_parent(monkeypatch):
-    monkeypatch.delenv("BALEEN_LAB", raising=False)
-
-
 def account(run_dir, stage: str, hours: float, **more) -> None:
     """Two devices at a dollar an hour each."""
     now = [0.0]

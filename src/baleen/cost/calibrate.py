@@ -42,6 +42,8 @@ def calibrate(out: Path, name: str = "cpu", seconds: float = USUAL_SECONDS) -> d
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "sources":
         raise UserError(f"{name!r} is no name for a device: use lower-case letters, digits, dots and dashes")
     raw = _existing(out)
+    if not os.access(out.parent, os.W_OK):  # before the minutes of measuring
+        raise UserError(f"{out} cannot be written there: make the folder, or give --out another place")
     measured = measure(seconds)
     raw.setdefault("sources", {})[f"measured-{name}"] = {
         "title": f"baleen cost calibrate, {platform.node()}, {measured['threads']} threads, torch {measured['torch']}",

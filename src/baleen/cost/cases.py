@@ -121,6 +121,8 @@ def read_cases(path: Path) -> list[Case]:
             columns = reader.fieldnames or []
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a CSV file in the format of cost_cases.csv") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     missing = [name for name in COLUMNS if name not in columns]

@@ -148,6 +148,8 @@ def read_hardware(path: Path) -> dict[str, Hardware]:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give a TOML file with one table a device") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a TOML file with one table a device") from None
     except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     return parse_hardware(raw, str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from baleen.config import UserError
 from baleen.cost.assumptions import Assumptions, load_assumptions
 from baleen.cost.failures import young_daly_seconds
 from baleen.cost.flops import active_parameters, parameters
@@ -25,8 +26,11 @@ def make_plan(request: Request) -> dict[str, Any]:
     """
     facts = load_assumptions(find_hardware(request.gpu, *request.hardware_files), request.sets)
     prices = device_prices(facts, request.usd_per_hour)
-    chosen, tokens, solved = solve(request, facts, prices)
-    return _report(request, facts, prices, chosen, tokens, solved)
+    try:
+        chosen, tokens, solved = solve(request, facts, prices)
+        return _report(request, facts, prices, chosen, tokens, solved)
+    except ZeroDivisionError:
+        raise UserError("a factor that is divided by was set to 0: give it another value") from None
 
 
 def _report(

@@ -22,6 +22,8 @@ def device_rates(device: str, overrides: Iterable[str] = (), price: float | None
     `price` replaces the purchase price of the table. Raises UserError on unknown devices, factors or absurd prices.
     """
     cpu = device.lower() == "cpu"
+    if cpu and price is not None:
+        raise UserError("of a cpu the table has rents alone: leave --usd out, and give --set cpu_usd_per_hour=")
     factors = load_factors(overrides, ("cpu_usd_per_hour", "cpu_watts") if cpu else OWNING)
     if cpu:
         low, high = factors["cpu_usd_per_hour"].interval

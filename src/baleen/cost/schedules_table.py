@@ -22,6 +22,8 @@ def run_schedules(name: str, ranks: int, microbatches: int, durations: Durations
 
     `durations` are those of a rank's share of the network; a schedule that cuts the network finer gets shorter stages.
     """
+    if not any((durations.forward, durations.backward)):
+        raise UserError("a step in which nothing takes time has no bubble: give --forward or --backward some seconds")
     if ranks * microbatches > MOST_OPERATIONS:
         raise UserError(
             f"{microbatches:,} micro-batches on {ranks:,} ranks would run for hours and show nothing new: take at most "

@@ -62,6 +62,8 @@ def user_layout(text: str) -> StatedLayout:
         raise UserError(
             "--layout: FSDP under a pipeline gathers every weight for every micro-batch: take ZeRO1 with PP"
         )
+    if fields.get("virtual_stages", 1) != 1 and fields.get("schedule", "interleaved") != "interleaved":
+        raise UserError(f"--layout: VPn is for the interleaved schedule: leave it out with {fields['schedule']}")
     return StatedLayout.model_validate(fields)
 
 
@@ -117,6 +119,8 @@ def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated:
             for layout in candidate_layouts(model.arch, on.hardware, devices, on.batch, fixed):
                 if layout.pipeline == 1:
                     layout = layout.model_copy(update={"schedule": "1f1b", "virtual_stages": 1})
+                if stated.data not in (None, layout.data):
+                    continue
                 if layout not in seen and not _obstacle(model, layout, on):
                     seen.add(layout)
                     yield layout

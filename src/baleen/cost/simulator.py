@@ -7,6 +7,7 @@ from one rank to another arrives `latency` later. There is no formula here: bubb
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +42,14 @@ class Durations:
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "weight"):
             value = getattr(self, name)
-            if min(value if isinstance(value, Sequence) else [value]) < 0:
-                raise UserError(f"the {name} time of a stage is negative ({value}): give seconds, 0 or more")
+            if not all(0 <= v < math.inf for v in (value if isinstance(value, Sequence) else [value])):
+                raise UserError(f"the {name} time of a stage is {value}: give seconds, 0 or more")
         stages = max((len(v) for v in (self.backward, self.weight) if isinstance(v, Sequence)), default=1)
         if any(_at(self.weight, stage) > _at(self.backward, stage) for stage in range(stages)):
             raise UserError(
                 f"the weight gradient ({self.weight}) is longer than the backward it is part of ({self.backward})"
             )
-        if not 0 < self.overlap <= 1 or self.latency < 0:
+        if not 0 < self.overlap <= 1 or not 0 <= self.latency < math.inf:
             raise UserError(f"overlap {self.overlap} must be in (0, 1] and latency {self.latency} 0 or more")
 
     def of(self, kind: str, stage: int) -> float:
