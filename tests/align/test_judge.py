@@ -93,6 +93,19 @@ def test_whatever_goes_wrong_is_nothing_and_counted(file):
         assert judge.failures == {"raised": 5, "timed_out": 2, "not_finite": 3}
 
 
+def test_results_of_failures_alone_are_no_results(file):
+    told = []
+    with Judge([f"{file}:fine", f"{file}:raises"], 60.0) as judge:
+        judge.close(told.append)
+        assert told == []
+        judge.score(f"{file}:raises", "", "", "")
+        with pytest.raises(UserError, match="every reward failed.*no such thing"):
+            judge.close(told.append)
+        judge.score(f"{file}:fine", "", "", "")
+        judge.close(told.append)
+    assert len(told) == 1 and "so far 1 raised" in told[0]
+
+
 def test_ctrl_c_is_not_for_the_judge(file):
     """The terminal sends it to all processes of the run's group."""
     with Judge([f"{file}:fine"], 60.0) as judge:

@@ -122,6 +122,42 @@ def test_long_answers_are_punished_on_a_line(tmp_path):
     assert row["reward"] == pytest.approx(row["reward_accuracy"] + row["reward_length"] + row["reward_overlong"])
 
 
+def test_micro_batches_change_no_update(tmp_path):
+    """One answer a forward, each as long as it is, or all at once."""
+    told = []
+    for size in (1, 8192):
+        rl = RL | {"steps": 1, "minibatches": 1, "micro_batch_tokens": size, "warmup_steps": 3}
+        run(tiny_recipe(SFT, rl), tmp_path / f"run{size}")
+        told.append(read_metrics(tmp_path / f"run{size}")[-1])
+    for key in ("loss", "grad_norm", "entropy", "kl", "clipped", "logprob_gap"):
+        assert told[0][key] == pytest.approx(told[1][key], rel=1e-4, abs=1e-7), key
+    assert told[0]["grad_norm"] > 0 and told[0]["lr"] == pytest.approx(RL["lr"] / 4)
+
+
+@pytest.fixture(scope="module")
+def usual_policy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("usual") / "run"
+    run(tiny_recipe(SFT, RL | {"steps": 2}), path)
+    return sha(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "dapo"},
+        {"importance_level": "sequence"},
+        {"scale_rewards": "none"},
+        {"inner_epochs": 2},
+        {"warmup_steps": 1},
+    ],
+    ids=str,
+)
+def test_a_variant_reaches_the_update(tmp_path, usual_policy, changes):
+    run(tiny_recipe(SFT, RL | {"steps": 2} | changes), tmp_path / "run")
+    assert sha(tmp_path / "run") != usual_policy
+
+
 @pytest.mark.parametrize(("further", "rounds", "useful"), [(0, 1, 1), (1, 2, 2), (5, 3, 3)])
 def test_dynamic_sampling_replaces_groups_without_variance(monkeypatch, further, rounds, useful):
     """Of what a rollout draws one group has variance, so each fills one place and asks anew for the others."""

@@ -99,6 +99,7 @@ def test_length_grows_and_is_bounded():
     assert length("", "a" * 50, "") < length("", "a" * 100, "") < length("", "a" * 10_000, "") == 1
 
 
+@pytest.mark.slow
 def test_expression_knows_algebra():
     pytest.importorskip("math_verify")
     assert REWARDS["expression"]("", R("x*(x+1)"), "x^2+x") == 1

@@ -345,8 +345,7 @@ def _tell(work: Work, stage: RLStage, judge: Judge, row: Row) -> None:
     done = row["step"] - work.first_step
     if judge.failures and not work.warned:
         work.warned = True
-        kinds = ", ".join(f"{count} {kind}" for kind, count in judge.failures.items())
-        work.display.warn(f"rewards failed and are worth 0, so far {kinds}: {judge.last_error}")
+        work.display.warn(judge.fault)
     if (row["logprob_gap"] or 0.0) > LARGE_GAP:
         work.display.warn(f"rollout and training differ by {row['logprob_gap']:.2f} nats a token at step {row['step']}")
     parts = {"": f"rl step {done}", "reward": f"{row['reward']:.3f}", "right": f"{row['accuracy']:.1%}"}

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +48,7 @@ class Judge:
 
     def __init__(self, specs: Sequence[str], seconds: float):
         self.seconds = seconds
+        self.asked = 0
         self.failures: Counter[str] = Counter()
         self.last_error = ""
         self._specs = [absolute(spec) for spec in specs]
@@ -63,6 +64,7 @@ class Judge:
 
     def score(self, spec: str, prompt: str, completion: str, answer: str) -> Verdict:
         """One reward of one completion."""
+        self.asked += 1
         if self._process is None:
             try:
                 self._start()
@@ -77,6 +79,19 @@ class Judge:
         if not abs(reply["value"]) <= LARGEST:
             return self._failed("not_finite", f"{spec} gave {reply['value']}")
         return Verdict(reply["value"])
+
+    @property
+    def fault(self) -> str:
+        """How many verdicts failed, in words; empty if none did."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.failures.items())
+        return f"rewards failed and are worth 0, so far {kinds}: {self.last_error}" if kinds else ""
+
+    def close(self, warn: Callable[[str], None]) -> None:
+        """Before a result is told: warns of verdicts that failed. Raises UserError if all of them did."""
+        if self.fault and self.failures.total() == self.asked:
+            raise UserError(f"every reward failed, so nothing can be said of the answers: {self.last_error}")
+        if self.fault:
+            warn(self.fault)
 
     def _failed(self, kind: str, error: str) -> Verdict:
         self.failures[kind] += 1

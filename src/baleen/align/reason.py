@@ -57,7 +57,7 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
         return stopped
     models = {"before": pipeline.folder(0), "after": run_dir, "sft_control": control_dir}
     with run_stage(recipe.cost, run_dir, "eval") as stage:
-        measured = {name: measured_at(recipe, path, asked) for name, path in models.items()}
+        measured = {name: measured_at(recipe, path, asked, display) for name, path in models.items()}
         drawn = sum(found["answer_tokens"] for found in measured.values()) * QUESTIONS * SAMPLES
         stage.progress(tokens=round(drawn), productive_seconds=stage.seconds)
     summary = summarise(run_dir, measured, rl)
@@ -88,15 +88,17 @@ def record_seconds(record: StageRecord) -> float:
     return record.device_seconds / record.devices
 
 
-def measured_at(recipe: AlignRecipe, path: Path, asked: Sequence[Question]) -> dict[str, Any]:
+def measured_at(recipe: AlignRecipe, path: Path, asked: Sequence[Question], display: Display) -> dict[str, Any]:
     """Accuracy of the model at `path` on these questions."""
     rl = recipe.stages[1]
     assert isinstance(rl, RLStage)
     loaded = load(path)
     with Judge(sorted({question.verifier for question in asked}), rl.reward_seconds) as judge:
-        return measure(
+        found = measure(
             loaded.model, loaded.tokenizer, asked, judge, rl.sampling, samples=SAMPLES, seed=1, system=recipe.system
         )
+        judge.close(display.warn)
+    return found
 
 
 def table_questions(tasks: Sequence[Task]) -> list[Question]:

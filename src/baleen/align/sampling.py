@@ -39,6 +39,7 @@ def sample_answers(work: Work, stage: SampleStage) -> bool:
             work.ledger.progress(tokens=tokens, productive_seconds=work.ledger.seconds)
             done, right = min(first + PART, len(asked)), sum(map(len, parts))
             work.display.update(done / len(asked), {"": f"{done:,} questions", "kept": f"{right:,}"})
+        judge.close(work.display.warn)
     rows = [row for part in parts for row in part]
     write_aside(work.folder / SAMPLED, "".join(rows))
     partial.unlink(missing_ok=True)

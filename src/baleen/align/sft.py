@@ -125,6 +125,7 @@ def heldout_accuracy(work: Work, stage: SFTStage) -> Row:
             row["heldout_sampled"] = mean_correct(
                 drawn_answers(*common, SamplingConfig(max_tokens=EVAL_TOKENS), **drawing)
             )
+        judge.close(work.display.warn)
     return row
 
 
