@@ -40,9 +40,12 @@ def network(name: str, **changes: int) -> Transformer:
 
 
 def machine() -> dict[str, object]:
+    """CPUs of one name may be of several generations, which family and model tell apart."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-    cpu = f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    cpu = f"{facts.get('model name', platform.processor())} ({torch.backends.cpu.get_cpu_capability()})"
+    if "cpu family" in facts:
+        cpu = f"{cpu}, family {facts['cpu family']}, model {facts.get('model')}"
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -3,7 +3,7 @@
     python bench/draft.py runs/smollm2-mtp [--prompts 32] [--max-tokens 96] [--rounds 3] [--json]
 
 Greedy answers to the openings of the run's held-out conversations, one at a time, from their second token on; both ways
-take turns, and must give the same answers (but for a token whose two best logits are equal within rounding).
+take turns, and must give the same answers, but for a token whose two best logits are equal within rounding.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import json
 import statistics
 from pathlib import Path
 
+import torch
+from contenders import machine
+from rounds import in_turns, ratio
 from trained import Trained, repetition, trained
 
 from baleen.config import UserError
 from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
+from baleen.model.transformer import Transformer
+
+TIE = 1e-3
 
 
 def heldout_prompts(run: Trained, count: int) -> list[list[int]]:
@@ -35,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict:
     answers: dict[int, list[list[int]]] = {0: [], 1: []}
     drafted = accepted = 0
     for round_ in range(args.rounds):
-        for depth in (0, 1):
+        for depth in in_turns([0, 1], round_):
             engine = Engine(run.model, run.tokenizer)  # a new one: neither way reads prompts for the other
             tokens, seconds = 0, 0.0
             for prompt in prompts:
@@ -50,16 +56,29 @@ def measure(args: argparse.Namespace) -> dict:
                     drafted += sum(generation.stats.drafted)
                     accepted += sum(generation.stats.accepted)
             speeds[depth].append(tokens / seconds)
-    plain, speculative = (statistics.median(speeds[depth]) for depth in (0, 1))
+    for prompt, plain, drafts in zip(prompts, answers[0], answers[1], strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(plain, drafts, strict=False)) if a != b), None)
+        if at is not None and (apart := margin(run.model, [*prompt, *plain[:at]])) > TIE:
+            raise SystemExit(f"drafts changed an answer, where the two best logits are {apart:.2g} apart")
+    rows = {depth: {"tokens_per_second": statistics.median(runs), "rounds": runs} for depth, runs in speeds.items()}
     return {
         "prompts": len(prompts),
         "tokens": sum(map(len, answers[0])),
         "acceptance": accepted / drafted,
         "repetition": repetition(answers[0]),
         "equal_answers": sum(a == b for a, b in zip(answers[0], answers[1], strict=True)) / len(prompts),
-        "tokens_per_second": {"plain": plain, "speculative": speculative},
-        "ratio": speculative / plain,
+        "plain": rows[0],
+        "speculative": rows[1],
+        "ratio": ratio(rows[1], rows[0]),
+        "machine": machine(),
     }
+
+
+@torch.no_grad()
+def margin(model: Transformer, ids: list[int]) -> float:
+    """Between the two best logits behind these tokens."""
+    best = model.logits(model(torch.tensor([ids])).hidden_BTd[:, -1]).float().topk(2).values[0]
+    return float(best[0] - best[1])
 
 
 if __name__ == "__main__":

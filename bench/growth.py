@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import some_of
 from table import version
 
 from baleen.train.precision import resolve_precision
@@ -31,6 +32,7 @@ VOCABULARIES = (1024, 4096, 16384, 65536)
 STEP_TOKENS = 16384  # of a training step, where experts grow; twice that where the context does
 LENGTH = 256
 TURNS = 3
+AXES = ["experts", "context", "batch", "vocabulary"]
 MEASURED = ("seconds", "optimizer_seconds", "bytes")
 
 
@@ -96,9 +98,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/growth.json"))
-    parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=["experts", "context", "batch", "vocabulary"]
-    )
+    parser.add_argument("--only", type=some_of(*AXES), default=AXES)
     own = resolve_precision("auto", torch.device("cpu"))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=own, help="of training; here: %(default)s")
     parser.add_argument("--shrink", type=int, default=1, help="a power of two: try it out with so much less work")

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from contenders import machine, network
@@ -26,27 +27,35 @@ TOKENS = 2048
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def contenders(x_MI: Tensor, weight_EOI: Tensor, grad_MO: Tensor, counts: list[int]) -> dict[str, Callable[[], object]]:
+def contenders(x_MI: Tensor, weight_EOI: Tensor, grad_MO: Tensor, counts: list[int]) -> dict[str, Callable[[], Tensor]]:
     """{"work, who": what is timed}; the loop and gemm write into outputs that are there."""
     out, grad_x, grad_w = torch.empty_like(grad_MO), torch.empty_like(x_MI), torch.empty_like(weight_EOI)
     xs, grads, w = x_MI.split(counts), grad_MO.split(counts), weight_EOI[0]
 
-    def loop(ys: tuple[Tensor, ...] | Tensor, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...] | Tensor) -> None:
+    def loop(into: Tensor, ys: tuple[Tensor, ...] | Tensor, lefts: tuple[Tensor, ...], rights: Any) -> Tensor:
         for y, left, right in zip(ys, lefts, rights, strict=True):
             torch.mm(left, right, out=y)
+        return into
 
     turned = tuple(grad.t() for grad in grads)
     return {
         "forward, native": lambda: products(x_MI, weight_EOI, counts),
-        "forward, loop": lambda: loop(out.split(counts), xs, weight_EOI.mT),
+        "forward, loop": lambda: loop(out, out.split(counts), xs, weight_EOI.mT),
         "forward, gemm": lambda: torch.mm(x_MI, w.t(), out=out),
         "inputs, native": lambda: input_gradients(grad_MO, weight_EOI, counts, grad_x),
-        "inputs, loop": lambda: loop(grad_x.split(counts), grads, weight_EOI),
+        "inputs, loop": lambda: loop(grad_x, grad_x.split(counts), grads, weight_EOI),
         "inputs, gemm": lambda: torch.mm(grad_MO, w, out=grad_x),
         "weights, native": lambda: weight_gradients(grad_MO, x_MI, counts, grad_w),
-        "weights, loop": lambda: loop(grad_w, turned, xs),
+        "weights, loop": lambda: loop(grad_w, grad_w, turned, xs),
         "weights, gemm": lambda: torch.mm(grad_MO.t(), x_MI, out=grad_w[0]),
     }
+
+
+def _require_equal(*runs: Callable[[], Tensor], tolerance: float) -> None:
+    """Raises AssertionError where the native product is not the loop's."""
+    for native, loop in zip(runs[::3], runs[1::3], strict=True):
+        ours, theirs = native().double(), loop().double()  # copies: both write to the same place
+        assert (ours - theirs).norm() <= tolerance * theirs.norm(), "the kernels compute something else"
 
 
 def measure(config: str, rounds: int, dtype: torch.dtype) -> dict[str, float]:
@@ -61,6 +70,7 @@ def measure(config: str, rounds: int, dtype: torch.dtype) -> dict[str, float]:
         sizes = ((len(of_expert), inputs), (len(counts), outputs, inputs), (len(of_expert), outputs))
         x, weight, grad = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
         made.append(contenders(x, weight, grad, counts))
+        _require_equal(*made[-1].values(), tolerance=2e-2 if dtype is torch.bfloat16 else 1e-4)
     names = list(made[0])
     for round_ in range(rounds + 1):
         for name in in_turns(names, round_):

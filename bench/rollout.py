@@ -3,18 +3,21 @@
     python bench/rollout.py RUN [--batch 256] [--tokens 24] [--rounds 3] [--json]
 
 RUN: a model that knows the chat template, such as runs/reason. Answers are drawn at temperature 1 and go on past their
-end token, so that both draw the same number. The rounds of the two alternate; the best of each counts.
+end token, so that both draw the same number. The two take turns; medians of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from itertools import islice
 from pathlib import Path
 
 import torch
+from contenders import machine
+from rounds import in_turns, ratio
 
 from baleen.align.rollout import draw, prompt_of
 from baleen.align.tasks import ChainSum, questions
@@ -62,14 +65,18 @@ def main() -> None:
         assert out.shape[1] == ids.shape[1] + arguments.tokens
         return count / seconds
 
-    rates = [(ours(), peers()) for _ in range(arguments.rounds)]
-    baleen, transformers_rate = (max(column) for column in zip(*rates, strict=True))
+    rates: dict[str, list[float]] = {"baleen": [], "transformers": []}
+    for round_ in range(arguments.rounds):
+        for name in in_turns(list(rates), round_):
+            rates[name].append(ours() if name == "baleen" else peers())
+    rows = {n: {"tokens_per_second": statistics.median(runs), "rounds": runs} for n, runs in rates.items()}
     result = {
-        "baleen": baleen,
-        "peers": {"transformers": transformers_rate},
-        "ratios": {"transformers": baleen / transformers_rate},
+        "baleen": rows["baleen"],
+        "peers": {"transformers": rows["transformers"]},
+        "ratios": {"transformers": ratio(rows["baleen"], rows["transformers"])},
         "batch": len(prompts),
         "tokens": arguments.tokens,
+        "machine": machine(),
     }
     print(json.dumps(result) if arguments.json else result)
 

@@ -74,6 +74,8 @@ def check(made: dict[str, Contender], run: Callable[[Contender], Sequence[Tensor
     """
     first, *others = made
     reference, found = run(made[first]), {}
+    if not all(logits.isfinite().all() for logits in reference):
+        raise SystemExit(f"{first} computes logits that are not finite")
     alone = [[token] for token in range(1, len(reference[0]) + 1)]
     shortest = made[first].prefill(alone).clone()
     for name in others:
@@ -83,7 +85,7 @@ def check(made: dict[str, Contender], run: Callable[[Contender], Sequence[Tensor
         left_out = len(steps) // (8 if tolerance == TOLERANCE["fp32"] else 2)
         found[name] = max(sorted(rows)[-1 - left_out] for rows in zip(*steps, strict=True))
         after_one = max(differences(made[name].prefill(alone), shortest)) if kind in ("transformers", "f32") else 0.0
-        if found[name] > tolerance or after_one > AFTER_ONE_TOKEN:
+        if not (found[name] <= tolerance and after_one <= AFTER_ONE_TOKEN):  # NaN is not
             apart = f"{found[name]:.2g}, after one token by {after_one:.2g}"
             raise SystemExit(f"{name} computes something else than {first}: logits differ by {apart}")
     return found

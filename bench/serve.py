@@ -3,9 +3,9 @@
     python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--stream] [--llama-server PATH] [--json]
     python bench/serve.py --run RUN [--clients 1,16] [--stream] [--json]      any model, without a peer
 
-Each server in its own process, one after the other, both cores for whoever is asked. --llama-server: the binary that
-llama.cpp's own sources build (those in llama-cpp-python's sdist do: vendor/llama.cpp, target llama-server); without it
-`python -m llama_cpp.server` is the peer, which answers one request at a time.
+Each server in its own process; they take turns, and both cores are for whoever is asked. --llama-server: the binary
+that llama.cpp's own sources build (those in llama-cpp-python's sdist do: vendor/llama.cpp, target llama-server);
+without it `python -m llama_cpp.server` is the peer, which answers one request at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from contenders import gguf_file, machine, network
+from rounds import in_turns, ratio
 
 PATIENCE = 120.0  # seconds for a server to begin
 
@@ -37,8 +39,8 @@ def text(rng: random.Random, tokens: int) -> str:
 
 
 @contextlib.contextmanager
-def process(command: list[str], port: int) -> Iterator[str]:
-    """A server's address, as long as the block lasts."""
+def process(command: list[str], port: int) -> Iterator[None]:
+    """A server that answers, as long as the block lasts."""
     url = f"http://127.0.0.1:{port}"
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -53,7 +55,7 @@ def process(command: list[str], port: int) -> Iterator[str]:
             if running.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"it does not start: {' '.join(command)}")
             time.sleep(0.2)
-        yield url
+        yield
     finally:
         running.terminate()
         running.wait(30)
@@ -88,8 +90,8 @@ def post(path: str, body: dict[str, object]) -> bytes:
     return f"{head}Content-Type: application/json\r\n\r\n".encode() + raw
 
 
-def first_model(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+def first_model(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
         return json.load(answer)["data"][0]["id"]
 
 
@@ -123,57 +125,58 @@ async def drive(port: int, model: str, clients: int, args: argparse.Namespace, s
     return {"tokens": tokens, "tokens_per_second": tokens / seconds, "worst_seconds": max(s for _, s in answers)}
 
 
-def measure_server(command: list[str], port: int, args: argparse.Namespace) -> dict[str, object]:
-    with process(command, port) as url:
-        model = first_model(url)
-        asyncio.run(drive(port, model, 1, args, seed=-1))
-        rows = {}
-        for clients in args.clients:
-            runs = [asyncio.run(drive(port, model, clients, args, seed)) for seed in range(args.rounds)]
-            speeds = [run["tokens_per_second"] for run in runs]
-            rows[str(clients)] = {
-                "tokens_per_second": statistics.median(speeds),
-                "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
-                "tokens": runs[0]["tokens"],
-                "worst_seconds": max(run["worst_seconds"] for run in runs),
-            }
-        return rows
-
-
-def measure_peer(gguf: Path, args: argparse.Namespace) -> dict[str, dict[str, object]]:
-    port, most = free_port(), max(args.clients)
-    length = args.prompt + args.tokens + 32
+def peer_command(gguf: Path, port: int, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Name and command of llama.cpp's server."""
+    most, length = max(args.clients), args.prompt + args.tokens + 32
+    threads = str(machine()["threads"])
     if args.llama_server:
-        name = "llama-server"
         command = [str(args.llama_server), "-m", str(gguf), "-np", str(most), "-c", str(most * length), "-cb"]
-        command += ["-t", str(machine()["threads"]), "--port", str(port), "--no-webui"]
-    else:
-        name = "llama_cpp.server (one request at a time)"
-        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", "2048"]
-        command += ["--n_threads", str(machine()["threads"]), "--port", str(port)]
-    return {name: measure_server(command, port, args)}
+        return "llama-server", [*command, "-t", threads, "--port", str(port), "--no-webui"]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", "2048"]
+    return "llama_cpp.server (one request at a time)", [*command, "--n_threads", threads, "--port", str(port)]
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """{config, baleen, peers, ratios, machine}; rows by the number of clients."""
     gguf = None if args.run else gguf_file(network(args.config), args.config, "f32", args.cache)
-    directory = args.run or args.cache / args.config
-    port = free_port()
-    ours = measure_server([sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(port)], port, args)
-    peers = measure_peer(gguf, args) if args.peer and gguf else {}
-
-    def speed(rows: dict, clients: int) -> float:
-        return rows[str(clients)]["tokens_per_second"]
-
-    first = args.clients[0]
-    ratios = {f"baleen {c} clients / {first}": speed(ours, c) / speed(ours, first) for c in args.clients[1:]}
-    for peer, rows in peers.items():
-        ratios |= {f"baleen / {peer}, {c} clients": speed(ours, c) / speed(rows, c) for c in args.clients}
+    directory, ports = args.run or args.cache / args.config, [free_port(), free_port()]
+    commands = {"baleen": [sys.executable, "-m", "baleen", "serve", str(directory), "--port", str(ports[0])]}
+    if gguf and args.peer:
+        commands |= [peer_command(gguf, ports[1], args)]
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in commands}
+    with contextlib.ExitStack() as stack:
+        for port, command in zip(ports, commands.values(), strict=False):
+            stack.enter_context(process(command, port))
+        servers = {name: (port, first_model(port)) for name, port in zip(commands, ports, strict=False)}
+        for port, model in servers.values():
+            asyncio.run(drive(port, model, 1, args, seed=-1))
+        for clients in args.clients:
+            for round_ in range(args.rounds):
+                for name in in_turns(list(servers), round_):
+                    run = asyncio.run(drive(*servers[name], clients, args, round_))
+                    runs[name].setdefault(str(clients), []).append(run)
+    ours, *peers = rows = {name: {clients: row_of(own) for clients, own in runs[name].items()} for name in runs}
+    first = str(args.clients[0])
+    ratios = {f"baleen {c} clients / {first}": ratio(row, rows[ours][first]) for c, row in rows[ours].items()}
+    for peer in peers:
+        ratios |= {f"baleen / {peer}, {c} clients": ratio(row, rows[peer][c]) for c, row in rows[ours].items()}
     return {
         "config": str(args.run or args.config),
-        "baleen": ours,
-        "peers": peers,
+        "baleen": rows[ours],
+        "peers": {name: rows[name] for name in peers},
         "ratios": ratios,
         "machine": machine(),
+    }
+
+
+def row_of(runs: list[dict[str, float]]) -> dict[str, Any]:
+    speeds = [run["tokens_per_second"] for run in runs]
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
+        "rounds": speeds,
+        "tokens": runs[0]["tokens"],
+        "worst_seconds": max(run["worst_seconds"] for run in runs),
     }
 
 
@@ -194,17 +197,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.llama_server is not None and not args.llama_server.is_file():
         parser.error(f"--llama-server {args.llama_server}: there is no such file")
+    if args.run and args.llama_server:
+        parser.error("--llama-server serves a configuration: leave it out with --run")
     result = measure(args)
     if args.json:
         print(json.dumps(result))
         return
-    for name, rows in {"baleen": result["baleen"], **result["peers"]}.items():  # type: ignore[dict-item]
+    for name, rows in {"baleen": result["baleen"], **result["peers"]}.items():
         for clients, row in rows.items():
             print(
                 f"{name:42} {clients:>3} clients {row['tokens_per_second']:9,.1f} tokens/s  spread {row['spread']:4.0%}"
             )
-    for name, ratio in result["ratios"].items():  # type: ignore[union-attr]
-        print(f"{name:60} {ratio:6.2f}")
+    for name, times in result["ratios"].items():
+        print(f"{name:60} {times:6.2f}")
 
 
 if __name__ == "__main__":

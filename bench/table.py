@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from contenders import machine
-from rounds import LLAMA
+from rounds import LLAMA, ratio
 
 from baleen.model.machine import multiplies_bf16
+from baleen.model.native.training import kernels
 from baleen.parallel.ranks import fingerprint_of_code
 
 HERE = Path(__file__).parent
@@ -45,11 +46,12 @@ Row = dict[str, Any]
 
 
 def version() -> dict[str, Any]:
-    """What a row is of: this machine, the package's code and that of the benchmarks."""
+    """What a row is of: this machine, the package's code and that of the benchmarks, and what the kernels are built
+    for."""
     digest = hashlib.sha256(fingerprint_of_code().encode())
     for file in sorted([*HERE.glob("*.py"), HERE / "configs.toml"]):
         digest.update(file.read_bytes())
-    return {"code": digest.hexdigest()[:16], "machine": machine()}
+    return {"code": digest.hexdigest()[:16], "machine": machine(), "kernels": kernels()}
 
 
 def measured(name: str) -> Row:
@@ -69,8 +71,7 @@ def table(rows: dict[str, Row]) -> str:
         formats = {row["precision"]: row["baleen"]} if trained else row["baleen"]
         for format, ours in formats.items():
             peers = ["transformers" if format == "fp32" or trained else "", f"llama.cpp {LLAMA[format]}", "dense"]
-            named = "baleen" if trained else f"baleen {format}"
-            cells = [_beside(row, peer, named) for peer in peers]
+            cells = [_beside(ours, row["peers"], peer) for peer in peers]
             lines.append(f"| {_words(name)} | {format} | {ours['tokens_per_second']:,.0f} | {' | '.join(cells)} |")
     if not rows:
         return ""
@@ -80,13 +81,15 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join([*lines, "", f"{when}, {'; '.join(sorted(machines))}.", ""])
 
 
-def _beside(row: Row, kind: str, ours: str) -> str:
-    """Two cells: the fastest peer of that kind, and ours over it; empty without one."""
-    speeds = {name: peer["tokens_per_second"] for name, peer in row["peers"].items() if kind and name.startswith(kind)}
-    if not speeds:
+def _beside(ours: Row, peers: dict[str, Row], kind: str) -> str:
+    """Two cells: the fastest peer of that kind, and ours over it, with the least and the most of a round; empty without
+    one."""
+    own = [peer for name, peer in peers.items() if kind and name.startswith(kind)]
+    if not own:
         return " | "
-    fastest = max(speeds, key=lambda name: speeds[name])
-    return f"{speeds[fastest]:,.0f} | {row['ratios'][f'{ours} / {fastest}']:.2f} ×"
+    fastest = max(own, key=lambda peer: peer["tokens_per_second"])
+    times = [a / b for a, b in zip(ours["rounds"], fastest["rounds"], strict=True)]
+    return f"{fastest['tokens_per_second']:,.0f} | {ratio(ours, fastest):.2f} × ({min(times):.2f} to {max(times):.2f})"
 
 
 def _words(name: str) -> str:
