@@ -14,7 +14,9 @@ from studies import STUDIES, read_study, studies_done
 BEGIN, END = "<!-- made by evidence/notebook.py --page -->", "<!-- end -->"
 INTRODUCTION = """\
 Which of V3's claims hold at a size that a laptop can run. Made by `python evidence/notebook.py --page` from
-`evidence/rows`, not edited by hand; `make evidence` runs what is missing, `make evidence-quick` two rows again.
+`evidence/rows`, not edited by hand; `make evidence` runs what is missing, `make evidence-quick` two rows again. The
+command under a claim runs those of its rows that are missing: to measure one anew, take its files out of
+`evidence/rows`.
 
 Every row is one arm with one seed, from the same start (`evidence/base.toml`: 5M parameters, hidden 192, 4 layers,
 589,824 tokens of conversations) unless its claim says otherwise. The arms of a claim are paired by seed: one order of

@@ -5,6 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
+
+from baleen.align.recipe import AlignRecipe, SFTStage
+from baleen.cli import app
+from baleen.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"`((?:tests/)?[a-z_]+(?:/[a-z_0-9]+)*\.py):([A-Za-z_.0-9]+)`")
@@ -45,3 +51,46 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def commands_of(text):
+    """What is written as `baleen ...`, or as a line of code that begins so, without comments and brackets."""
+    written = re.findall(r"`(baleen [^`]+)`|^(?: {4}|\$ )(baleen .+)", text, re.M)
+    for words in (inline or line for inline, line in written):
+        yield re.sub(r"\s#.*|[\[\]]|\.\.\.", "", words).split()
+
+
+def refusal(command, words):
+    """The kind of error with which the command refuses these words; empty for none."""
+    try:
+        command.make_context("baleen", list(words))
+    except Exception as error:  # of the click that typer brings along
+        return type(error).__name__
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_with_their_options(page):
+    """Placeholders such as N are no numbers: what is asked is that there is such a command, option and place."""
+    for _, *words in commands_of(page.read_text()):
+        command, path = typer.main.get_command(app), ["baleen"]
+        while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+            path.append(words.pop(0))
+            command = command.commands.get(path[-1])
+            assert command is not None, f"{page.name}: {' '.join(path)}"
+        if not isinstance(command, TyperGroup):
+            fault = refusal(command, words)
+            assert fault in ("", "BadParameter", "MissingParameter", "BadOptionUsage"), f"{page.name}: {path} {words}"
+
+
+def test_the_recipe_that_the_docs_show_is_one(tmp_path):
+    (shown,) = re.findall(r"```toml\n(.+?)```", (ROOT / "docs/recipes.md").read_text(), re.S)
+    (tmp_path / "answers.toml").write_text(shown)
+    (stage,) = read_recipe(AlignRecipe, tmp_path / "answers.toml").stages
+    assert isinstance(stage, SFTStage) and stage.sources == ("package:chitchat-dataset",)
+
+
+def test_a_command_that_is_not_there_is_seen():
+    (words,) = commands_of("Try `baleen cost [--svg FILE]\n...` now")
+    assert words == ["baleen", "cost", "--svg", "FILE"]
+    assert refusal(typer.main.get_command(app).commands["recipes"], ["--nothing"]) == "NoSuchOption"
