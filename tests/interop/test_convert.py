@@ -208,4 +208,4 @@ def test_memory_stays_under_the_largest_shard_and_one_expert(tmp_path, tiny_mode
     arguments = [str(tmp_path / "large"), str(tmp_path / "out"), to, dtype]
     out = subprocess.run([sys.executable, "-c", STREAM, *arguments], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    assert int(out.stdout) < max(shards) + expert
+    assert int(out.stdout) < 1.03 * (max(shards) + expert)  # the interpreter's own pages waver by some 100 KB
