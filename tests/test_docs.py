@@ -8,9 +8,9 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from baleen.align.recipe import AlignRecipe, SFTStage
 from baleen.cli import app
 from baleen.recipe import read_recipe
+from baleen.train.continued_recipe import ContinuedRecipe
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"`((?:tests/)?[a-z_]+(?:/[a-z_0-9]+)*\.py):([A-Za-z_.0-9]+)`")
@@ -86,8 +86,8 @@ def test_commands_exist_with_their_options(page):
 def test_the_recipe_that_the_docs_show_is_one(tmp_path):
     (shown,) = re.findall(r"```toml\n(.+?)```", (ROOT / "docs/recipes.md").read_text(), re.S)
     (tmp_path / "answers.toml").write_text(shown)
-    (stage,) = read_recipe(AlignRecipe, tmp_path / "answers.toml").stages
-    assert isinstance(stage, SFTStage) and stage.sources == ("package:chitchat-dataset",)
+    recipe = read_recipe(ContinuedRecipe, tmp_path / "answers.toml")
+    assert (recipe.base, recipe.data.format) == ("runs/mine", "chat")
 
 
 def test_a_command_that_is_not_there_is_seen():

@@ -66,10 +66,9 @@ class Optimizer:
             name, _, state = key.rpartition(".")
             if name in self._named:
                 parameter = self._named[name]
-                like = torch.zeros_like(parameter, requires_grad=False)
-                room[key] = (
-                    like.new_zeros((), dtype=torch.float32) if state == "step" else like
-                )  # where fused ones count
+                moment = torch.zeros_like(parameter, requires_grad=False)
+                # A fused optimizer counts its steps on the parameter's device.
+                room[key] = moment.new_zeros((), dtype=torch.float32) if state == "step" else moment
         return room
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

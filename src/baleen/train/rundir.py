@@ -55,9 +55,8 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
     if file.is_file():
         stored, asked = (_apart_from_layout(each) for each in (read_recipe(type(recipe), file), recipe))
         other = stored != asked
-        paths = [
-            path for path in run_dir.iterdir() if path.name != METRICS or path.stat().st_size
-        ]  # begun, no step yet
+        # metrics.jsonl is there, and empty, before the first step ends
+        paths = [path for path in run_dir.iterdir() if path.name != METRICS or path.stat().st_size]
         names = {path.name for path in paths if not path.name.startswith(".")}
         begun = names - BEFORE_TRAINING - BEFORE_STAGES or any(p.is_file() for p in run_dir.glob("stages/**/*"))
         if not begun and (not other or "run_id" in names):  # without run_id it is a user's own file
