@@ -87,6 +87,12 @@ class ChatPage:
         """What the model was asked, as text."""
         return self.engine.tokenizer.decode(self.engine.requests[request].prompt_ids, skip_special=False)
 
+    def beside(self) -> "ChatPage":
+        """Another tab of this browser, on the same conversation."""
+        page = self.page.context.new_page()
+        page.goto(self.page.url)
+        return ChatPage(page, self.server)
+
     def ready(self) -> None:
         self.page.wait_for_selector("#model option", state="attached")
 

@@ -237,6 +237,24 @@ def test_what_goes_wrong_is_said(visit):
     assert chat.last(".note.error").count() == 0
 
 
+def test_one_key_for_all_that_ask_for_it(visit):
+    chat = visit({"go": RICH}, api_key="secret", per_step=32)
+    chat.page.fill("#key", "secret")
+    chat.page.keyboard.press("Enter")
+    chat.ready()
+    for _ in range(3):
+        chat.ask("go")
+    tab = chat.beside()  # where three answers and the list of models are refused at once
+    tab.page.fill("#key", "wrong")
+    tab.page.keyboard.press("Enter")
+    tab.page.get_by_text("That key was refused.").wait_for()
+    tab.page.fill("#key", "secret")
+    tab.page.keyboard.press("Enter")
+    tab.ready()
+    tab.until("document.querySelectorAll('.answer > .markdown math').length === 6")
+    assert tab.page.locator("#key-dialog").is_hidden()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_engine_that_fails_in_the_midst(visit):
     chat = visit()

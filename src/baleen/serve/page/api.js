@@ -13,6 +13,7 @@ export class ServerError extends Error {
 
 export class Api {
   #askForKey;
+  #asking = null;
 
   /** askForKey: async () -> string, called when the server wants a key. */
   constructor(askForKey) {
@@ -68,11 +69,19 @@ export class Api {
     }
     if (response.ok) return response;
     if (response.status === 401) {
-      sessionStorage.setItem(KEY, await this.#askForKey(key !== null));
+      if (sessionStorage.getItem(KEY) === key) await this.#askOnce(key !== null); // else another request was given one
       return this.#request(path, body, signal);
     }
     const said = await response.json().then((json) => json.error ?? {}, () => ({}));
     throw new ServerError(said.message ?? `The server answered with status ${response.status}.`, response.status, said.code ?? null);
+  }
+
+  /** Requests that are refused meanwhile wait for the same key. */
+  #askOnce(again) {
+    this.#asking ??= this.#askForKey(again)
+      .then((key) => sessionStorage.setItem(KEY, key))
+      .finally(() => (this.#asking = null));
+    return this.#asking;
   }
 }
 
