@@ -185,6 +185,46 @@ def test_edit_and_regenerate_branch_and_lose_nothing(visit):
     assert page.get_by_label("Version 1 of 2").count() == 1 and page.get_by_label("Version 2 of 2").count() == 1
 
 
+def test_what_cannot_be_sent_stays_in_its_box(visit):
+    chat = visit()
+    page = chat.page
+    chat.ask("red")
+    chat.button("Edit message").click()
+    box = page.locator(".editing textarea")
+    box.fill("green")
+    chat.engine.steps_left = 0
+    chat.ask("blue", wait=False)
+    chat.button("Send").click()  # of the edit: the other button says Stop
+    chat.told("Stop the answer first.")
+    page.fill("#prompt", "and")
+    page.press("#prompt", "Enter")
+    chat.told("Stop the answer first.")
+    assert (box.input_value(), page.input_value("#prompt")) == ("green", "and")
+    chat.engine.steps_left = None
+    chat.settle()
+    box.press("Enter")
+    chat.last(".markdown").get_by_text("I heard green").wait_for()
+    chat.settle()
+    assert len(chat.engine.requests) == 3
+
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    chat.last(".markdown").get_by_text("I heard green").wait_for()
+    page.fill("#prompt", "one more")
+    page.press("#prompt", "Enter")
+    chat.told("No model is there to answer")
+    assert page.input_value("#prompt") == "one more"
+    chat.button("Edit message").click()
+    box.fill("yellow")
+    box.press("Enter")
+    chat.told("No model is there to answer")
+    assert box.input_value() == "yellow"
+    box.press("Escape")
+    chat.button("Regenerate answer").click()
+    chat.told("No model is there to answer")
+    assert page.locator(".message").count() == 2
+
+
 def test_settings_reach_the_model_and_stay_with_the_conversation(visit):
     chat = visit()
     page = chat.page

@@ -28,7 +28,7 @@ const mixture = new Mixture(panel.body);
 const thread = new Thread(byId("thread"), {
   render: (text) => api.render(text),
   edit: (node, text) => send(text, node.parent),
-  regenerate: (node) => answer(node.parent),
+  regenerate: (node) => isFree() && answer(node.parent),
   show: (node) => (show(current, node), save(current), draw()),
   inspect: (node) => (panel.view === "mixture" && inspected === node ? panel.close() : openMixture(node)),
   traceOf: (node) => library.trace(node),
@@ -50,10 +50,19 @@ let inspected = null; // the answer whose mixture is shown
 
 // --- what a person does
 
-/** Adds a message and asks for its answer. */
+/** Whether a question can be asked now; if not, the person is told why. */
+function isFree() {
+  if (!model()) toast("No model is there to answer: is the server running?");
+  else if (runningIn(current)) toast("Stop the answer first.");
+  else return true;
+  return false;
+}
+
+/** Adds a message and asks for its answer. Returns whether it could. */
 function send(text, parent = current.leaf) {
-  if (!model()) return toast("No model is there to answer: is the server running?");
+  if (!isFree()) return false;
   answer(add(current, parent, "user", { content: text }).id);
+  return true;
 }
 
 function answer(parent) {
@@ -341,9 +350,9 @@ function listenToComposer() {
 
 function submit() {
   const text = prompt.value.trim();
-  if (!text || runningIn(current)) return;
+  if (!text || !send(text)) return;
   prompt.value = "";
-  send(text);
+  drawComposer();
 }
 
 function escape() {

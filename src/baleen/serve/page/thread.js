@@ -12,8 +12,8 @@ export class Thread {
   #views = new Map();
   #conversation = null;
 
-  /** actions: {render, edit(node, text), regenerate(node), show(node), inspect(node), traceOf(node),
-   * isRunning(conversation), speedOf(node), announce(text)} */
+  /** actions: {render, edit(node, text), which tells whether it was sent, regenerate(node), show(node), inspect(node),
+   * traceOf(node), isRunning(conversation), speedOf(node), announce(text)} */
   constructor(root, actions) {
     this.#root = root;
     this.#actions = actions;
@@ -111,8 +111,7 @@ class UserView {
     };
     const save = () => {
       const text = area.value.trim();
-      close();
-      if (text && text !== this.node.content) this.actions.edit(this.node, text);
+      if (!text || text === this.node.content || this.actions.edit(this.node, text)) close();
     };
     const keys = (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), save();
