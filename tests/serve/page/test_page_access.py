@@ -163,3 +163,37 @@ def test_all_by_keyboard(visit):
         "fingerprint",
         "copy-code",
     } <= reached
+
+
+COMPOSED = """([selector, key]) => document.querySelector(selector).dispatchEvent(
+    new KeyboardEvent('keydown', {key, keyCode: 229, bubbles: true, cancelable: true}))"""
+
+
+def test_keys_of_an_input_method_are_not_the_page_s(visit):
+    chat = visit()
+    page = chat.page
+    chat.ask("one")
+    chat.engine.steps_left = 0
+    chat.ask("two", wait=False)
+    page.fill("#prompt", "three")
+    for key in ("Enter", "Escape"):
+        assert page.evaluate(COMPOSED, ["#prompt", key])
+    assert page.input_value("#prompt") == "three" and chat.last().get_attribute("aria-busy") == "true"
+    chat.engine.steps_left = None
+    chat.settle()
+    assert chat.engine.aborted == []
+
+    chat.button("Edit message").last.click()
+    page.locator(".editing textarea").fill("four")
+    for key in ("Enter", "Escape"):
+        assert page.evaluate(COMPOSED, [".editing textarea", key])
+    assert page.input_value(".editing textarea") == "four" and page.locator(".message").count() == 4
+
+    chat.button("More for “one”").click()
+    chat.button("Rename").click()
+    page.keyboard.type("five")
+    for key in ("Enter", "Escape"):
+        assert page.evaluate(COMPOSED, ["#conversations input", key])
+    assert page.input_value("#conversations input") == "five"
+    page.keyboard.press("Enter")
+    page.locator("#conversations .name", has_text="five").wait_for()

@@ -14,6 +14,9 @@ export function element(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** Whether a key is an input method's. Of the Enter that ends a composition, Safari tells it by the code alone. */
+export const composing = (event) => event.isComposing || event.keyCode === 229;
+
 // Strokes on a grid of 24.
 const PATHS = {
   add: "M12 5v14M5 12h14",

@@ -1,6 +1,6 @@
 // Keyboard shortcuts, and the dialog that lists them.
 
-import { byId, element } from "./dom.js";
+import { byId, composing, element } from "./dom.js";
 
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = isMac ? "⌘" : "Ctrl";
@@ -22,7 +22,7 @@ export function listenForKeys(actions) {
     element("dd", {}, meaning),
   ]));
   document.addEventListener("keydown", (event) => {
-    if (event.isComposing) return;
+    if (composing(event)) return;
     const mod = isMac ? event.metaKey : event.ctrlKey;
     const [, , , run] = shortcuts.find(([, , matches]) => matches?.(event, mod)) ?? [];
     if (run) event.preventDefault(), run();

@@ -3,7 +3,7 @@
 import { Answer } from "./answer.js";
 import { Api, ServerError } from "./api.js";
 import { add, newConversation, show, shownPath } from "./conversation.js";
-import { byId, download, element, icon, toast } from "./dom.js";
+import { byId, composing, download, element, icon, toast } from "./dom.js";
 import { count, parameters } from "./figures.js";
 import { listenForKeys } from "./keys.js";
 import { Library } from "./library.js";
@@ -338,7 +338,8 @@ function listen() {
 function listenToComposer() {
   prompt.addEventListener("input", drawComposer);
   prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), submit();
+    if (composing(event)) return;
+    if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), submit();
     if (event.key === "ArrowUp" && !prompt.value && !runningIn(current)) event.preventDefault(), thread.editLast();
   });
   byId("composer").addEventListener("submit", (event) => {

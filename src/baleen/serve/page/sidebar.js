@@ -1,7 +1,7 @@
 // The list of conversations: by day, searched, renamed, exported, removed.
 
 import { find } from "./conversation.js";
-import { byId, element, iconButton } from "./dom.js";
+import { byId, composing, element, iconButton } from "./dom.js";
 
 const DAY = 86_400_000;
 
@@ -17,6 +17,7 @@ export class Sidebar {
     this.#actions = actions;
     this.#search.addEventListener("input", () => this.#draw());
     this.#search.addEventListener("keydown", (event) => {
+      if (composing(event)) return;
       if (event.key === "Enter" || event.key === "ArrowDown") event.preventDefault(), this.#list.querySelector(".title")?.focus();
     });
     this.#list.addEventListener("keydown", (event) => this.#walk(event));
@@ -88,6 +89,7 @@ export class Sidebar {
       else this.#draw();
     };
     input.addEventListener("keydown", (event) => {
+      if (composing(event)) return;
       if (event.key === "Enter") close(true);
       if (event.key === "Escape") event.stopPropagation(), close(false);
     });

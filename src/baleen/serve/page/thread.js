@@ -1,7 +1,7 @@
 // The messages of a conversation, from the first to the last one shown.
 
 import { shownPath, versionsOf } from "./conversation.js";
-import { copy, element, iconButton } from "./dom.js";
+import { composing, copy, element, iconButton } from "./dom.js";
 import { count, duration, energy, money, share, speed } from "./figures.js";
 import { paintSmall } from "./heatmap.js";
 import { Markdown } from "./markdown.js";
@@ -114,7 +114,8 @@ class UserView {
       if (!text || text === this.node.content || this.actions.edit(this.node, text)) close();
     };
     const keys = (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), save();
+      if (composing(event)) return;
+      if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), save();
       if (event.key === "Escape") event.stopPropagation(), close();
     };
     const form = element("form", { class: "bubble editing", onsubmit: (event) => (event.preventDefault(), save()), onkeydown: keys },
