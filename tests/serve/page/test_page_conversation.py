@@ -295,6 +295,69 @@ def test_one_key_for_all_that_ask_for_it(visit):
     assert tab.page.locator("#key-dialog").is_hidden()
 
 
+BLOCKED = """for (const name of ['sessionStorage', 'localStorage', 'indexedDB']) {
+    Object.defineProperty(window, name, {get() { throw new DOMException('blocked', 'SecurityError'); }});
+}"""
+
+
+def test_where_the_browser_keeps_nothing(visit):
+    chat = visit(api_key="secret")
+    page = chat.page
+    page.add_init_script(BLOCKED)
+    page.reload()
+    chat.told("This browser stores nothing here")
+    page.fill("#key", "secret")
+    page.keyboard.press("Enter")
+    chat.ready()
+    for text in ("one", "two"):  # the key is asked for once
+        chat.ask(text)
+        assert chat.last("> .markdown").inner_text() == f"I heard {text}"
+    page.keyboard.press("Control+Comma")
+    page.get_by_text("Dark", exact=True).click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+
+
+PUT = """async (records) => {
+    const opened = indexedDB.open('baleen', 1);
+    await new Promise((resolve) => (opened.onsuccess = resolve));
+    const transaction = opened.result.transaction('conversations', 'readwrite');
+    for (const record of records) transaction.objectStore('conversations').put(record, record.id);
+    await new Promise((resolve) => (transaction.oncomplete = resolve));
+    opened.result.close();
+}"""
+BROKEN = """{
+    const { get } = IDBObjectStore.prototype;
+    IDBObjectStore.prototype.get = function (id) {
+        if (this.name === 'traces' || id === 'unreadable') throw new DOMException('it is unreadable', 'UnknownError');
+        return get.call(this, id);
+    };
+    IDBObjectStore.prototype.delete = () => {
+        throw new DOMException('it is locked', 'UnknownError');
+    };
+}"""
+
+
+def test_a_store_that_is_broken_in_part(visit):
+    chat = visit()
+    page = chat.page
+    chat.ask("one")
+    chat.button("New conversation").click()
+    chat.ask("two")
+    page.evaluate(PUT, [{"id": "malformed", "title": "three"}, {"id": "unreadable"}])
+    page.add_init_script(BROKEN)
+    page.reload()
+    chat.ready()
+    assert chat.titles() == ["two", "one"]
+    chat.button("one").click()
+    chat.last(".markdown").get_by_text("I heard one").wait_for()
+    assert page.locator(".fingerprint").is_hidden()
+    chat.ask("and on")
+    chat.button("More for “two”").click()
+    chat.button("Delete").click()
+    chat.told("could not delete the conversation: it is locked")
+    assert chat.titles() == ["one", "two"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_engine_that_fails_in_the_midst(visit):
     chat = visit()

@@ -1,7 +1,7 @@
 // The server: models, answers as they are written, Markdown as HTML. Addresses are relative, so a proxy may put the
 // page below a path of its own.
 
-const KEY = "baleen.key";
+import { Word } from "./store.js";
 
 /** What the server said: its message, its HTTP status (0 if it could not be reached) and its error's code. */
 export class ServerError extends Error {
@@ -14,6 +14,7 @@ export class ServerError extends Error {
 export class Api {
   #askForKey;
   #asking = null;
+  #key = new Word("sessionStorage", "baleen.key");
 
   /** askForKey: async () -> string, called when the server wants a key. */
   constructor(askForKey) {
@@ -58,7 +59,7 @@ export class Api {
   }
 
   async #request(path, body = null, signal = null) {
-    const key = sessionStorage.getItem(KEY);
+    const key = this.#key.value;
     const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
     let response;
     try {
@@ -69,7 +70,7 @@ export class Api {
     }
     if (response.ok) return response;
     if (response.status === 401) {
-      if (sessionStorage.getItem(KEY) === key) await this.#askOnce(key !== null); // else another request was given one
+      if (this.#key.value === key) await this.#askOnce(key !== null); // else another request was given one
       return this.#request(path, body, signal);
     }
     const said = await response.json().then((json) => json.error ?? {}, () => ({}));
@@ -79,7 +80,7 @@ export class Api {
   /** Requests that are refused meanwhile wait for the same key. */
   #askOnce(again) {
     this.#asking ??= this.#askForKey(again)
-      .then((key) => sessionStorage.setItem(KEY, key))
+      .then((given) => (this.#key.value = given))
       .finally(() => (this.#asking = null));
     return this.#asking;
   }

@@ -115,7 +115,9 @@ export function importText(text) {
 
 const isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 
-function checked(raw) {
+/** Reads a conversation out of a file or the store; an answer that was on its way when it was kept counts as stopped.
+ * Throws an Error that says what is wrong with it. */
+export function checked(raw) {
   const need = (condition, what) => {
     if (!condition) throw new Error(what);
   };

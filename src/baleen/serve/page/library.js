@@ -1,6 +1,6 @@
 // All conversations and the traces of their answers: in memory as they are shown, and in the browser's store.
 
-import { copyOf, exportText, importText } from "./conversation.js";
+import { checked, copyOf, exportText, importText } from "./conversation.js";
 import { Store } from "./store.js";
 import { Trace } from "./trace.js";
 
@@ -13,12 +13,21 @@ export class Library {
 
   /** Reads what is kept. False where this browser keeps nothing: then all lives until the page is closed. */
   async load() {
+    let records;
     try {
       this.#store = await Store.open();
+      records = await this.#store.conversations();
     } catch {
+      this.#store = null;
       return false;
     }
-    for (const conversation of await this.#store.conversations()) this.#conversations.set(conversation.id, ended(conversation));
+    for (const record of records) {
+      try {
+        this.#conversations.set(record.id, checked(record));
+      } catch (error) {
+        console.error("A conversation in this browser is damaged:", error);
+      }
+    }
     return true;
   }
 
@@ -49,9 +58,10 @@ export class Library {
     await this.#store?.saveTrace(node.id, this.#traces.get(node.id).toJSON());
   }
 
+  /** A trace that can't be read is left out. */
   async loadTraces(conversation) {
     const missing = Object.values(conversation.nodes).filter((node) => isAnswer(node) && !this.#traces.has(node.id));
-    await Promise.all(missing.map(async ({ id }) => this.#traces.set(id, Trace.from(await this.#store?.trace(id)))));
+    await Promise.allSettled(missing.map(async ({ id }) => this.#traces.set(id, Trace.from(await this.#store?.trace(id)))));
   }
 
   /** Removes a conversation. Returns a function that brings it back, as long as the page is open. */
@@ -59,11 +69,15 @@ export class Library {
     await this.loadTraces(conversation);
     const answers = Object.values(conversation.nodes).filter(isAnswer);
     this.#conversations.delete(conversation.id);
-    await this.#store?.remove(conversation);
-    await this.#store?.removeTraces(answers.map(({ id }) => id));
+    try {
+      await this.#store?.remove(conversation, answers.map(({ id }) => id));
+    } catch (error) {
+      this.#conversations.set(conversation.id, conversation);
+      throw error;
+    }
     return async () => {
-      for (const node of answers) if (this.trace(node)) await this.saveTrace(node);
       await this.save(conversation);
+      for (const node of answers) if (this.trace(node)) await this.saveTrace(node);
     };
   }
 
@@ -105,10 +119,4 @@ export class Library {
       callback(id);
     });
   }
-}
-
-/** A page that was closed in the midst of an answer left it as it was. */
-function ended(conversation) {
-  for (const node of Object.values(conversation.nodes)) if (node.state === "running") node.state = "stopped";
-  return conversation;
 }

@@ -13,6 +13,7 @@ import { Panel } from "./panel.js";
 import { Scroller } from "./scroller.js";
 import { showSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
+import { Word } from "./store.js";
 import { Thread } from "./thread.js";
 
 const SAVE_EVERY = 1000; // ms, of an answer on its way
@@ -20,6 +21,7 @@ const PAINT_EVERY = 150; // ms, of its mixture
 const STARTERS = ["Hi, how are you?", "What did you do today?", "Tell me a story", "What can you do?"];
 
 const api = new Api(askForKey);
+const chosenTheme = new Word("localStorage", "baleen.theme");
 const library = new Library();
 const panel = new Panel();
 const prompt = byId("prompt");
@@ -127,16 +129,18 @@ async function open(conversation) {
 
 async function remove(conversation) {
   runningIn(conversation)?.stop();
-  const bringBack = await library.remove(conversation);
+  const bringBack = await library.remove(conversation).catch(couldNot("delete the conversation"));
+  if (!bringBack) return drawList();
   if (conversation === current) fresh();
   else drawList();
-  const undo = async () => (await bringBack(), open(conversation));
+  const undo = async () => (await bringBack().catch(couldNot("save the conversation")), open(conversation));
   toast("Conversation deleted", { label: "Undo", run: undo });
 }
 
 async function exportAll(conversations) {
   const name = conversations.length === 1 ? "conversation" : "conversations";
-  download(`baleen-${name}-${new Date().toISOString().slice(0, 10)}.json`, await library.exported(conversations));
+  const text = await library.exported(conversations).catch(couldNot(`export the ${name}`));
+  if (text) download(`baleen-${name}-${new Date().toISOString().slice(0, 10)}.json`, text);
 }
 
 async function importFile(file) {
@@ -157,10 +161,13 @@ async function save(conversation, listed = true, answer = null) {
     await library.save(conversation);
     if (answer && library.trace(answer)) await library.saveTrace(answer);
   } catch (error) {
-    toast(`This browser could not save the conversation: ${error.message}`);
+    couldNot("save the conversation")(error);
   }
   if (listed) drawList();
 }
+
+/** Tells what went wrong in the browser's store. */
+const couldNot = (what) => (error) => toast(`This browser could not ${what}: ${error.message}`);
 
 // --- what is shown
 
@@ -223,7 +230,7 @@ function openSettings(takeFocus = true) {
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
-  localStorage.setItem("baleen.theme", theme);
+  chosenTheme.value = theme;
   repaint();
 }
 

@@ -1,4 +1,5 @@
 // Where conversations live: this browser's IndexedDB. Traces are kept apart, since they are large and rarely read.
+// Single words, a key or a theme, live in its other storages.
 
 const NAME = "baleen";
 const STORES = ["conversations", "traces"];
@@ -33,12 +34,14 @@ export class Store {
     return this.#database.transaction(name, mode).objectStore(name);
   }
 
-  /** All conversations, in no order. */
-  conversations() {
-    return settled(this.#of("conversations").getAll());
+  /** All conversations that can be read, in no order. */
+  async conversations() {
+    const ids = await settled(this.#of("conversations").getAllKeys());
+    const reads = await Promise.allSettled(ids.map((id) => this.conversation(id))); // getAll would fail as a whole
+    return reads.filter(({ status }) => status === "fulfilled").map(({ value }) => value);
   }
 
-  conversation(id) {
+  async conversation(id) {
     return settled(this.#of("conversations").get(id));
   }
 
@@ -47,8 +50,11 @@ export class Store {
     this.#channel.postMessage(conversation.id);
   }
 
-  async remove(conversation) {
-    await written(this.#of("conversations", "readwrite").delete(conversation.id));
+  /** Removes a conversation and the traces of these nodes: all or nothing. */
+  async remove(conversation, nodeIds) {
+    const transaction = this.#database.transaction(STORES, "readwrite");
+    for (const id of nodeIds) transaction.objectStore("traces").delete(id);
+    await written(transaction.objectStore("conversations").delete(conversation.id));
     this.#channel.postMessage(conversation.id);
   }
 
@@ -61,13 +67,38 @@ export class Store {
     return written(this.#of("traces", "readwrite").put(trace, nodeId));
   }
 
-  async removeTraces(nodeIds) {
-    const traces = this.#of("traces", "readwrite");
-    for (const request of nodeIds.map((id) => traces.delete(id)).slice(-1)) await written(request);
-  }
-
   /** Calls back with the id of a conversation that another tab saved or removed. */
   onChange(callback) {
     this.#channel.onmessage = (event) => callback(event.data);
+  }
+}
+
+/** A word in "sessionStorage" or "localStorage"; where the browser blocks them, it lasts as long as the page. */
+export class Word {
+  #area;
+  #name;
+  #value = null;
+
+  constructor(area, name) {
+    this.#area = area;
+    this.#name = name;
+    try {
+      this.#value = window[area].getItem(name);
+    } catch {
+      // blocked
+    }
+  }
+
+  get value() {
+    return this.#value;
+  }
+
+  set value(value) {
+    this.#value = value;
+    try {
+      window[this.#area].setItem(this.#name, value);
+    } catch {
+      // blocked, or full
+    }
   }
 }
