@@ -225,6 +225,36 @@ def test_what_cannot_be_sent_stays_in_its_box(visit):
     assert page.locator(".message").count() == 2
 
 
+def test_two_tabs_of_one_conversation(visit):
+    chat = visit()
+    chat.ask("one")
+    tab = chat.beside()
+    tab.ready()
+    tab.last("> .markdown").get_by_text("I heard one").wait_for()
+    tab.page.evaluate("document.querySelector('.bubble').isTheSame = true")
+    chat.engine.steps_left = 0
+    chat.ask("two", wait=False)
+    tab.page.locator(".running").wait_for()  # it is seen there, too
+    tab.ask("three", wait=False)
+    chat.engine.steps_left = None
+    chat.settle()
+    tab.settle()
+    whole = "document.querySelectorAll('.answer:not(.running) .fingerprint:not([hidden])').length === 3"
+    for side in (chat, tab):
+        side.until(whole)
+        assert side.page.locator(".bubble").all_inner_texts() == ["one", "two", "three"]
+    assert tab.page.evaluate("document.querySelector('.bubble').isTheSame")  # nothing was built anew
+    chat.page.reload()
+    chat.until(whole)
+    texts = "[...document.querySelectorAll('.answer > .markdown')].map((answer) => answer.innerText).join()"
+    chat.until(f"{texts} === 'I heard one,I heard two,I heard three'")
+
+    chat.button("Regenerate answer").first.click()  # a branch
+    chat.settle()
+    tab.page.get_by_label("Version 1 of 2").wait_for()  # where one reads, one stays
+    assert tab.page.locator(".bubble").count() == 3
+
+
 def test_settings_reach_the_model_and_stay_with_the_conversation(visit):
     chat = visit()
     page = chat.page

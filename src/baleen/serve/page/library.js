@@ -1,6 +1,6 @@
 // All conversations and the traces of their answers: in memory as they are shown, and in the browser's store.
 
-import { checked, copyOf, exportText, importText } from "./conversation.js";
+import { checked, copyOf, exportText, importText, show } from "./conversation.js";
 import { Store } from "./store.js";
 import { Trace } from "./trace.js";
 
@@ -10,6 +10,8 @@ export class Library {
   #store = null;
   #conversations = new Map();
   #traces = new Map(); // id of an answer -> Trace, or null if it has none
+  #own = new Set(); // ids of the answers that this tab wrote
+  #others = new Set(); // ids of those that other tabs said they were writing
 
   /** Reads what is kept. False where this browser keeps nothing: then all lives until the page is closed. */
   async load() {
@@ -39,9 +41,28 @@ export class Library {
     return this.#conversations.get(id);
   }
 
-  async save(conversation) {
+  /** answers: those whose traces are to be kept, too. */
+  async save(conversation, answers = []) {
     this.#conversations.set(conversation.id, conversation);
-    await this.#store?.save(conversation);
+    const writing = Object.values(conversation.nodes).filter(({ id, state }) => state === "running" && this.#own.has(id));
+    try {
+      await this.#store?.save(conversation, (kept) => this.#takeIn(conversation, kept));
+      for (const node of answers) if (this.trace(node)) await this.#store?.saveTrace(node.id, this.trace(node).toJSON());
+    } finally {
+      this.#store?.tell(conversation, writing.map(({ id }) => id));
+    }
+  }
+
+  /** Takes in the messages that other tabs saved. An answer is written by one tab only: of ours, our copy counts, of all
+   * others the stored one. The last message shown stays, or what was said below it follows. */
+  #takeIn(conversation, kept) {
+    const { nodes } = conversation;
+    for (const node of Object.values(kept.nodes)) {
+      if (this.#own.has(node.id) && nodes[node.id]) continue;
+      if (node.state === "running" && !this.#others.has(node.id)) node.state = "stopped"; // its page was closed
+      nodes[node.id] = Object.assign(nodes[node.id] ?? {}, node);
+    }
+    if (conversation.leaf) show(conversation, nodes[conversation.leaf]);
   }
 
   /** Of an answer whose conversation was opened; null if it has none. */
@@ -49,19 +70,23 @@ export class Library {
     return this.#traces.get(node.id) ?? null;
   }
 
-  /** The trace of an answer on its way; kept only once it is saved. */
+  /** This tab begins to write an answer. Its trace is kept only once it is saved. */
+  begin(node, trace) {
+    this.#own.add(node.id);
+    this.setTrace(node, trace);
+  }
+
   setTrace(node, trace) {
     this.#traces.set(node.id, trace);
   }
 
-  async saveTrace(node) {
-    await this.#store?.saveTrace(node.id, this.#traces.get(node.id).toJSON());
-  }
-
-  /** A trace that can't be read is left out. */
+  /** Leaves out a trace that can't be read, or that another tab has still to save. */
   async loadTraces(conversation) {
     const missing = Object.values(conversation.nodes).filter((node) => isAnswer(node) && !this.#traces.has(node.id));
-    await Promise.allSettled(missing.map(async ({ id }) => this.#traces.set(id, Trace.from(await this.#store?.trace(id)))));
+    await Promise.allSettled(missing.map(async (node) => {
+      const trace = Trace.from(await this.#store?.trace(node.id));
+      if (trace) this.setTrace(node, trace);
+    }));
   }
 
   /** Removes a conversation. Returns a function that brings it back, as long as the page is open. */
@@ -75,10 +100,7 @@ export class Library {
       this.#conversations.set(conversation.id, conversation);
       throw error;
     }
-    return async () => {
-      await this.save(conversation);
-      for (const node of answers) if (this.trace(node)) await this.saveTrace(node);
-    };
+    return () => this.save(conversation, answers);
   }
 
   /** The text of a file that holds these conversations, their traces included. */
@@ -97,25 +119,30 @@ export class Library {
       const here = this.get(own.conversation.id);
       if (here?.updated === own.conversation.updated) continue;
       const { conversation, traces } = here ? copyOf(own) : own;
-      for (const node of Object.values(conversation.nodes).filter(isAnswer)) {
+      const answers = Object.values(conversation.nodes).filter(isAnswer);
+      for (const node of answers) {
         const trace = Trace.from(traces[node.id]);
         if (!trace || this.trace(node)) continue;
         this.setTrace(node, trace);
       }
-      await this.save(conversation);
-      for (const node of Object.values(conversation.nodes).filter((node) => this.trace(node))) await this.saveTrace(node);
+      await this.save(conversation, answers);
       added++;
     }
     return { added, of: read.length };
   }
 
-  /** Calls back with the id of a conversation that another tab changed or removed. mine(conversation): this tab is writing it. */
-  onChange(mine, callback) {
-    this.#store?.onChange(async (id) => {
-      if (this.get(id) && mine(this.get(id))) return;
-      const saved = await this.#store.conversation(id);
-      if (saved) this.#conversations.set(id, saved);
-      else this.#conversations.delete(id);
+  /** Calls back with the id of a conversation that another tab changed or removed. */
+  onChange(callback) {
+    this.#store?.onChange(async ({ id, writing }) => {
+      for (const answer of writing) this.#others.add(answer);
+      const kept = await this.#store.conversation(id);
+      if (kept) {
+        const here = this.get(id) ?? { nodes: {} };
+        const { nodes, leaf } = here;
+        Object.assign(here, kept, { nodes, leaf: leaf ?? kept.leaf });
+        this.#takeIn(here, kept);
+        this.#conversations.set(id, here);
+      } else this.#conversations.delete(id);
       callback(id);
     });
   }

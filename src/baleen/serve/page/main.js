@@ -72,7 +72,7 @@ function answer(parent) {
   const node = add(conversation, parent, "assistant", { reasoning: "", model: model().id, state: "running" });
   const answer = new Answer(conversation, node, model());
   running.set(node.id, answer);
-  library.setTrace(node, answer.trace);
+  library.begin(node, answer.trace);
   save(conversation);
   location.hash = conversation.id;
   draw();
@@ -99,7 +99,7 @@ async function finish({ conversation, node, trace }) {
   running.delete(node.id);
   conversation.updated = Date.now();
   if (!trace.tokens.length) library.setTrace(node, null);
-  if (library.get(conversation.id)) save(conversation, true, node); // else it was removed meanwhile
+  if (library.get(conversation.id)) save(conversation, true, [node]); // else it was removed meanwhile
   if (conversation !== current) return;
   if (inspected === node && panel.view === "mixture") mixture.update();
   draw();
@@ -155,15 +155,19 @@ async function importFile(file) {
   }
 }
 
-/** answer: one whose trace is to be kept too. */
-async function save(conversation, listed = true, answer = null) {
-  try {
-    await library.save(conversation);
-    if (answer && library.trace(answer)) await library.saveTrace(answer);
-  } catch (error) {
-    couldNot("save the conversation")(error);
-  }
+/** answers: those whose traces are to be kept, too. */
+async function save(conversation, listed = true, answers = []) {
+  await library.save(conversation, answers).catch(couldNot("save the conversation"));
   if (listed) drawList();
+}
+
+/** Another tab changed or removed a conversation. */
+async function changedElsewhere(id) {
+  const changed = library.get(id);
+  if (!changed || id !== current.id) return drawList();
+  if (changed !== current) return open(changed); // it was removed, and brought back
+  await library.loadTraces(changed);
+  draw();
 }
 
 /** Tells what went wrong in the browser's store. */
@@ -371,7 +375,7 @@ function escape() {
 
 async function begin() {
   listen();
-  if (await library.load()) library.onChange(runningIn, (id) => (id === current.id && library.get(id) ? open(library.get(id)) : drawList()));
+  if (await library.load()) library.onChange(changedElsewhere);
   else toast("This browser stores nothing here: conversations last until the page is closed.", null, 20);
   const wanted = library.get(location.hash.slice(1));
   if (wanted) await open(wanted);

@@ -45,9 +45,12 @@ export class Store {
     return settled(this.#of("conversations").get(id));
   }
 
-  async save(conversation) {
-    await written(this.#of("conversations", "readwrite").put(conversation, conversation.id));
-    this.#channel.postMessage(conversation.id);
+  /** takeIn(kept) is called first, with what is stored: another tab may have saved the same conversation meanwhile. */
+  async save(conversation, takeIn) {
+    const conversations = this.#of("conversations", "readwrite");
+    const kept = await settled(conversations.get(conversation.id));
+    if (kept?.nodes) takeIn(kept);
+    await written(conversations.put(conversation, conversation.id));
   }
 
   /** Removes a conversation and the traces of these nodes: all or nothing. */
@@ -55,7 +58,7 @@ export class Store {
     const transaction = this.#database.transaction(STORES, "readwrite");
     for (const id of nodeIds) transaction.objectStore("traces").delete(id);
     await written(transaction.objectStore("conversations").delete(conversation.id));
-    this.#channel.postMessage(conversation.id);
+    this.tell(conversation, []);
   }
 
   /** The trace of an answer as JSON, or undefined. */
@@ -67,7 +70,12 @@ export class Store {
     return written(this.#of("traces", "readwrite").put(trace, nodeId));
   }
 
-  /** Calls back with the id of a conversation that another tab saved or removed. */
+  /** Tells other tabs that a conversation was saved or removed; writing: ids of its answers on their way in this tab. */
+  tell({ id }, writing) {
+    this.#channel.postMessage({ id, writing });
+  }
+
+  /** Calls back with what another tab told: {id, writing}. */
   onChange(callback) {
     this.#channel.onmessage = (event) => callback(event.data);
   }
