@@ -50,6 +50,33 @@ def test_a_conversation_from_the_first_word_to_the_export(visit, tmp_path):
     assert len(greetings["traces"]) == 2
 
 
+def test_the_list_leaves_be_what_is_at_work_in_it(visit):
+    chat = visit()
+    page = chat.page
+    chat.ask("one")
+    chat.engine.steps_left = 0
+    chat.ask("two", wait=False)
+    chat.button("More for “one”").click()
+    chat.button("Rename").click()
+    page.keyboard.type("Half a ti")
+    chat.engine.steps_left = None
+    chat.settle()
+    page.wait_for_timeout(100)  # the list is told last
+    page.keyboard.type("tle")
+    page.keyboard.press("Enter")
+    assert chat.titles() == ["Half a title"] and page.title() == "Half a title – Baleen"
+    assert page.evaluate("document.activeElement.textContent") == "Half a title"
+
+    chat.engine.steps_left = 0
+    chat.ask("three", wait=False)
+    chat.button("More for “Half a title”").click()
+    chat.button("Rename").focus()
+    page.evaluate("document.activeElement.isOld = true")
+    chat.engine.steps_left = None
+    chat.settle()
+    chat.until("!document.activeElement.isOld && document.activeElement.textContent === 'Rename'")
+
+
 def test_deleted_and_brought_back(visit):
     chat = visit()
     chat.ask("one")

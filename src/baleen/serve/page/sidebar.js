@@ -11,6 +11,7 @@ export class Sidebar {
   #search = byId("search");
   #shown = { conversations: [], current: null };
   #opened = null;
+  #renaming = false;
 
   /** actions: {open(conversation), rename(conversation, title), exportOne(conversation), remove(conversation)} */
   constructor(actions) {
@@ -42,40 +43,46 @@ export class Sidebar {
   }
 
   #draw() {
+    if (this.#renaming) return; // a title that is being typed is not taken away
     const words = this.#search.value;
     const found = this.#shown.conversations
       .map((conversation) => ({ conversation, match: find(conversation, words) }))
       .filter(({ match }) => match)
       .sort((a, b) => b.conversation.updated - a.conversation.updated);
-    const focused = this.#list.contains(document.activeElement) && document.activeElement.dataset.id;
+    const focused = this.#list.contains(document.activeElement) && document.activeElement.dataset.key;
     this.#list.replaceChildren();
     for (const [name, items] of Map.groupBy(found, ({ conversation }) => dayOf(conversation.updated))) {
       const heading = element("h2", {}, name);
       this.#list.append(heading, element("ul", {}, ...items.map((item) => this.#row(item))));
     }
     if (!found.length) this.#list.append(element("p", { class: "quiet" }, words ? "Nothing found." : "No conversations yet."));
-    if (focused) this.#list.querySelector(`[data-id="${focused}"]`)?.focus();
+    if (focused) this.#focus(focused);
+  }
+
+  #focus(key) {
+    this.#list.querySelector(`[data-key="${key}"]`)?.focus({ preventScroll: true });
   }
 
   #row({ conversation, match }) {
     const { id, title } = conversation;
     const current = id === this.#shown.current?.id;
     const snippet = match.snippet && element("span", { class: "snippet" }, match.snippet[0], element("mark", {}, match.snippet[1]), match.snippet[2]);
-    const open = element("button", { class: "title", "data-id": id, "aria-current": current && "true", onclick: () => this.#actions.open(conversation) },
+    const open = element("button", { class: "title", "data-key": id, "aria-current": current && "true", onclick: () => this.#actions.open(conversation) },
       element("span", { class: "name", dir: "auto" }, title || "New conversation"), snippet);
     const isOpen = this.#opened === id;
     const more = iconButton("more", `More for “${title || "New conversation"}”`, () => {
       this.#opened = isOpen ? null : id;
       this.#draw();
-      this.#list.querySelector(`[data-more="${id}"]`)?.focus();
-    }, { "aria-expanded": String(isOpen), "data-more": id });
+      this.#focus(`${id} More`);
+    }, { "aria-expanded": String(isOpen), "data-key": `${id} More` });
     const row = element("li", {}, open, more);
     if (isOpen) {
       const act = (run) => () => ((this.#opened = null), run());
+      const button = (name, onclick) => element("button", { "data-key": `${id} ${name}`, onclick }, name);
       row.append(element("div", { class: "more" },
-        element("button", { onclick: () => this.#rename(row, conversation) }, "Rename"),
-        element("button", { onclick: act(() => this.#actions.exportOne(conversation)) }, "Export"),
-        element("button", { onclick: act(() => this.#actions.remove(conversation)) }, "Delete")));
+        button("Rename", () => this.#rename(row, conversation)),
+        button("Export", act(() => this.#actions.exportOne(conversation))),
+        button("Delete", act(() => this.#actions.remove(conversation)))));
     }
     return row;
   }
@@ -83,20 +90,24 @@ export class Sidebar {
   #rename(row, conversation) {
     const input = element("input", { "aria-label": "Title", maxlength: "120" });
     input.value = conversation.title;
+    this.#renaming = true;
     const close = (save) => {
+      if (!this.#renaming) return; // it is closing: to be taken away is a blur, too
+      this.#renaming = false;
       this.#opened = null;
       if (save && input.value.trim()) this.#actions.rename(conversation, input.value.trim());
-      else this.#draw();
+      this.#draw();
     };
+    const closeByKey = (save) => (close(save), this.#focus(conversation.id));
     input.addEventListener("keydown", (event) => {
       if (composing(event)) return;
-      if (event.key === "Enter") close(true);
-      if (event.key === "Escape") event.stopPropagation(), close(false);
+      if (event.key === "Enter") event.preventDefault(), closeByKey(true);
+      if (event.key === "Escape") event.stopPropagation(), closeByKey(false);
     });
     row.replaceChildren(input);
     input.focus();
     input.select();
-    input.addEventListener("blur", () => row.isConnected && row.contains(input) && close(true));
+    input.addEventListener("blur", () => close(true));
   }
 }
 
