@@ -136,6 +136,13 @@ def test_the_end_is_followed_until_a_person_scrolls_up(visit):
     chat.until(f"{gap} <= 1")
 
 
+READ_OUT = """() => {
+    window.readOut = [];
+    const readout = document.querySelector('.readout');
+    new MutationObserver(() => window.readOut.push(readout.textContent)).observe(readout, {childList: true});
+}"""
+
+
 def test_the_map_grows_with_the_answer(visit):
     chat = visit()
     page = chat.page
@@ -145,6 +152,12 @@ def test_the_map_grows_with_the_answer(visit):
     chat.ask("b" * 150, wait=False)
     chat.until("document.querySelectorAll('.strip span').length === 40")
     page.get_by_text("and counting").wait_for()
+    page.evaluate(READ_OUT)
     chat.engine.steps_left = None
     chat.settle()
     page.get_by_text("for a million such answers").wait_for()
+    [told] = page.evaluate("window.readOut")  # at the end, not at every step
+    assert told.startswith("Busiest: ")
+    page.locator(".strip").focus()
+    page.keyboard.press("Home")
+    assert "layer 1:" in page.locator("#token-0").get_attribute("aria-label")

@@ -54,27 +54,39 @@ export class Mixture {
     const { trace } = this;
     this.#drawBill();
     for (const token of trace.tokens.slice(this.#drawn, MOST_TOKENS)) {
-      this.strip.append(element("span", { role: "option", id: `token-${this.#drawn}`, "data-index": this.#drawn, "aria-selected": "false", "aria-label": this.#say(this.#drawn),
+      this.strip.append(element("span", { role: "option", id: `token-${this.#drawn}`, "data-index": this.#drawn, "aria-selected": "false",
         class: [token.accepted && "guessed", token.part === "reasoning" && "reasoned"].filter(Boolean).join(" ") }, shown(token.text)));
       this.#drawn++;
     }
     this.paint();
     this.#drawTable();
+    if (this.#token === null && this.#cell === null) this.#tellUsual();
   }
 
   paint() {
     const width = this.canvas.parentElement.clientWidth;
     const outlined = this.#token === null ? null : this.trace.rows[this.#token];
     this.#map = paint(this.canvas, this.trace, { width, outlined, cell: this.#cell });
-    const [busiest] = this.#allBusiest().sort((a, b) => b.share - a.share);
+    const busiest = this.#busiest();
     const { layers, experts } = this.trace.shape;
     this.canvas.setAttribute("aria-label",
       `Heat map of ${layers} layers by ${experts} experts.` + (this.trace.rows.length ? ` The busiest is ${expertName(this.trace, busiest)}, with ${share(busiest.share)} of the tokens; an even share would be ${share(this.trace.evenShare)}.` : ""));
-    if (this.#token === null && this.#cell === null) this.readout.textContent = this.trace.rows.length ? `Busiest: ${expertName(this.trace, busiest)}, ${share(busiest.share)} of the tokens. An even share would be ${share(this.trace.evenShare)}.` : "";
   }
 
-  #allBusiest() {
-    return Array.from({ length: this.trace.shape.layers }, (_, layer) => ({ layer, ...this.trace.busiest(layer, 1)[0] }));
+  #busiest() {
+    const ofEach = Array.from({ length: this.trace.shape.layers }, (_, layer) => ({ layer, ...this.trace.busiest(layer, 1)[0] }));
+    return ofEach.sort((a, b) => b.share - a.share)[0];
+  }
+
+  /** What is read out where nothing is looked at: only of a whole answer, lest a screen reader be told at every step. */
+  #tellUsual() {
+    const { trace, node } = this;
+    let words = "";
+    if (trace.rows.length && node.state !== "running") {
+      const busiest = this.#busiest();
+      words = `Busiest: ${expertName(trace, busiest)}, ${share(busiest.share)} of the tokens. An even share would be ${share(trace.evenShare)}.`;
+    }
+    if (this.readout.textContent !== words) this.readout.textContent = words;
   }
 
   #listen() {
@@ -100,6 +112,7 @@ export class Mixture {
     if (!chosen) return;
     chosen.classList.add("chosen");
     chosen.setAttribute("aria-selected", "true");
+    chosen.setAttribute("aria-label", this.#say(index)); // only now: of an answer on its way, experts come after the token
     this.strip.setAttribute("aria-activedescendant", chosen.id);
     this.#token = index;
     this.#cell = null;
@@ -110,7 +123,8 @@ export class Mixture {
   #say(index) {
     const { text, accepted } = this.trace.tokens[index];
     const row = this.trace.rows[index];
-    const experts = row ? row.map((chosen, layer) => `layer ${this.trace.layerName(layer)}: ${[...chosen].sort((a, b) => a - b).join(", ")}`).join("; ") : "the last token, which no expert read";
+    const none = this.node.state === "running" ? "no expert has read it yet" : "the last token, which no expert read";
+    const experts = row?.map((chosen, layer) => `layer ${this.trace.layerName(layer)}: ${[...chosen].sort((a, b) => a - b).join(", ")}`).join("; ") ?? none;
     return `“${shown(text)}”${accepted ? ", guessed ahead" : ""} — ${experts}`;
   }
 
@@ -128,7 +142,7 @@ export class Mixture {
     if (cell) {
       const part = this.trace.share(cell.layer, cell.expert);
       this.readout.textContent = `${expertName(this.trace, cell, true)}: ${count(went.size)} tokens, ${share(part)}, ${(part / this.trace.evenShare).toFixed(1)} times an even share.`;
-    }
+    } else this.#tellUsual();
     this.paint();
   }
 
