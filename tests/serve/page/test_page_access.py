@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from chat_page import PHONE, RICH, RICH_ANSWER
+from chat_page import LAPTOP, PHONE, RICH, RICH_ANSWER
 
 FITS = "document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth"
 
@@ -27,6 +27,27 @@ def test_phone(visit):
     boxes = [(b.get_attribute("aria-label"), b.bounding_box()) for b in page.locator("main button:visible").all()]
     assert len(boxes) > 5
     assert [name for name, box in boxes if min(box["width"], box["height"]) < 24] == []  # WCAG 2.2, target size
+
+
+def test_a_screen_that_is_turned_leaves_nothing_out_of_reach(visit):
+    chat = visit(viewport=PHONE)
+    page = chat.page
+    inert = "document.querySelector('main').inert"
+    chat.button("Conversations").click()
+    assert page.evaluate(inert)
+    page.set_viewport_size(LAPTOP)
+    chat.until(f"!{inert}")
+    assert page.locator("#backdrop").is_hidden()
+    chat.ask("hello")
+    page.keyboard.press("Control+Comma")
+    assert not page.evaluate(inert)
+    page.set_viewport_size(PHONE)
+    chat.until(inert)
+    page.set_viewport_size(LAPTOP)
+    chat.until(f"!{inert}")
+    page.set_viewport_size(PHONE)
+    page.locator("#close-panel").click()
+    assert not page.evaluate(inert)
 
 
 # Text whose contrast with what lies behind it is under WCAG's 4.5.

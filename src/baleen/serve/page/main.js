@@ -25,6 +25,7 @@ const chosenTheme = new Word("localStorage", "baleen.theme");
 const library = new Library();
 const panel = new Panel();
 const prompt = byId("prompt");
+const narrow = matchMedia("(max-width: 56rem)"); // the list of conversations covers the page
 const scroller = new Scroller(byId("scroller"), byId("thread"), byId("to-end"));
 const mixture = new Mixture(panel.body);
 const thread = new Thread(byId("thread"), {
@@ -261,8 +262,6 @@ function repaint() {
   thread.repaint();
 }
 
-const onPhone = () => matchMedia("(max-width: 56rem)").matches;
-
 function openSidebar() {
   setSidebar(true);
   byId("close-sidebar").focus();
@@ -276,7 +275,7 @@ function closeSidebar() {
 
 function setSidebar(isOpen) {
   document.body.classList.toggle("sidebar-open", isOpen);
-  document.querySelector("main").inert = isOpen;
+  panel.shade();
   byId("backdrop").hidden = !isOpen;
   byId("open-sidebar").setAttribute("aria-expanded", String(isOpen));
 }
@@ -334,10 +333,11 @@ function listen() {
     if (wanted && wanted !== current) open(wanted);
   });
   addEventListener("resize", () => panel.view === "mixture" && mixture.paint());
+  narrow.addEventListener("change", closeSidebar);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   listenForCopies(byId("thread"), announce);
   listenForKeys({
-    search: () => (onPhone() && openSidebar(), sidebar.focusSearch()),
+    search: () => (narrow.matches && openSidebar(), sidebar.focusSearch()),
     fresh,
     mixture: clicks["open-mixture"],
     settings: clicks["open-settings"],
@@ -380,7 +380,7 @@ async function begin() {
   const wanted = library.get(location.hash.slice(1));
   if (wanted) await open(wanted);
   else draw();
-  if (!onPhone()) prompt.focus();
+  if (!narrow.matches) prompt.focus();
   try {
     models = await api.models();
     byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));

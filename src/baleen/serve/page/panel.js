@@ -10,12 +10,16 @@ export class Panel {
   view = null; // "settings", "mixture" or null
   #opener = null;
 
+  constructor() {
+    COVERS_ALL.addEventListener("change", () => this.shade());
+  }
+
   /** takeFocus: a person opened it, rather than the page. */
   open(view, title, takeFocus) {
     if (takeFocus && !byId("panel").contains(document.activeElement)) this.#opener = document.activeElement;
     this.view = view;
     byId("panel").hidden = false;
-    document.querySelector("main").inert = COVERS_ALL.matches;
+    this.shade();
     byId("panel-title").textContent = title;
     this.body.scrollTop = 0;
     this.#tellButtons();
@@ -26,10 +30,16 @@ export class Panel {
     if (!this.view) return;
     this.view = null;
     byId("panel").hidden = true;
-    document.querySelector("main").inert = false;
+    this.shade();
     this.body.replaceChildren();
     this.#tellButtons();
     (this.#opener?.isConnected ? this.#opener : byId("prompt")).focus();
+  }
+
+  /** What lies below this panel, or below the open list of conversations, can't be reached. */
+  shade() {
+    const listCovers = document.body.classList.contains("sidebar-open");
+    document.querySelector("main").inert = listCovers || (this.view !== null && COVERS_ALL.matches);
   }
 
   #tellButtons() {
