@@ -46,6 +46,23 @@ def test_a_formula_appears_only_once_it_is_closed(visit):
     assert answer.locator("math").count() == 1 and answer.inner_text().endswith("and more")
 
 
+HEBREW = "שלום\n\n- אחת\n- שתיים\n\n> ציטוט\n\n```python\nx = 1\n```"
+STYLE = "([selector, name]) => getComputedStyle(document.querySelector('.answer > .markdown ' + selector))[name]"
+
+
+def test_an_answer_from_right_to_left(visit):
+    chat = visit({"go": HEBREW})
+    chat.ask("go")
+    for selector, name, value in (
+        ("ul", "paddingRight", "24px"),
+        ("ul", "paddingLeft", "0px"),
+        ("blockquote", "borderRightWidth", "3px"),
+        ("blockquote", "borderLeftWidth", "0px"),
+        ("pre", "direction", "ltr"),
+    ):
+        assert chat.page.evaluate(STYLE, [selector, name]) == value, (selector, name)
+
+
 FIRST_ROW = """() => {
     const canvas = document.querySelector('.map canvas'), context = canvas.getContext('2d');
     const column = (canvas.width - 26) / 8;
