@@ -186,6 +186,36 @@ def test_all_by_keyboard(visit):
     } <= reached
 
 
+HURRY = """() => {
+    const later = window.setTimeout;
+    window.setTimeout = (run, wait) => later(run, wait / 40);
+    const toasts = document.getElementById('toasts');
+    new MutationObserver(() => toasts.querySelector('button')?.focus()).observe(toasts, {childList: true});
+}"""
+
+
+def test_a_notice_waits_for_who_is_at_it(visit):
+    chat = visit()
+    page = chat.page
+    chat.engine.steps_left = 0
+    chat.ask("one", wait=False)
+    page.fill("#prompt", "two")
+    for _ in range(3):
+        page.press("#prompt", "Enter")
+    assert page.locator("#toasts[role=status] .toast").all_inner_texts() == ["Stop the answer first."]
+    chat.told("Stop the answer first.")
+    chat.engine.steps_left = None
+    chat.settle()
+    page.evaluate(HURRY)  # eight seconds are 0.2; and focus goes to what can be done about a notice
+    chat.button("More for “one”").click()
+    chat.button("Delete").click()
+    chat.button("Undo").wait_for()
+    page.wait_for_timeout(400)
+    assert page.evaluate("document.activeElement.textContent") == "Undo"
+    page.evaluate("document.activeElement.blur()")
+    page.locator(".toast").wait_for(state="detached")
+
+
 COMPOSED = """([selector, key]) => document.querySelector(selector).dispatchEvent(
     new KeyboardEvent('keydown', {key, keyCode: 229, bubbles: true, cancelable: true}))"""
 

@@ -73,10 +73,14 @@ export function download(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** A message that goes by itself, with perhaps one thing to do about it. */
+/** A message that goes by itself, though not while it has the pointer or the focus, with perhaps one thing to do about
+ * it. Where there is nothing to do, it is not shown twice. */
 export function toast(text, action = null, seconds = 8) {
-  const shown = element("div", { class: "toast", role: "status" }, element("span", {}, text));
+  const toasts = byId("toasts");
+  if (!action && [...toasts.children].some(({ firstChild }) => firstChild.textContent === text)) return;
+  const shown = element("div", { class: "toast" }, element("span", {}, text));
   if (action) shown.append(element("button", { type: "button", onclick: () => (shown.remove(), action.run()) }, action.label));
-  byId("toasts").append(shown);
-  setTimeout(() => shown.remove(), seconds * 1000);
+  toasts.append(shown);
+  const go = () => (shown.matches(":hover, :focus-within") ? setTimeout(go, 1000) : shown.remove());
+  setTimeout(go, seconds * 1000);
 }
