@@ -167,6 +167,11 @@ def test_all_by_keyboard(visit):
     page.keyboard.press("Enter")
     page.locator(".message.answer").nth(1).wait_for()
 
+    address = page.url
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.evaluate("location.href") == address
     page.locator(".skip").focus()
     reached = set()
     for _ in range(60):

@@ -305,6 +305,7 @@ function listen() {
   }
   byId("new").prepend(icon("add"));
   const clicks = {
+    skip: (event) => (event.preventDefault(), prompt.focus()), // the address names the conversation
     new: fresh,
     "open-sidebar": openSidebar,
     "close-sidebar": closeSidebar,
