@@ -4,6 +4,8 @@ import re
 
 from chat_page import EXPERTS, LAYERS, RICH, experts_of
 
+CARET = "(box) => getComputedStyle(document.querySelector(box + ' > :last-child'), '::after').content !== 'none'"
+
 
 def test_formulas_code_and_thinking(visit):
     chat = visit({"go": RICH}, per_step=4)
@@ -13,12 +15,15 @@ def test_formulas_code_and_thinking(visit):
     thought = page.locator("details.thought")
     page.get_by_text("Thinking…").wait_for()
     assert thought.get_attribute("open") is not None
+    chat.until("document.querySelector('.thought > .markdown').textContent")
+    assert page.evaluate(CARET, ".thought > .markdown")
     chat.engine.steps_left = None
     chat.settle()
     assert re.fullmatch(r"Thought for \d+ s", thought.locator("summary").inner_text())
     assert thought.get_attribute("open") is None
     thought.locator("summary").click()
     assert thought.locator(".markdown").inner_text() == "first the formula"
+    assert not page.evaluate(CARET, ".thought > .markdown")
     answer = chat.last("> .markdown")
     assert answer.locator("math").count() == 2 and answer.locator('math[display="block"] mfrac').count() == 1
     assert answer.locator("mfrac").bounding_box()["height"] > 20  # laid out, not written in a row
@@ -38,12 +43,14 @@ def test_a_formula_appears_only_once_it_is_closed(visit):
     chat.ask("go", wait=False)
     answer.get_by_text("Look: $x^2 + y").wait_for()
     assert answer.locator("math, .unreadable").count() == 0
+    assert chat.page.evaluate(CARET, ".answer > .markdown")
     chat.engine.steps_left = 1
     answer.locator("math").wait_for()
     assert "$" not in answer.inner_text()
     chat.engine.steps_left = None
     chat.settle()
     assert answer.locator("math").count() == 1 and answer.inner_text().endswith("and more")
+    assert not chat.page.evaluate(CARET, ".answer > .markdown")
 
 
 HEBREW = "שלום\n\n- אחת\n- שתיים\n\n> ציטוט\n\n```python\nx = 1\n```"
