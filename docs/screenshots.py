@@ -57,7 +57,7 @@ class Photographer:
 def ask(page, text: str) -> None:
     before = page.locator(".message.answer").count()
     page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
+    page.click("#send")
     page.locator(".message.answer:not(.running)").nth(before).wait_for(timeout=300_000)
     page.wait_for_timeout(500)  # its last layout
 

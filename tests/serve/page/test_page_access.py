@@ -11,7 +11,11 @@ FITS = "document.documentElement.scrollWidth <= innerWidth && document.body.scro
 def test_phone(visit):
     chat = visit({"go": RICH}, viewport=PHONE, phone=True)
     page = chat.page
-    chat.ask("go")
+    page.fill("#prompt", "go")
+    page.press("#prompt", "Enter")
+    assert page.input_value("#prompt") == "go\n"
+    chat.button("Send").tap()
+    chat.settle()
     assert page.evaluate(FITS)
     assert not page.locator("#conversations .name").is_visible()
     chat.button("Conversations").tap()
@@ -144,6 +148,10 @@ def test_a_screen_reader_is_told_once_and_whole(visit):
     assert page.locator("#shortcuts dt").count() == 8
 
 
+PRESS = """(keys) => document.activeElement.dispatchEvent(
+    new KeyboardEvent('keydown', {...keys, bubbles: true, cancelable: true}))"""
+
+
 def test_all_by_keyboard(visit):
     chat = visit({"go": RICH}, per_step=16)
     page = chat.page
@@ -166,6 +174,10 @@ def test_all_by_keyboard(visit):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.locator(".message.answer").nth(1).wait_for()
+    assert page.evaluate(PRESS, {"key": "ю", "code": "Period", "ctrlKey": True}) is False  # a Russian layout
+    assert page.evaluate("document.activeElement.id") == "panel-title"
+    page.keyboard.press("Escape")
+    assert page.evaluate(PRESS, {"key": "-", "code": "Slash", "ctrlKey": True})  # a German one: less zoom, not help
 
     address = page.url
     page.locator(".skip").focus()
@@ -189,6 +201,27 @@ def test_all_by_keyboard(visit):
         "fingerprint",
         "copy-code",
     } <= reached
+
+
+def test_escape_closes_what_is_open_before_it_stops(visit):
+    chat = visit()
+    page = chat.page
+    chat.engine.steps_left = 0
+    chat.ask("one", wait=False)
+    page.keyboard.press("Control+Comma")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("nothing")
+    page.get_by_text("Nothing found.").wait_for()
+    page.keyboard.press("Escape")  # empties the search
+    assert chat.titles() == ["one"]
+    page.keyboard.press("Escape")  # leaves it
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.locator("#panel").is_visible()
+    page.keyboard.press("Escape")  # closes the panel
+    assert page.locator("#panel").is_hidden()
+    assert chat.last().get_attribute("aria-busy") == "true"
+    page.keyboard.press("Escape")
+    chat.last().get_by_text("Stopped.").wait_for()
 
 
 HURRY = """() => {

@@ -17,6 +17,9 @@ export const byId = (id) => document.getElementById(id);
 /** Whether a key is an input method's. Of the Enter that ends a composition, Safari tells it by the code alone. */
 export const composing = (event) => event.isComposing || event.keyCode === 229;
 
+/** Whether Enter says that one is done. On a touch screen it begins a new line: its keyboard has no Shift + Enter. */
+export const isDone = (event) => event.key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches;
+
 // Strokes on a grid of 24.
 const PATHS = {
   add: "M12 5v14M5 12h14",

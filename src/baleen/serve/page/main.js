@@ -3,7 +3,7 @@
 import { Answer } from "./answer.js";
 import { Api, ServerError } from "./api.js";
 import { add, newConversation, show, shownPath } from "./conversation.js";
-import { byId, composing, download, element, icon, toast } from "./dom.js";
+import { byId, composing, download, element, icon, isDone, toast } from "./dom.js";
 import { count, parameters } from "./figures.js";
 import { listenForKeys } from "./keys.js";
 import { Library } from "./library.js";
@@ -351,7 +351,7 @@ function listenToComposer() {
   prompt.addEventListener("input", drawComposer);
   prompt.addEventListener("keydown", (event) => {
     if (composing(event)) return;
-    if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), submit();
+    if (isDone(event)) event.preventDefault(), submit();
     if (event.key === "ArrowUp" && !prompt.value && !runningIn(current)) event.preventDefault(), thread.editLast();
   });
   byId("composer").addEventListener("submit", (event) => {
@@ -368,10 +368,12 @@ function submit() {
   drawComposer();
 }
 
+/** Closes what is open, the uppermost first; then it stops the answer. */
 function escape() {
   if (document.body.classList.contains("sidebar-open")) closeSidebar();
-  else if (runningIn(current)) runningIn(current).stop();
-  else panel.close();
+  else if (document.activeElement === byId("search")) prompt.focus();
+  else if (panel.view) panel.close();
+  else runningIn(current)?.stop();
 }
 
 async function begin() {

@@ -20,6 +20,7 @@ export class Sidebar {
     this.#search.addEventListener("keydown", (event) => {
       if (composing(event)) return;
       if (event.key === "Enter" || event.key === "ArrowDown") event.preventDefault(), this.#list.querySelector(".title")?.focus();
+      if (event.key === "Escape" && this.#search.value) event.preventDefault(), event.stopPropagation(), this.#clear();
     });
     this.#list.addEventListener("keydown", (event) => this.#walk(event));
   }
@@ -32,6 +33,11 @@ export class Sidebar {
   focusSearch() {
     this.#search.focus();
     this.#search.select();
+  }
+
+  #clear() {
+    this.#search.value = "";
+    this.#draw();
   }
 
   #walk(event) {

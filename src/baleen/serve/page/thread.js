@@ -1,7 +1,7 @@
 // The messages of a conversation, from the first to the last one shown.
 
 import { shownPath, versionsOf } from "./conversation.js";
-import { composing, copy, element, iconButton } from "./dom.js";
+import { composing, copy, element, iconButton, isDone } from "./dom.js";
 import { count, duration, energy, money, share, speed } from "./figures.js";
 import { paintSmall } from "./heatmap.js";
 import { Markdown } from "./markdown.js";
@@ -115,7 +115,7 @@ class UserView {
     };
     const keys = (event) => {
       if (composing(event)) return;
-      if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), save();
+      if (event.target === area && isDone(event)) event.preventDefault(), save();
       if (event.key === "Escape") event.stopPropagation(), close();
     };
     const form = element("form", { class: "bubble editing", onsubmit: (event) => (event.preventDefault(), save()), onkeydown: keys },
