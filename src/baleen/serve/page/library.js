@@ -44,17 +44,19 @@ export class Library {
   /** answers: those whose traces are to be kept, too. */
   async save(conversation, answers = []) {
     this.#conversations.set(conversation.id, conversation);
-    const writing = Object.values(conversation.nodes).filter(({ id, state }) => state === "running" && this.#own.has(id));
+    const writing = [...this.#own].filter((id) => conversation.nodes[id]?.state === "running");
     try {
       await this.#store?.save(conversation, (kept) => this.#takeIn(conversation, kept));
-      for (const node of answers) if (this.trace(node)) await this.#store?.saveTrace(node.id, this.trace(node).toJSON());
+      for (const { id } of answers.filter((node) => this.trace(node))) {
+        await this.#store?.saveTrace(id, this.#traces.get(id).toJSON());
+      }
     } finally {
-      this.#store?.tell(conversation, writing.map(({ id }) => id));
+      this.#store?.tell(conversation, writing);
     }
   }
 
-  /** Takes in the messages that other tabs saved. An answer is written by one tab only: of ours, our copy counts, of all
-   * others the stored one. The last message shown stays, or what was said below it follows. */
+  /** Takes in the messages that other tabs saved. An answer is written by one tab only: of ours, our copy counts, of
+   * all others the stored one. The last message shown stays, or what was said below it follows. */
   #takeIn(conversation, kept) {
     const { nodes } = conversation;
     for (const node of Object.values(kept.nodes)) {

@@ -74,17 +74,19 @@ export class Mixture {
   }
 
   #busiest() {
-    const ofEach = Array.from({ length: this.trace.shape.layers }, (_, layer) => ({ layer, ...this.trace.busiest(layer, 1)[0] }));
+    const { trace } = this;
+    const ofEach = Array.from({ length: trace.shape.layers }, (_, layer) => ({ layer, ...trace.busiest(layer, 1)[0] }));
     return ofEach.sort((a, b) => b.share - a.share)[0];
   }
 
-  /** What is read out where nothing is looked at: only of a whole answer, lest a screen reader be told at every step. */
+  /** What is said where nothing is looked at: only of a whole answer, lest a screen reader be told at every step. */
   #tellUsual() {
     const { trace, node } = this;
     let words = "";
     if (trace.rows.length && node.state !== "running") {
       const busiest = this.#busiest();
-      words = `Busiest: ${expertName(trace, busiest)}, ${share(busiest.share)} of the tokens. An even share would be ${share(trace.evenShare)}.`;
+      words = `Busiest: ${expertName(trace, busiest)}, ${share(busiest.share)} of the tokens. `
+        + `An even share would be ${share(trace.evenShare)}.`;
     }
     if (this.readout.textContent !== words) this.readout.textContent = words;
   }
@@ -112,7 +114,7 @@ export class Mixture {
     if (!chosen) return;
     chosen.classList.add("chosen");
     chosen.setAttribute("aria-selected", "true");
-    chosen.setAttribute("aria-label", this.#say(index)); // only now: of an answer on its way, experts come after the token
+    chosen.setAttribute("aria-label", this.#say(index)); // only now, for experts come a step after their token
     this.strip.setAttribute("aria-activedescendant", chosen.id);
     this.#token = index;
     this.#cell = null;
@@ -123,8 +125,9 @@ export class Mixture {
   #say(index) {
     const { text, accepted } = this.trace.tokens[index];
     const row = this.trace.rows[index];
+    const ofLayer = (chosen, layer) => `layer ${this.trace.layerName(layer)}: ${[...chosen].sort((a, b) => a - b).join(", ")}`;
     const none = this.node.state === "running" ? "no expert has read it yet" : "the last token, which no expert read";
-    const experts = row?.map((chosen, layer) => `layer ${this.trace.layerName(layer)}: ${[...chosen].sort((a, b) => a - b).join(", ")}`).join("; ") ?? none;
+    const experts = row?.map(ofLayer).join("; ") ?? none;
     return `“${shown(text)}”${accepted ? ", guessed ahead" : ""} — ${experts}`;
   }
 

@@ -70,7 +70,7 @@ export class Store {
     return written(this.#of("traces", "readwrite").put(trace, nodeId));
   }
 
-  /** Tells other tabs that a conversation was saved or removed; writing: ids of its answers on their way in this tab. */
+  /** Tells other tabs that a conversation was saved or removed. writing: ids of its answers on their way in this tab. */
   tell({ id }, writing) {
     this.#channel.postMessage({ id, writing });
   }
