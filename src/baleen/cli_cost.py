@@ -201,7 +201,7 @@ def plan(
         from baleen.cost.account import amend
         from baleen.cost.ledger import lab_of
 
-        amend(lab_of(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["gpu_hours"]}})
+        amend(lab_of(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["device_hours"]}})
         say(f"recorded the plan with {record}")
     show(result, plan_view(result), json)
 

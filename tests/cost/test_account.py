@@ -140,6 +140,7 @@ def test_lines_that_cannot_be_read_are_counted_and_skipped(lab):
         "[1, 2]",
         json.dumps({**json.loads(rows[-1]), "device_seconds": -5}),
         json.dumps({**json.loads(rows[-1]), "stage": "party"}),
+        json.dumps({**json.loads(rows[-1]), "time": "2026-11-01T12:00:00"}),  # of no time zone
         json.dumps({**json.loads(rows[-1]), "rate": {"usd_per_device_hour": 1}}),
         json.dumps({"event": "amend", "purpose": "best"}),
         '{"device_seconds": NaN}',
@@ -147,10 +148,10 @@ def test_lines_that_cannot_be_read_are_counted_and_skipped(lab):
     path.write_text("\n".join(rows + broken) + "\n" + rows[-1][:40])
     (lab / "ledger" / "costs.jsonl").write_text('{"category": "fun", "usd": 1}\n')
     account = read_ledger(lab)
-    assert account.torn == {path.name: 8, "costs.jsonl": 1}
+    assert account.torn == {path.name: 9, "costs.jsonl": 1}
     card = cost_card(lab / "final")
     assert card["full_usd"] == pytest.approx(356)
-    assert card["torn_lines"] == 9
+    assert card["torn_lines"] == 10
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))

@@ -21,7 +21,6 @@ DOC = (Path(__file__).parents[2] / "docs" / "cost-method.md").read_text(encoding
 NAMED = re.findall(r"^\| `([a-z_0-9]+)` \|", DOC, re.M)
 # Of a plan with DualPipe on Hopper, in FP8: what belongs to other devices and schedules is tried elsewhere.
 ELSEWHERE = {"matmul_ampere", "matmul_blackwell", "tensor_exposed", "expert_exposed", "data_exposed"}
-OF_THE_POOL = {"spare_share", "repair_hours"}  # of `simulate failures`: a plan takes the closed form, without spares
 
 # As they are, prefill waits for the network and decode for memory; these limit it only when they are larger.
 SERVING_WAITS_FOR_MORE = {"prompt_tokens", "redundant_experts", "stream_tokens_per_second"}
@@ -60,7 +59,7 @@ def test_every_factor_is_in_the_docs_as_it_is():
 @pytest.mark.parametrize(
     "name",
     sorted({*factor_table("reliability"), *factor_table("serving"), *CONSTANTS, "research_multiplier",
-            "draw_share", "facility_overhead", "utilisation"} - set(NOT_OF_A_PLAN) - ELSEWHERE - OF_THE_POOL),
+            "draw_share", "facility_overhead", "utilisation"} - set(NOT_OF_A_PLAN) - ELSEWHERE),
 )  # fmt: skip
 def test_each_factor_moves_a_plan(name, usual):
     value = {**shipped_calibration(), **{k: f.value for t in ("money", "reliability", "serving")

@@ -36,6 +36,7 @@ def claims():
         ("r1_usd", 294e3, 0),
         ("fleet_capex", 1_628.56e6, 1e-6),
         ("fleet_total_beside", 2_572.56e6, 1e-6),
+        ("fleet_opex_derived", 582.6e6, 1e-4),
         ("owned_h800_hour", 1.3545, 1e-4),
         ("v3_share_of_fleet_year", 0.0053044, 1e-4),
         ("ff_total_price_ratio", 11600 / 23000, 1e-12),
@@ -144,6 +145,7 @@ def test_the_picture_is_well_formed_and_current(claims):
 def test_the_table_and_the_picture_stand_in_the_readme(claims):
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     assert claims_markdown(claims) in readme, "run: baleen cost claims --markdown"
+    assert f"All {len(claims.claims)} claims" in readme
     assert "](docs/scopes.svg)" in readme
 
 

@@ -76,6 +76,7 @@ def test_what_would_never_end_is_refused(days, interval):
         (usd(0.00213), "$0.0021"), (usd(0), "$0.00"), (quantity(2.102e9), "2.102B"), (quantity(147e3), "147,000"),
         (quantity(999.96e6), "1,000M"), (quantity(61.5), "61.5"), (share(0.0013), "0.13 %"), (share(0.992), "99.2 %"),
         (signed_share(0), "exact"), (signed_share(-0.33), "-33 %"), (signed_share(0.0018), "+0.18 %"),
+        (signed_share(-0.9999), "-100 %"),
         (signed_share(1.5), "+150 %"), (energy(9.17e12), "2.547 GWh"), (energy(168.4), "0.04678 Wh"),
         (energy(3.6e7), "10 kWh"), (mass(3.6e-5), "0.036 g"), (mass(674.1), "674.1 kg"), (mass(2.5e8), "250,000 t"),
     ],

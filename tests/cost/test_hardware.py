@@ -62,3 +62,22 @@ def test_a_users_file_is_read_and_its_faults_are_named(tmp_path):
             find_hardware("toaster", path)
     with pytest.raises(UserError, match="is missing"):
         find_hardware("toaster", tmp_path / "absent.toml")
+
+
+def test_an_unmeasured_format_reaches_the_share_of_the_measured_one():
+    assert find_hardware("mi300x").achieved_share("fp8") == pytest.approx(668 / 1307)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("version = 1", "version stands alone"),
+        ("[sources]\nme = 'my own'", "sources.me must be"),
+        ("[sources]\nme = { title = 'undated' }", "sources.me must be"),
+    ],
+)
+def test_what_is_no_table_of_devices(tmp_path, text, fault):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=fault):
+        find_hardware("toaster", path)

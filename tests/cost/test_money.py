@@ -34,7 +34,7 @@ def test_a_cpu_costs_four_cents_an_hour():
 
 def test_an_accelerator_is_rented_at_the_middle_of_the_market():
     card = rate_card("h100")
-    assert card.usd_per_device_hour == pytest.approx((1.70 + 3.29) / 2)
+    assert card.usd_per_device_hour == pytest.approx(2.35)
     assert "rental" in card.what and "2026-03" in card.what
     assert card.watts_per_device == pytest.approx(700 * 0.75)
 

@@ -37,6 +37,8 @@ def test_what_people_write(parse, text, value):
         (parse_seconds, "30", "unit"),
         (parse_megawatt_hours, "30 kW", "unit"),
         (parse_dollars, "1M€", "such as"),
+        (parse_count, "14,8T", "comma"),
+        (parse_dollars, "1,5M", "comma"),
     ],
 )
 def test_what_they_should_not(parse, text, cure):

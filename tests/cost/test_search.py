@@ -4,7 +4,7 @@ from baleen.config import UserError
 from baleen.cost.bubble import bubble_seconds, least_wait
 from baleen.cost.calibration import Calibration
 from baleen.cost.hardware import find_hardware
-from baleen.cost.layout import StatedLayout
+from baleen.cost.layout import Layout, StatedLayout
 from baleen.cost.memory import rank_memory
 from baleen.cost.planned_model import load_model
 from baleen.cost.search import (
@@ -81,6 +81,8 @@ def test_user_layout_reads_what_it_prints():
         ("PP8 FSDP", "ZeRO1 with PP"),
         ("PP16=EP64", "no part"),
         ("PP2 EP256 dualpipe VP2", "VPn is for the interleaved schedule"),
+        ("VP4 TP2", "interleaved is a schedule of a pipeline: add PPn"),
+        ("dualpipe PP1", "dualpipe is a schedule of a pipeline"),
     ],
 )
 def test_bad_layout_words(text, fault):
@@ -109,3 +111,20 @@ def test_layouts_that_do_not_divide_name_the_nearest(model, devices, text, cure)
 def test_devices_over_which_no_batch_divides_name_the_nearest():
     on = conditions(V3, precision="fp8")
     assert "nearest number of devices with one is" in str(explain_no_layout(V3, 2000, on, StatedLayout()))
+
+
+def test_with_one_chunk_a_rank_interleaving_is_1f1b():
+    one, plain = (Layout(devices=8, pipeline=8, schedule=name) for name in ("interleaved", "1f1b"))
+    assert (
+        bubble_seconds(one, 64, Durations(1.0, 2.0, 1.0)) == bubble_seconds(plain, 64, Durations(1.0, 2.0, 1.0)) == 21
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("PP8,VP2", {"virtual_stages": 2, "schedule": "interleaved"}), ("zb1p", {"schedule": "zb1p"})],
+)
+def test_what_is_stated_is_kept(text, kept):
+    layouts = list(divisible_layouts(DENSE, 16, conditions(), user_layout(text)))
+    assert layouts and all(getattr(layout, name) == value for layout in layouts for name, value in kept.items())
+    assert all(layout.pipeline > 1 for layout in layouts)

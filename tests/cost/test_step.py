@@ -8,7 +8,7 @@ from baleen.cost.architecture import from_dims, from_model_config
 from baleen.cost.bubble import bubble_seconds, busy_seconds, stage_imbalance
 from baleen.cost.calibration import Calibration, shipped_calibration
 from baleen.cost.communication import exposed_seconds
-from baleen.cost.flops import training_flops
+from baleen.cost.flops import forward_flops, mtp_forward_flops, training_flops
 from baleen.cost.hardware import find_hardware
 from baleen.cost.layout import Layout
 from baleen.cost.phases import published_step, schedule_phases
@@ -78,6 +78,15 @@ def test_ideal_is_flops_over_peak():
     assert ideal_seconds(DENSE) == pytest.approx(training_flops(DENSE.arch, 8192) * tokens / 8 / peak)
     in_fp8 = DENSE.model_copy(update={"precision": "fp8"})
     assert 0.5 < ideal_seconds(in_fp8) / ideal_seconds(DENSE) < 0.7
+
+
+def test_scores_head_and_router_of_mtp_are_no_fp8_either():
+    """One more layer of V3 and one more use of its head, at the rates of the others."""
+    parts = forward_flops(V3.arch, 4096)
+    core = parts["scores"] / 61 + parts["head"] + parts["router"] / 58
+    linear = mtp_forward_flops(V3.arch, 4096) - core
+    expected = 3 * (core / 989e12 + linear / 1979e12) * V3.tokens / 2048
+    assert ideal_seconds(V3) - ideal_seconds(V3.model_copy(update={"mtp": False})) == pytest.approx(expected)
 
 
 def test_products_approach_the_achieved_rate_as_they_grow():

@@ -7,7 +7,14 @@ from baleen.config import ModelConfig
 from baleen.cost.architecture import from_model_config
 from baleen.cost.layout import Layout
 from baleen.cost.memory import StageParameters
-from baleen.cost.traffic import data_bytes, expected_places, expert_all_to_all, pipeline_bytes, tensor_bytes
+from baleen.cost.traffic import (
+    context_bytes,
+    data_bytes,
+    expected_places,
+    expert_all_to_all,
+    pipeline_bytes,
+    tensor_bytes,
+)
 
 V3 = from_model_config(ModelConfig())
 EP64 = Layout(devices=2048, pipeline=16, expert=64, zero=1)
@@ -52,3 +59,10 @@ def test_the_two_copies_of_dualpipe_are_kept_alike_too():
     )
     assert one.shared == pytest.approx(15 / 16 * 6e9) and two.shared == pytest.approx(2 * 31 / 32 * 6e9)
     assert one.experts == pytest.approx(1 / 2 * 6e9) and two.experts == pytest.approx(2 * 3 / 4 * 6e9)
+
+
+def test_keys_and_values_go_once_round_the_ring():
+    """The first copy leaves with its owner, each further one with who has just read it: n - 1 in all."""
+    copy = V3.num_attention_heads * (V3.qk_head_dim + V3.v_head_dim) * 2
+    assert context_bytes(V3, Layout(devices=2, context=2)) == copy
+    assert context_bytes(V3, Layout(devices=16, context=8, tensor=2)) == 7 * copy / 2

@@ -130,6 +130,11 @@ def test_broken_files_are_a_users_mistake(tmp_path):
         read_cases(path)
     with pytest.raises(UserError, match=r"row 2 \(tt-8b-8\): n_gpus is -8; it must be positive"):
         read_cases(write(path, ["tt-8b-8"], n_gpus="-8"))
+    with pytest.raises(UserError, match="seq is 0.5; it must be at least 1"):
+        read_cases(write(path, ["tt-8b-8"], seq="0.5"))
+    for dims, fault in (("[1]", "dims must be an object"), ('{"h": 8, "swa": 4096}', "swa is 4096; write")):
+        broken = validate(write(path, ["tt-8b-8"], dims=dims))
+        assert fault in broken["skipped"][0]["reason"]
     with pytest.raises(UserError, match="step_s is 'fast', not a number"):
         read_cases(write(path, ["tt-8b-8"], step_s="fast"))
     with pytest.raises(UserError, match="is missing"):

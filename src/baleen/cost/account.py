@@ -280,6 +280,8 @@ def _record(run_id: str, row: dict[str, Any]) -> StageRecord:
         raise ValueError(row["stage"])
     check_purpose(row["purpose"])
     when = datetime.fromisoformat(row["time"])
+    if when.tzinfo is None:
+        raise ValueError(f"{row['time']} has no time zone")
     return StageRecord(
         run_id=run_id,
         stage_id=str(row["stage_id"]),

@@ -98,6 +98,8 @@ def from_model_config(config: ModelConfig) -> Architecture:
 
 def from_dims(dims: dict[str, Any]) -> Architecture:
     """The `dims` object of cost_cases.csv (see cost_cases.md) -> Architecture. Raises UserError naming the bad key."""
+    if not isinstance(dims, dict):
+        raise UserError(f"dims must be an object of {', '.join(DIMS_KEYS)}, mla, hd and swa, not {dims!r}")
     given = dict(dims)
     latent = bool(given.pop("mla", 0))
     head_dim = given.pop("hd", None)
@@ -114,6 +116,8 @@ def from_dims(dims: dict[str, Any]) -> Architecture:
     else:
         keys.update(qk_nope_head_dim=head_dim, v_head_dim=head_dim)
     if window:
+        if not (isinstance(window, list) and len(window) == 2):
+            raise UserError(f"dims: swa is {window!r}; write [tokens of the window, share of the layers that slide]")
         keys["sliding_window"], keys["sliding_share"] = window
     try:
         return Architecture(**keys)

@@ -14,6 +14,7 @@ from baleen.cost.factors import Factors, factor_table, override_factors
 from baleen.cost.failures import Reliability, load_reliability
 from baleen.cost.hardware import Hardware
 from baleen.cost.money import load_factors
+from baleen.cost.quantities import plain_number
 
 DRAW_SHARE = "draw_share"  # of money.toml: average over rated watts
 NOT_NUMBERS = {"name", "title", "generation", "aliases", "sources", "purchase_usd", "rental_usd_per_hour"}
@@ -21,6 +22,7 @@ NOT_NUMBERS = {"name", "title", "generation", "aliases", "sources", "purchase_us
 # Factors that no part of a plan depends on, and the command whose results they move.
 NOT_OF_A_PLAN = {
     "people_usd_per_year": "project", "grid_kg_co2_per_kwh": "report",
+    "spare_share": "simulate failures", "repair_hours": "simulate failures",
     "eager": "validate", "untuned": "validate", "untuned_hopper": "validate", "vendor": "validate",
 }  # fmt: skip
 
@@ -104,7 +106,7 @@ def _numbers(sets: list[str]) -> dict[str, float]:
     for text in sets:
         name, _, value = text.partition("=")
         try:
-            numbers[name.strip()] = float(value.replace(",", "").replace("_", ""))
+            numbers[name.strip()] = float(plain_number(value))
         except ValueError:
-            raise UserError(f"--set {text}: write name=number") from None
+            raise UserError(f"--set {text}: write name=number, decimals behind a point") from None
     return numbers

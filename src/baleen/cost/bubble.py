@@ -74,7 +74,7 @@ def _executed(
 
 
 def _order(name: str, ranks: int, virtual: int, micro_batches: int) -> Order:
-    if virtual > 1:
+    if name == "interleaved":
         return interleaved_1f1b(ranks, micro_batches, virtual)
     return schedule(name, ranks, micro_batches)
 

@@ -143,6 +143,8 @@ def _existing(out: Path) -> dict[str, Any]:
         return {}
     try:
         raw = tomllib.loads(out.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{out} cannot be read ({error.strerror}): give a TOML file with --out") from None
     except ValueError as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{out} is not valid TOML, so nothing is added to it: {error}") from None
     parse_hardware(raw, str(out))

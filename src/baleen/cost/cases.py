@@ -41,6 +41,7 @@ NUMBERS = (
     "mfu_pub",
     "mem_gib",
 )
+WHOLE_NUMBERS = ("tokens", "seq", "n_gpus", "global_batch_seqs")
 PRECISIONS = {
     "fp16": "bf16",
     "bf16": "bf16",
@@ -149,6 +150,8 @@ def _case(row: dict[str, str | None], where: str) -> Case:
         value = numbers[name]
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{where}: {name} is {value:g}; it must be positive")
+        if value is not None and value < 1 and name in WHOLE_NUMBERS:
+            raise UserError(f"{where}: {name} is {value:g}; it must be at least 1")
     return Case(text, numbers)
 
 

@@ -40,6 +40,7 @@ def link_seconds(work: Workload, held: StageParameters) -> Traffic:
     layers = (arch.num_hidden_layers + modules) / layout.pipeline
     moe_layers = (arch.moe_layers + (arch.mtp_moe_modules if work.mtp else 0)) / layout.pipeline
     tensor_link = fast if layout.tensor <= hardware.domain else network
+    context_link = fast if layout.tensor * layout.context <= hardware.domain else network
     a2a = traffic.expert_all_to_all(arch, layout, hardware.domain, work.precision, work.node_limit)
     expert = max(a2a.network / network, a2a.fast_link / fast)
     sent = traffic.data_bytes(held, layout, work.precision, math.ceil(work.micro_batches))
@@ -55,7 +56,7 @@ def link_seconds(work: Workload, held: StageParameters) -> Traffic:
         data=sent.shared / replicas_link(layout.data * layout.context, layout.tensor)
         + sent.experts / replicas_link(layout.expert_replicas, layout.expert),
         pipeline=2 * tokens * traffic.pipeline_bytes(arch, layout) / network,
-        context=passes(work) * layers * tokens * traffic.context_bytes(arch, layout) / fast,
+        context=passes(work) * layers * tokens * traffic.context_bytes(arch, layout) / context_link,
     )
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 
 from baleen.config import UserError
+from baleen.cost.quantities import plain_number
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ def override_factors(factors: Factors, overrides: Iterable[str]) -> Factors:
             near = get_close_matches(name, changed, n=1, cutoff=0.0)[0]
             raise UserError(f"--set {override}: no factor {name!r}; did you mean {near!r}?")
         try:
-            value = float(text.replace(",", "").replace("_", ""))
+            value = float(plain_number(text))
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < 0:
-            raise UserError(f"--set {override}: write name=number, with a number that is not negative")
+            raise UserError(
+                f"--set {override}: write name=number, with a number that is not negative, decimals behind a point"
+            )
         changed[name] = replace(changed[name], value=value, low=None, high=None, source="set by hand", recalled=False)
     return changed
 

@@ -29,7 +29,7 @@ def share(value: float) -> str:
 
 
 def signed_share(value: float) -> str:
-    return "exact" if abs(value) < 5e-6 else f"{100 * value:+.2g} %" if abs(value) < 1 else f"{100 * value:+.0f} %"
+    return "exact" if abs(value) < 5e-6 else f"{100 * value:+.2g} %" if abs(value) < 0.995 else f"{100 * value:+.0f} %"
 
 
 def energy(joules: float) -> str:

@@ -102,9 +102,12 @@ class Hardware(Strict):
         return peak * 1e12
 
     def achieved_share(self, precision: str) -> float:
-        """Share of the peak that large matrix products reach on this device."""
-        achieved = getattr(self, f"achieved_{precision}", None)
-        return achieved * 1e12 / self.peak_flops(precision) if achieved else USUAL_ACHIEVED_SHARE
+        """Share of the peak that large matrix products reach on this device; unknown, that of its other formats."""
+        others = (name for name in PRECISION_FIELDS if name != precision)
+        for known in (precision, *others):
+            if achieved := getattr(self, f"achieved_{known}", None):
+                return achieved * 1e12 / self.peak_flops(known)
+        return USUAL_ACHIEVED_SHARE
 
 
 def parse_hardware(raw: dict[str, Any], where: str) -> dict[str, Hardware]:
@@ -112,7 +115,14 @@ def parse_hardware(raw: dict[str, Any], where: str) -> dict[str, Hardware]:
     known_sources = raw.get("sources", {})
     devices = {}
     for name, cells in raw.items():
+        if not isinstance(cells, dict):
+            raise UserError(
+                f"{where}: {name} stands alone: every entry must be a table, [{name}], with a device's cells"
+            )
         if name == "sources":
+            for source, entry in cells.items():
+                if not (isinstance(entry, dict) and {"title", "date"} <= entry.keys()):
+                    raise UserError(f'{where}: sources.{source} must be {{ title = "...", date = "..." }}')
             continue
         fields: dict[str, Any] = {"name": name, "sources": {}}
         for field, cell in cells.items():

@@ -284,6 +284,11 @@ def _new_run_id(run_dir: Path) -> str:
         os.link(aside, run_dir / "run_id")  # fails where a process beside us was first; then its id is the run's
     except FileExistsError:
         run_id = read_run_id(run_dir) or run_id
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} is on a file system without hard links ({error.strerror}), such as an object store: "
+            "keep runs on a POSIX one"
+        ) from None
     finally:
         aside.unlink()
     return run_id

@@ -43,7 +43,7 @@ STATE_BYTES = {
 
 
 class RankMemory(NamedTuple):
-    """Bytes on the fullest pipeline rank."""
+    """Bytes on one pipeline rank: embedding, head and layers spread evenly, activations as the first rank has them."""
 
     weights: float
     gradients: float
@@ -152,7 +152,10 @@ def rank_memory(
     mtp: bool = True,
     process_bytes: float = 0.0,
 ) -> RankMemory:
-    """Memory of the fullest rank. DualPipe holds a part of each direction, so every weight twice.
+    """Memory of a rank. DualPipe holds a part of each direction, so every weight twice.
+
+    In a pipeline static parts are the mean rank's: one that holds embedding or head has them whole and, being balanced
+    by time, fewer layers; `baleen train --dry-run` counts rank by rank. Logits are taken as made in chunks there.
 
     Raises UserError for a pipeline with more stages than layers.
     """

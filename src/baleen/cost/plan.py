@@ -64,6 +64,7 @@ def _report(
             for c in chosen.layouts
         ],
         "gpu_hours": hours,
+        "device_hours": hours * (facts.hardware.threads or 1 if facts.hardware.is_cpu else 1),  # as ledgers count them
         "days": hours / chosen.gpus / 24,
         "step_seconds": step,
         "steps": tokens / work.tokens,

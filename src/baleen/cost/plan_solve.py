@@ -99,7 +99,8 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
     does not fit the devices, the widest that does is taken. Returned with what is said of it.
     """
     seq_len = request.seq_len or 4096
-    rate = facts.hardware.peak_flops(request.precision or "bf16") * 0.35  # FLOP/s a device, replaced in the first round
+    precision = request.precision or facts.hardware.fastest_precision
+    rate = facts.hardware.peak_flops(precision) * 0.35  # FLOP/s a device, replaced in the first round
     for _ in range(6):
         compute = rate * hours * 3600
         allocation = allocate(compute, request.law)

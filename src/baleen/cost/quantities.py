@@ -32,12 +32,22 @@ def parse_megawatt_hours(text: str, what: str) -> float:
     return _parse(text, what, MEGAWATT_HOURS, "with its unit, such as 500MWh or 1.2GWh")
 
 
+def plain_number(text: str) -> str:
+    """ "2,048" or "1_000" -> without separators. Raises ValueError where a comma does not part thousands ("14,8")."""
+    if "," in text and not re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*", text):
+        raise ValueError(f"the comma in {text!r} parts no thousands: write the decimals behind a point")
+    return text.replace(",", "").replace("_", "")
+
+
 def _parse(text: str, what: str, units: dict[str, float], example: str) -> float:
     match = re.fullmatch(r"([-+]?[\d_,]*\.?\d+(?:e[-+]?\d+)?)\s*([a-z]*)", text.strip().lower())
     unit = match[2] if match else None
     if match is None or unit not in units:
         raise UserError(f"{what} {text!r} is no quantity: write a number {example}")
-    value = float(match[1].replace(",", "").replace("_", "")) * units[unit]
+    try:
+        value = float(plain_number(match[1])) * units[unit]
+    except ValueError as error:
+        raise UserError(f"{what} {text!r}: {error}") from None
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{what} {text!r} must be above 0 and finite: write a number {example}")
     return value

@@ -62,9 +62,14 @@ def user_layout(text: str) -> StatedLayout:
         raise UserError(
             "--layout: FSDP under a pipeline gathers every weight for every micro-batch: take ZeRO1 with PP"
         )
-    if fields.get("virtual_stages", 1) != 1 and fields.get("schedule", "interleaved") != "interleaved":
+    if fields.get("virtual_stages", 1) != 1 and fields.setdefault("schedule", "interleaved") != "interleaved":
         raise UserError(f"--layout: VPn is for the interleaved schedule: leave it out with {fields['schedule']}")
-    return StatedLayout.model_validate(fields)
+    stated = StatedLayout.model_validate(fields)
+    if stated.states_degrees and (stated.pipeline or 1) == 1 and stated.schedule not in (None, "1f1b"):
+        raise UserError(
+            f"--layout: {stated.schedule} is a schedule of a pipeline: add PPn, such as PP8, or leave it out"
+        )
+    return stated
 
 
 def workload(model: PlannedModel, layout: Layout, on: Conditions) -> Workload:
@@ -118,6 +123,8 @@ def divisible_layouts(model: PlannedModel, devices: int, on: Conditions, stated:
             )
             for layout in candidate_layouts(model.arch, on.hardware, devices, on.batch, fixed):
                 if layout.pipeline == 1:
+                    if stated.schedule not in (None, "1f1b"):
+                        continue
                     layout = layout.model_copy(update={"schedule": "1f1b", "virtual_stages": 1})
                 if stated.data not in (None, layout.data):
                     continue

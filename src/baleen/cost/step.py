@@ -86,9 +86,13 @@ def rooflines(work: Workload) -> Rooflines:
 
 def ideal_seconds(work: Workload) -> float:
     """Every counted FLOP at the dense peak of its format: linear layers in theirs, scores, router and head in BF16."""
-    parts = forward_flops(work.arch, work.seq_len, mtp=work.mtp)
+    arch = work.arch
+    parts = forward_flops(arch, work.seq_len, mtp=work.mtp)
     core = "fp32" if work.precision == "fp32" else "bf16"
     in_core = parts["scores"] + parts["head"] + parts.get("router", 0.0)
+    if work.mtp:  # each module has scores, a head and, with experts, a router of its own
+        in_core += arch.num_nextn_predict_layers * (parts["scores"] / arch.num_hidden_layers + parts["head"])
+        in_core += arch.mtp_moe_modules * parts.get("router", 0.0) / max(1, arch.moe_layers)
     in_linear = sum(parts.values()) - in_core
     rate = in_linear / work.hardware.peak_flops(work.precision) + in_core / work.hardware.peak_flops(core)
     return 3 * rate * work.tokens / work.layout.devices

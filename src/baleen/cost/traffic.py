@@ -64,9 +64,9 @@ def tensor_bytes(arch: Architecture, layout: Layout) -> float:
 
 
 def context_bytes(arch: Architecture, layout: Layout) -> float:
-    """Bytes per token and layer, forward: keys and values passed once round the context ring."""
-    ranks = layout.context
-    return (ranks - 1) / ranks * 2 * arch.num_key_value_heads * arch.qk_head_dim * BF16 * (ranks - 1) / layout.tensor
+    """Bytes a rank sends per token of its own and layer, forward: keys and values, passed once round the ring."""
+    width = arch.num_key_value_heads * (arch.qk_head_dim + arch.v_head_dim)
+    return (layout.context - 1) * width * BF16 / layout.tensor
 
 
 def pipeline_bytes(arch: Architecture, layout: Layout) -> float:
