@@ -329,6 +329,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of the syntax, of UTF-8, or a number of too many digits
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,6 +1,7 @@
 """import and export: the same weights in another layout, within little memory, and nothing overwritten."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.convert import export_checkpoint, import_checkpoint
 from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load
-from baleen.interop.shards import put_in_place
+from baleen.interop.shards import put_in_place, replaced_when_complete
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
 
 FILE = "model.safetensors"
@@ -146,6 +147,47 @@ def test_a_model_is_never_lost(tmp_path, monkeypatch):
     rename(tmp_path / "model", tmp_path / ".model.old")
     put_in_place(tmp_path / "aside", tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and (tmp_path / "model/whose").read_text() == "aside"
+
+
+def test_what_takes_a_models_place_is_on_the_disk_before(tmp_path, monkeypatch, tiny_model):
+    done: list[str] = []
+    rename, fsync = Path.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda d: done.append(Path(os.readlink(f"/proc/self/fd/{d}")).name) or fsync(d))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append("rename") or rename(path, to))
+    save_model(tiny_model(), tmp_path / "model")
+    before, after = done[: done.index("rename")], done[done.index("rename") :]
+    assert {"config.json", FILE, "generation_config.json", ".model.partial"} <= set(before)
+    assert after[1:] == [tmp_path.name]
+
+
+def test_two_that_make_the_same_model(tmp_path):
+    with replaced_when_complete(tmp_path / "model") as aside:
+        (aside / "whose").write_text("first")
+        with pytest.raises(UserError, match="another process is making"), replaced_when_complete(tmp_path / "model"):
+            pass
+    assert (tmp_path / "model/whose").read_text() == "first"
+    with replaced_when_complete(tmp_path / "model") as aside:
+        assert not list(aside.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_behind_a_link_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "disk/model").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk/model")
+    for text in ("one", "two"):
+        with replaced_when_complete(tmp_path / "model") as aside:
+            (aside / "whose").write_text(text)
+        assert (tmp_path / "model").is_symlink() and (tmp_path / "disk/model/whose").read_text() == text
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_every_end_token_of_a_configuration_comes_along(tmp_path, tiny_model):
+    save_model(tiny_model(), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"eos_token_id": [1, 5]}))
+    (tmp_path / "model/generation_config.json").unlink()
+    import_checkpoint(tmp_path / "model", tmp_path / "new")
+    assert json.loads((tmp_path / "new/generation_config.json").read_text())["eos_token_id"] == [1, 5]
 
 
 def refuse():

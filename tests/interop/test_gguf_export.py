@@ -12,6 +12,7 @@ from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop.convert import export_checkpoint
 from baleen.interop.gguf_file import GGUFFile
 from baleen.interop.huggingface import save_model
+from baleen.interop.load import load
 
 TEXT = "the whale and the krill, 12 of them (all 'small')\n"
 VARIANTS = {
@@ -36,7 +37,11 @@ VARIANTS = {
     "one group, two shared": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2},
     "gates not normed": {"norm_topk_prob": False},
     "all dense": {"first_k_dense_replace": 4},
-}
+    "every group": {"n_group": 4, "topk_group": 4},
+    "one expert": {
+        "first_k_dense_replace": 4, "n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -120,6 +125,7 @@ def test_deepseeks_own_kind_of_tokenizer_json(tmp_path, tiny_model):
         ({"rope_scaling": "two mscales"}, "mscale"),
         ({"rope_scaling": "no mscale"}, "mscale"),
         ({"num_hidden_layers": 27}, "27 layers"),
+        ({"n_routed_experts": 516, "n_group": 1, "topk_group": 1}, "at most 512"),
         ({"vocab_size": 280}, "290 tokens"),
     ],
 )
@@ -220,3 +226,30 @@ def test_llama_cpp_splits_text_as_we_do(exported, llama_cpp):
         assert engine.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
     control = engine.tokenize(b"<|user|>x", add_bos=False, special=True)
     assert control == tokenizer.encode("<|user|>x", allow_special=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({"n_group": 4, "topk_group": 2}, (4, 2)),
+        (VARIANTS["every group"], (1, 1)),  # of several groups llama.cpp wants some left out
+        (VARIANTS["one expert"], (None, None)),  # and fewer groups than experts
+    ],
+)
+def test_groups_as_llama_cpp_asserts_them(tmp_path, exported, changes, groups):
+    model, _ = exported(**changes)
+    fields = GGUFFile(tmp_path / "model.gguf").fields
+    assert tuple(fields.get(f"deepseek2.expert_group_{name}") for name in ("count", "used_count")) == groups
+    back = load(tmp_path / "model.gguf").model.config
+    assert back.n_routed_experts == model.config.n_routed_experts and back.topk_group <= back.n_group
+
+
+def test_the_name_of_a_split_decides_how_whole_words_are_taken(tmp_path, tiny_model):
+    """llama.cpp takes a word of the vocabulary without merging it for llama-bpe, and for no other."""
+    save_model(tiny_model(vocab_size=290), tmp_path / "model", tokenizer=train_tokenizer([TEXT * 20], 290))
+    file = tmp_path / "model/tokenizer.json"
+    description = json.loads(file.read_text())
+    description["model"]["ignore_merges"] = True
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="splits text as llama.cpp cannot"):
+        export_checkpoint(tmp_path / "model", tmp_path / "whole.gguf", to="gguf")

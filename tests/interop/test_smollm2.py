@@ -1,5 +1,6 @@
 """The model that comes with a package: refused if altered; upcycled, it is the source to the last digit of its bpb."""
 
+import hashlib
 import subprocess
 import sys
 from pydoc_data.topics import topics
@@ -97,3 +98,12 @@ def test_portable_smollm2_is_nearly_the_source_and_llama_cpp_knows_paris(cache, 
         logits = [loaded.model.logits(loaded.model(ids).hidden_BTd)[0, :-1] for loaded in (source, portable)]
     exact, near = (F.cross_entropy(each.double(), ids[0, 1:]) for each in logits)
     assert near / exact <= 1.03
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(smollm2, "_packaged_file", lambda: tmp_path / "file")
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        load("smollm2")

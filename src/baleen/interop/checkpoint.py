@@ -36,6 +36,7 @@ class Checkpoint:
         if not isinstance(raw, dict):
             raise UserError(f"{self.directory / 'config.json'} is not a JSON object")
         self.config: ModelConfig = model_config_from_hf(raw)
+        self.end_tokens: object = raw.get("eos_token_id")  # one, or a list of which the configuration keeps the first
         self.block = _fp8_block(raw, self.directory)
         self._headers: dict[str, tuple[Path, Spec]] = {}
         for file in weight_files(self.directory):

@@ -47,6 +47,9 @@ def import_checkpoint(source: str | Path, out: str | Path, *, dtype: str | None 
             write_generation(aside, checkpoint.config)
         else:
             copy_companions(checkpoint.directory, aside)
+            ends = checkpoint.end_tokens
+            if isinstance(ends, list) and not (aside / "generation_config.json").exists():
+                write_generation(aside, checkpoint.config, {"eos_token_id": ends})
     return out
 
 

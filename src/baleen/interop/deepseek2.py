@@ -23,6 +23,7 @@ from baleen.model.attention import LATENT_NORM_EPS
 
 ARCHITECTURE = "deepseek2"
 SIGMOID = 2  # expert_gating_func
+MOST_OF_LLAMA_CPP = 512  # experts, and layers
 OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -182,9 +183,13 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "expert_weights_scale": cfg.routed_scaling_factor,
         "expert_weights_norm": cfg.norm_topk_prob,
         "expert_gating_func": SIGMOID,
-        "expert_group_count": cfg.n_group,
-        "expert_group_used_count": cfg.topk_group,
     }
+    if cfg.n_routed_experts > 1:  # it wants fewer groups than experts, and of several not all
+        limited = cfg.topk_group < cfg.n_group
+        own |= {
+            "expert_group_count": cfg.n_group if limited else 1,
+            "expert_group_used_count": cfg.topk_group if limited else 1,
+        }
     if isinstance(cfg.rope_scaling, RopeScaling):
         own |= {
             "rope.scaling.type": "yarn",
@@ -210,4 +215,7 @@ def _obstacle(cfg: ModelConfig) -> str:
         return "it wants shared experts in every MoE layer (n_shared_experts is 0)"
     if cfg.num_hidden_layers in (26, 27) and cfg.q_lora_rank is not None:
         return "it takes any model of 26 or 27 layers for V2 Lite, which has no q_lora_rank"
+    for name, value in (("n_routed_experts", cfg.n_routed_experts), ("num_hidden_layers", cfg.num_hidden_layers)):
+        if value > MOST_OF_LLAMA_CPP:
+            return f"it holds at most {MOST_OF_LLAMA_CPP} ({name} is {value})"
     return ""

@@ -17,7 +17,7 @@ from baleen.interop.checkpoint import Checkpoint
 from baleen.interop.deepseek2 import ARCHITECTURE, GGUFLayout, settings
 from baleen.interop.gguf_file import gguf_library
 from baleen.interop.gguf_tokenizer import tokenizer_settings
-from baleen.interop.shards import made_or_refused
+from baleen.interop.shards import claimed, made_or_refused, sync
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1")
 FLOAT16_LIMIT = 65520.0  # what rounds to infinity
@@ -135,9 +135,14 @@ def _aside(out: Path) -> Iterator[Path]:
     with made_or_refused(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.touch()
+        claim = claimed(aside, out)
     try:
         yield aside
+        sync(aside)
         aside.rename(out)
+        sync(out.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(claim)

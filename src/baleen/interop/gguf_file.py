@@ -58,6 +58,11 @@ class GGUFFile:
                 self.tensors = {name: self._info(info, start, len(data)) for name, info in infos.items()}
         except (Damaged, OSError, ValueError) as error:
             raise UserError(f"{self.path} is damaged or not GGUF: {error}") from None
+        parts = self.fields.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise UserError(
+                f"{self.path} is one of {parts} parts: join them, by `llama-gguf-split --merge FIRST OUT.gguf`"
+            )
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """One tensor in float32, or tensor[index] of it.

