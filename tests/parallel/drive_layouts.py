@@ -75,7 +75,8 @@ def step(it: Trainer) -> list[float]:
 
 def train(ranks: Ranks, folder: Path, layout: str, precision: str) -> dict:
     it, rows, keys = trainer(layout, precision), [], {"keep": 1, "warn": print}
-    saver = TeamSaver(folder / layout, ranks=ranks, **keys) if ranks.world > 1 else Saver(folder / layout, **keys)
+    of_team = {"ranks": ranks, "timeout_seconds": 60.0}
+    saver = TeamSaver(folder / layout, **keys, **of_team) if ranks.world > 1 else Saver(folder / layout, **keys)
     for number in range(1, STEPS + 1):
         rows.append(step(it))
         if number == SAVED_AT:

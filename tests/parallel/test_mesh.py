@@ -38,6 +38,7 @@ def test_v3_on_2048_ranks():
         # of 6 processes and 256 experts: 3 would divide the first and not the second
         ({"expert": 4}, 6, "6 ranks that share one copy .* the nearest that does is parallel.expert = 2"),
         ({"pipeline": 2, "zero": 2}, 8, "take parallel.zero=1, as V3 does, or 0"),
+        ({"zero": 0, "shard": 2}, 8, "leave it out of zero 0"),
     ],
 )
 def test_what_does_not_divide_is_told_with_the_nearest_that_does(keys, world, says):

@@ -2,15 +2,19 @@
 
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors
 import torch
 
 from baleen.config import UserError
+from baleen.parallel.ranks import RankLost
 from baleen.train import checkpoint
 from baleen.train.checkpoint import Checkpoint, NotSaved, TornCheckpoint, load, load_newest, save, saved_steps
+from baleen.train.saver import Saver, TeamSaver
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -121,7 +125,7 @@ def test_a_kill_before_the_rename_leaves_no_checkpoint(tmp_path, monkeypatch, mo
 
     with monkeypatch.context() as patch:
         if moment == "fsync":
-            patch.setattr(checkpoint.os, "fsync", killed)
+            patch.setattr("os.fsync", killed)
         elif moment == "rename":
             patch.setattr(Path, "rename", killed)
         else:
@@ -139,6 +143,53 @@ def test_a_kill_before_the_rename_leaves_no_checkpoint(tmp_path, monkeypatch, mo
 
 def no_space(*_args, **_kwargs):
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["aside", "rmtree"])
+def test_a_kill_while_a_step_is_saved_again_keeps_it(tmp_path, monkeypatch, at):
+    save(tmp_path, checkpoint_of(3), keep=1)
+    rename, rmtree = Path.rename, checkpoint.shutil.rmtree
+
+    def renamed(path, to):
+        if at == "aside" and path.name == ".aside-step-3":
+            raise Killed
+        return rename(path, to)
+
+    def removed(path, **how):
+        if at == "rmtree" and path.name == ".old-step-3":
+            raise Killed
+        rmtree(path, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr(checkpoint.shutil, "rmtree", removed)
+        save(tmp_path, checkpoint_of(3), keep=1)
+    newest = Saver(tmp_path, keep=1, warn=pytest.fail).newest()
+    assert newest is not None and newest.step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_what_killed_saves_left_goes_at_the_next_start(tmp_path):
+    save(tmp_path, checkpoint_of(3), keep=1)
+    (tmp_path / ".aside-step-7").mkdir()
+    assert Saver(tmp_path, keep=1, warn=pytest.fail).newest() is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_a_step_on_its_way_is_not_saved_again_and_a_writer_that_hangs_is_named(tmp_path):
+    saver, waited = object.__new__(TeamSaver), []
+    saver.saved_step, saver.timeout_seconds, saver._pending = 2, 0.05, (checkpoint_of(4), Future())
+
+    def largest(values):  # the other rank is done
+        waited.append(values)
+        return [values[0], 1.0, values[2]]
+
+    saver.ranks = SimpleNamespace(largest=largest, places_of=lambda late: ["rank 1 (host, process 7)"] if late else [])
+    assert saver.has(2) and saver.has(4) and not saver.has(3)
+    saver.settle(wait=False)
+    assert len(waited) == 1
+    with pytest.raises(RankLost, match="rank 1 .* no longer answers"):
+        saver.settle(wait=True)
 
 
 @pytest.mark.parametrize("fault", ["tensors", "state", "sync", "io error of safetensors"])

@@ -53,6 +53,10 @@ def make_grid(parallel: ParallelConfig, model: ModelConfig, world: int) -> Grid:
             f"the recipe is made for {parallel.world} processes and {world} were started: start {parallel.world}, or "
             f"set parallel.world={world} and the degrees with it"
         )
+    if parallel.shard and not parallel.zero:
+        raise UserError(
+            "parallel.shard says over how many ranks zero 1 to 3 spread what they shard: leave it out of zero 0"
+        )
     data = _divide(world, parallel.pipeline, "processes", "parallel.pipeline")
     shard = parallel.shard or data
     replicate = _divide(data, shard, "data-parallel ranks", "parallel.shard")

@@ -93,6 +93,11 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_talk())
         return tensor.tolist()
 
+    def places_of(self, found: bool) -> list[str]:
+        """Of all ranks at which it was found: "rank 1 (host, process 4711)"."""
+        at = self.largest([float(found and rank == self.rank) for rank in range(self.world)])
+        return [_place(self, rank) for rank, here in enumerate(at) if here]
+
     def first_word(self, about: str, word: str | None) -> str | None:
         """What the lowest rank that has a word says, on all of them; None if none has. `about` is asked once."""
         if self.world == 1:
@@ -223,10 +228,16 @@ def _of_failure(ranks: Ranks, error: Exception, seconds: float) -> Exception | N
     # whoever noticed a failure says so; whoever does not, caused it
     store.set(f"noticed/{ranks.rank}", "")
     deadline = time.monotonic() + seconds
-    silent = [r for r in range(ranks.world) if not _said(store, f"noticed/{r}", deadline)]
-    if store.add("fault", 1) > 1:
+    if store.add("asks", 1) > 1:  # the first asks for all, for one store answers thousands
+        _said(store, "asked", deadline + seconds / 2)
         return None
-    return RankLost([_place(ranks, r) for r in silent]) if silent else error
+    try:
+        silent = [r for r in range(ranks.world) if not _said(store, f"noticed/{r}", deadline)]
+        if store.add("fault", 1) > 1:
+            return None
+        return RankLost([_place(ranks, r) for r in silent]) if silent else error
+    finally:
+        store.set("asked", "")
 
 
 def _is_of_others(error: BaseException) -> bool:

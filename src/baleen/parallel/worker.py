@@ -123,16 +123,14 @@ class Alone:
         return dict(enumerate(self.model.gates))
 
     def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
-        main = mtp = balance = 0.0
+        told: list[Tensor] = []  # read when all micro-batches are under way
         loads: list[Tensor] = []
         for micro_batch in micro_batches:
             loss = objective.of_model(self.model, *micro_batch)
             loss.total.backward()
-            main += loss.main.item()
-            mtp += loss.mtp.item()
-            balance += loss.balance.item()
+            told.append(torch.stack((loss.main, loss.mtp, loss.balance)).double())
             loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
-        return Totals(main, mtp, balance, loads)
+        return Totals(*torch.stack(told).sum(0).tolist(), loads)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)

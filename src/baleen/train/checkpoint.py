@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +24,11 @@ import safetensors
 import safetensors.torch
 
 from baleen.config import UserError, read_json
+from baleen.interop.shards import sync
 from baleen.parallel.state import SHARDS, Groups, Shapes, copy_piece, read_shards, require_shape, stored_shapes
 
 MANIFEST = "manifest.json"
+ASIDE, OLD = ".aside-", ".old-"  # before the name of a checkpoint on its way in, and out
 
 
 class TornCheckpoint(Exception):
@@ -101,7 +102,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     Raises NotSaved if the disk refuses it: what was written is removed, and the checkpoints before it stay.
     """
     final = folder / f"step-{checkpoint.step}"
-    aside = folder / f".aside-step-{checkpoint.step}"
+    aside = folder / f"{ASIDE}step-{checkpoint.step}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -120,12 +121,13 @@ def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> Pat
     """The end of a save: what was written aside, with these checksums, takes its name; old ones go. Raises OSError."""
     (aside / MANIFEST).write_text(json.dumps(sums, indent=1))
     for file in [*aside.rglob("*"), aside]:
-        _sync(file)
+        sync(file)
+    old, folder = final.with_name(f"{OLD}{final.name}"), final.parent
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     aside.rename(final)
-    folder = final.parent
-    _sync(folder)
+    sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     steps, step = saved_steps(folder), int(final.name.removeprefix("step-"))
     kept = [number for number in steps if number <= step][-keep:]  # a later one was passed over as torn
     for number in set(steps) - set(kept):
@@ -198,6 +200,15 @@ def none_whole(folder: Path) -> str:
     return f"no checkpoint in {folder} is whole: remove that folder to train from the start"
 
 
+def tidy(folder: Path) -> None:
+    """Removes what killed saves left, once no save is under way; a step whose new copy was not yet there stays."""
+    for aside in folder.glob(f"{ASIDE}step-*"):
+        shutil.rmtree(aside)
+    for old in folder.glob(f"{OLD}step-*"):
+        final = folder / old.name.removeprefix(OLD)
+        shutil.rmtree(old) if final.exists() else old.rename(final)
+
+
 def saved_steps(folder: Path) -> list[int]:
     """Steps with a checkpoint, oldest first; what was left aside by a kill does not count."""
     names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
@@ -207,11 +218,3 @@ def saved_steps(folder: Path) -> list[int]:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

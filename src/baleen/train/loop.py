@@ -149,11 +149,20 @@ class _Run:
         worker.init_weights(recipe.train.seed)
         loader = Loader(prepared.train, seed=recipe.train.seed, rank=worker.data_rank, world_size=worker.data_ranks)
         self.trainer = Trainer(recipe, worker, loader)
+        ranks.require_equal(
+            {
+                "text to train on": prepared.train.fingerprint,
+                "tokenizer": prepared.tokenizer.fingerprint,
+                "precision of products": self.trainer.precision,
+            }
+        )
         folder, keep = run_dir / "checkpoints", recipe.train.keep_checkpoints
         self.saver = (
             Saver(folder, keep=keep, warn=display.warn)
             if ranks.world == 1
-            else TeamSaver(folder, keep=keep, warn=display.warn, ranks=ranks)
+            else TeamSaver(
+                folder, keep=keep, warn=display.warn, ranks=ranks, timeout_seconds=recipe.parallel.timeout_seconds
+            )
         )
         newest = self.saver.newest()
         if newest is not None:
@@ -259,7 +268,7 @@ class _Run:
 
     def _begin_save(self) -> None:
         self.saver.settle(wait=False)
-        if self.trainer.counters.step != self.saver.saved_step:
+        if not self.saver.has(self.trainer.counters.step):
             self._tick()
             taken = self.trainer.checkpoint()
             taken.state["recent"] = [result.to_json() for result in self._recent]  # the summary is of them
@@ -281,7 +290,7 @@ class _Run:
             tokens=self.trainer.counters.tokens,
             heldout_bpb=heldout_bpb,
             sources=recipe.data.sources,
-            cost=card_paragraph(cost_card(self.run_dir)),
+            cost=card_paragraph(cost_card(self.run_dir)) if self.ranks.rank == 0 else "",  # whose the ledger is
         )
         if self.ranks.world > 1:
             shards = self.saver.folder / f"step-{self.saver.saved_step}" / SHARDS
