@@ -1,5 +1,7 @@
 """Block formats of FP8: error bounds, scales, shapes and special cases."""
 
+import math
+
 import pytest
 import torch
 
@@ -56,3 +58,10 @@ def test_no_rows_have_no_scales(block):
     quantized, scale = quantize_blocks(torch.empty(0, 200), block)
     assert quantized.shape == (0, 200) and scale.shape == scale_shape((0, 200), block)
     assert dequantize_blocks(quantized, scale, block).shape == (0, 200)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_what_is_not_finite_stays_so(bad, power_of_two):
+    x = torch.tensor([[bad, 1e4, 1.0]])
+    assert not dequantize_blocks(*quantize_blocks(x, (1, 128), power_of_two=power_of_two), (1, 128)).isfinite().any()

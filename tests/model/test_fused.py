@@ -7,7 +7,7 @@ from needs import needs_native
 from torch import Tensor
 from torch.func import functional_call
 
-from baleen.model import linear, sdpa
+from baleen.model import linear, rows, sdpa
 from baleen.model.fused import (
     IGNORED,
     cross_entropy_,
@@ -106,6 +106,14 @@ def test_cross_entropy(dtype: torch.dtype):
     assert torch.equal(unread, logits)
 
 
+@pytest.mark.parametrize("target", [7, -1])
+def test_a_target_outside_the_vocabulary_is_refused(target: int):
+    logits, targets = torch.randn(2, 7), torch.tensor([0, target])
+    for loss in (cross_entropy_, cross_entropy_twin_):
+        with pytest.raises(IndexError, match=r"vocabulary|out of bounds"):
+            loss(logits.clone(), targets, 1.0, True)
+
+
 def test_the_twin_is_the_gradient():
     torch.manual_seed(0)
     logits, targets = torch.randn(5, 9, dtype=torch.float64, requires_grad=True), torch.tensor([1, 2, IGNORED, 0, 8])
@@ -151,6 +159,15 @@ def test_combine_rows(dtype: torch.dtype, d: int):
     theirs, their_grads = gradients(lambda y, w: sum_rows_twin(y, slots, w), [y.float(), weights])
     assert close(ours, theirs.to(dtype), dtype)
     assert close(our_grads[0], their_grads[0].to(dtype), dtype) and close(our_grads[1], their_grads[1], dtype)
+
+
+def test_gradients_of_gates_are_summed_in_fp32_without_kernels(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(rows, "serves", lambda *_: False)
+    y, weights, slots = torch.randn(24, 300).bfloat16(), torch.rand(8, 3), torch.randperm(24).view(8, 3)
+    _, (_, ours) = gradients(lambda y, w: combine_rows(y, slots, w), [y, weights])
+    _, (_, exact) = gradients(lambda y, w: sum_rows_twin(y, slots, w), [y.double(), weights.double()])
+    assert (ours - exact).abs().max() <= exact.abs().max() / 256  # the one rounding of the result
 
 
 def test_combine_rows_passes_gradcheck():

@@ -178,7 +178,7 @@ def test_an_mtp_layer_learns_what_the_trunk_will_say(base):
         optimizer.step()
     with torch.no_grad():
         hidden = model(tokens, document_ids_BT=documents).hidden_BTd
-        ahead = model.predict_ahead(0, hidden[:, :-1], tokens[:, 1:], document_ids_BT=documents[:, 1:]).hidden_BTd
+        ahead = model.predict_ahead(0, hidden[:, :-1], tokens[:, 1:], document_ids_BT=documents[:, :-1]).hidden_BTd
         equal = (model.logits(ahead).argmax(-1) == model.logits(hidden[:, 1:]).argmax(-1)).double().mean()
     assert first.agreement < 0.1 and equal > 0.3 and abs(loss.agreement - equal) < 0.1
     assert all(p.grad is None for name, p in model.named_parameters() if "layers.3" not in name)
@@ -191,14 +191,14 @@ def test_only_masked_in_tokens_are_learnt_to_draft(base):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(290, (3, 12), generator=generator)
     mask = torch.randint(2, (3, 13), generator=generator)
-    documents = torch.zeros_like(tokens)
+    documents = torch.tensor([[0] * 12, [0] * 5 + [1] * 7, [0] * 2 + [1] * 6 + [2] * 4])
     loss = draft_loss(model, tokens, documents, mask)
     with torch.no_grad():
         trunk = hidden = model(tokens, document_ids_BT=documents).hidden_BTd
         losses = []
         for k in (1, 2):
             hidden = model.predict_ahead(
-                k - 1, hidden[:, :-1], tokens[:, k:], document_ids_BT=documents[:, k:]
+                k - 1, hidden[:, :-1], tokens[:, k:], document_ids_BT=documents[:, :-k]
             ).hidden_BTd
             said, words = (model.logits(h).log_softmax(-1) for h in (hidden, trunk[:, k:]))
             places = [(b, i) for b in range(3) for i in range(12 - k) if mask[b, i + k + 1]]

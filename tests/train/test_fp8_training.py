@@ -111,9 +111,11 @@ def test_zeros_stay_zeros_and_tiny_numbers_finite():
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("formats", [PLAIN, AFTER_ATTENTION])
+@pytest.mark.parametrize("formats", [PLAIN, AFTER_ATTENTION, EXPERT_UP, EXPERT_DOWN])
 def test_what_is_not_finite_is_seen(bad, formats):
-    x, w, _ = operands([3], 130, 5)
+    x, w, g = operands([3], 130, 5)
+    fp8_grouped_linear(x, w, [3], formats).backward(g.index_fill(0, torch.tensor(1), bad))
+    assert not x.grad[1].isfinite().any() and not w.grad.isfinite().any() and x.grad[[0, 2]].isfinite().all()
     with torch.no_grad():
         x[1, 7] = bad
     y = fp8_grouped_linear(x, w, [3], formats)

@@ -1,11 +1,15 @@
 """The precision that a CPU is given: bf16 only where it multiplies bf16."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from baleen.infer.native.runner import fastest_runner
 from baleen.infer.runner import TorchRunner
 from baleen.model.cache import LatentPages
+from baleen.model.rope import inverse_frequencies
+from baleen.train import precision
 from baleen.train.precision import resolve_precision
 
 CPU = torch.device("cpu")
@@ -32,3 +36,27 @@ def test_inference_without_kernels_multiplies_in_bf16_where_it_is_fast(has_bf16,
     expected = torch.bfloat16 if has_bf16 else torch.float32
     assert isinstance(runner, TorchRunner)
     assert runner.model.model.norm.weight.dtype is runner.pages.latents.dtype is expected
+
+
+def test_a_model_that_is_cast_keeps_its_angles(tiny_model):
+    model = tiny_model()
+    angles = inverse_frequencies(model.config)
+    for cast in (model.bfloat16(), model.half(), model.to(torch.float64)):
+        assert torch.equal(cast.model.rotary.inv_freq, angles) and cast.model.norm.weight.dtype is not torch.float32
+
+
+@pytest.mark.parametrize(("largest", "set_"), [(1 << 30, 3), (1 << 25, 3), (0, 0)])
+def test_freed_memory_is_kept_where_glibc_takes_the_threshold(monkeypatch, largest, set_):
+    """Older ones take no more than 32 MB; where none is taken nothing may be set: that ends their own adjustment."""
+    taken = []
+
+    def mallopt(option, value):
+        if option == -3 and value > largest:
+            return 0
+        taken.append((option, value))
+        return 1
+
+    monkeypatch.setattr(precision.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(precision.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    precision.keep_freed_memory()
+    assert len(taken) == set_ and (not taken or taken[0] == (-3, largest))

@@ -31,7 +31,8 @@ def quantize_blocks(x: Tensor, block: tuple[int, int], *, power_of_two: bool = F
     scale = torch.where(largest > 0, least, torch.ones_like(largest))
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = torch.where(scale.isfinite(), rounded, scale)  # what is not finite stays so, for the trainer to see
     quantized = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return _out_of_blocks(quantized, x.shape), scale.squeeze(-1).squeeze(-2)
 

@@ -49,6 +49,8 @@ def cross_entropy_(logits_NZ: Tensor, targets_N: Tensor, weight: float, learns: 
     if not serves(logits_NZ):
         return cross_entropy_twin_(logits_NZ, targets_N, weight, learns)
     N, Z = logits_NZ.shape
+    if not ((targets_N == IGNORED) | (targets_N >= 0) & (targets_N < Z)).all():
+        raise IndexError(f"a target is none of the {Z} entries of the vocabulary")
     loss_N = torch.empty(N)
     room = torch.empty(torch.get_num_threads(), Z)
     call("cross_entropy", (logits_NZ.dtype,), logits_NZ, targets_N.contiguous(), weight, loss_N, room, learns, N, Z)

@@ -69,11 +69,18 @@ class RotaryEmbedding(nn.Module):
         self.scale = _rotation_scale(config.rope_scaling)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        angles = self.inv_freq
+        super()._apply(fn, recurse)
+        if not (angles.is_meta or self.inv_freq.is_meta):  # the model may be cast, its angles may not
+            self.inv_freq = angles.to(self.inv_freq.device)
+        return self
+
     def reset_parameters(self) -> None:
         self.inv_freq = inverse_frequencies(self.config).to(self.inv_freq.device)
 
     def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles_BTP = positions_BT[..., None].float() * self.inv_freq.float()
+        angles_BTP = positions_BT[..., None].float() * self.inv_freq
         return (angles_BTP.cos() * self.scale).to(dtype), (angles_BTP.sin() * self.scale).to(dtype)
 
 

@@ -45,9 +45,8 @@ class _CombineRows(torch.autograd.Function):
             slots = slots_NK.flatten()
             grad_NKd = weights_NK[..., None].to(grad_Nd.dtype) * grad_Nd[:, None]
             grad_Md.index_copy_(0, slots, grad_NKd.flatten(0, 1).to(y_Md.dtype))
-            grad_weights = (
-                (y_Md[slots].view(*slots_NK.shape, y_Md.shape[1]) * grad_Nd[:, None]).sum(-1).to(weights_NK.dtype)
-            )
+            y_NKd = y_Md[slots].view(*slots_NK.shape, y_Md.shape[1])
+            grad_weights = (y_NKd @ grad_Nd[..., None]).squeeze(-1).to(weights_NK.dtype)  # summed in fp32
         return grad_Md, None, grad_weights
 
 
@@ -58,7 +57,8 @@ def combine_rows(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
 
 
 def sum_rows(y_Md: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-    """The forward of `combine_rows`; without weights a plain sum. The terms are added up in fp32 at least."""
+    """The forward of `combine_rows`; without weights a plain sum. The terms are added up in fp32 at least, the
+    weights rounded to the dtype of y where PyTorch computes."""
     (N, K), d = slots_NK.shape, y_Md.shape[1]
     if serves(y_Md) and (weights_NK is None or weights_NK.dtype is torch.float32):
         out_Nd = y_Md.new_empty(N, d)

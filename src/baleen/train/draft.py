@@ -89,7 +89,7 @@ def draft_loss(
     for depth in range(len(model.mtp_layers)):
         k = depth + 1
         hidden_BTd, routings = model.predict_ahead(
-            depth, hidden_BTd[:, :-1], tokens_BT[:, k:], document_ids_BT=document_ids_BT[:, k:]
+            depth, hidden_BTd[:, :-1], tokens_BT[:, k:], document_ids_BT=document_ids_BT[:, :-k]
         )
         drafts, words = hidden_BTd, trunk_BTd[:, k:]
         if mask_BT is not None:
@@ -136,4 +136,4 @@ class _Distilled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         (gradient_Nd,) = ctx.saved_tensors
-        return gradient_Nd * grad.to(gradient_Nd.dtype), None, None
+        return (gradient_Nd.to(grad.dtype) * grad).to(gradient_Nd.dtype), None, None

@@ -90,7 +90,8 @@ def prediction_loss(
     mtp = main.new_zeros(())
     depth = model.config.num_nextn_predict_layers if mtp_loss_weight else 0
     for k in range(1, depth + 1):
-        documents = None if document_ids is None else document_ids[:, k:T]
+        # Row i joins h_i with t_{i+k}: it has read the document of t_i, so no row of another may see it.
+        documents = None if document_ids is None else document_ids[:, : T - k]
         output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
         hidden = output.hidden_BTd
         routings = routings + output.routings
@@ -186,4 +187,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        # The gradient of a mean is a loss weight, such as 0.3, which bf16 would round.
+        by_hidden, by_weight = ((g.to(grad.dtype) * grad).to(g.dtype) for g in (grad_hidden, grad_weight))
+        return by_hidden, by_weight, None, None

@@ -40,6 +40,8 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL("libc.so.6")
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    libc.mallopt(m_mmap_threshold, 1 << 30)
+    # Setting any of the three ends their adjustment by use, and before 2.35 glibc takes no threshold above 32 MB.
+    if not any(libc.mallopt(m_mmap_threshold, size) for size in (1 << 30, 1 << 25)):
+        return
     libc.mallopt(m_trim_threshold, -1)  # never: an int would hold no more than two gigabytes
     libc.mallopt(m_top_pad, 1 << 28)

@@ -147,7 +147,7 @@ class Trainer:
             MicroBatch(*rows, shares=torch.empty(0))
             for rows in zip(
                 *(
-                    [None] * -(-len(batch.tokens) // size) if rows is None else rows.to(self.worker.device).split(size)
+                    [None] * -(-len(batch.tokens) // size) if rows is None else rows.split(size)
                     for rows in (batch.tokens, documents, batch.loss_mask)
                 ),
                 strict=True,
@@ -162,7 +162,11 @@ class Trainer:
         counts = torch.tensor(rows, dtype=torch.float64)
         totals = [max(1.0, self.worker.sum(count)) for count in counts.sum(0).tolist()]
         counts /= torch.tensor(totals, dtype=torch.float64)
-        return [m._replace(shares=one) for m, one in zip(cut, counts, strict=True)]
+        device = self.worker.device  # what was counted above did not wait for it
+        return [
+            MicroBatch(*(None if rows is None else rows.to(device) for rows in m[:3]), shares=one)  # type: ignore[arg-type]
+            for m, one in zip(cut, counts, strict=True)
+        ]
 
     def checkpoint(self) -> Checkpoint:
         """Of tensors that are spread over ranks it holds this rank's part, as DTensors."""
