@@ -9,12 +9,17 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from baleen import cli_align, cli_cost
+
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 app = typer.Typer(
     name="baleen",
@@ -73,6 +78,8 @@ def train(
     from baleen.recipe import load_recipe, read_recipe
 
     if dry_run:
+        if run is not None or max_steps is not None or resume or track != "none" or only is not None:
+            raise UserError("--dry-run only counts: leave out --run, --max-steps, --resume, --track and --only")
         from baleen.train.dryrun import dry_run_recipe
 
         counted = dry_run_recipe(load_recipe(recipe, overrides, data), world)
@@ -122,22 +129,19 @@ def evaluate(
     from baleen.recipe import cost_of, recipe_sections
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not recipe_sections(run):  # a model, not a run: no ledger is its own
-        result = evaluate_run(run, text, tasks=names, samples=samples)
-    else:
+    account: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if recipe_sections(run):  # else a model, not a run: no ledger is its own
         from baleen.train.loop import run_stage
 
-        cost = cost_of(run)
-        result = evaluate_run(run, text, lambda: run_stage(cost, run, "eval"), tasks=names, samples=samples)
+        account = partial(run_stage, cost_of(run), run, "eval")
+    result = evaluate_run(run, text, account, tasks=names, samples=samples, say=partial(print, file=sys.stderr))
+    _report({key: value for key, value in result.items() if as_json or key != "tasks"}, as_json)
+    if not as_json:
+        for name, measured in result.get("tasks", {}).items():
+            print(f"\n{name}")
+            _report({f"  {metric}": value for metric, value in measured.items()}, as_json)
+    if account is not nullcontext:
         write_evaluation(run, result)
-    if as_json:
-        _print_json(result)
-        return
-    scores = result.pop("tasks", {})
-    _report(result, as_json)
-    for name, measured in scores.items():
-        print(f"\n{name}")
-        _report({f"  {metric}": value for metric, value in measured.items()}, as_json)
 
 
 @app.command("chat")
@@ -155,7 +159,6 @@ def chat_(
 ) -> None:
     """Talk to a model, here or on a server."""
     from dataclasses import replace
-    from functools import partial
 
     from rich.console import Console
 
@@ -357,9 +360,13 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = f"no space left on the disk ({error}): free some and run the command again"
+        elif error.errno in NOT_ALLOWED and error.filename:
+            told = f"{error.filename}: {error.strerror}: name another place, or change its owner or rights"
+        else:
             raise
-        print(f"error: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         from baleen.parallel.ranks import RankLost  # here, for it brings torch with it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from baleen.config import UserError
 from baleen.cost.card import card_notes, card_table, cost_card
 from baleen.data.clean import clean, split
 from baleen.data.corpus import read_documents
@@ -79,6 +81,8 @@ def run_demo(run_dir: Path, minutes: float, console: Console) -> dict[str, Any]:
 def demo_recipe(minutes: float) -> Recipe:
     """The recipe with a limit of time; for other times than its own 8 minutes the tokens are in proportion."""
     recipe = load_recipe(RECIPE)
+    if not math.isfinite(minutes):
+        raise UserError(f"--minutes {minutes} is no time: give a number")
     batches = round(recipe.train.tokens * minutes / 8 / recipe.train.batch_tokens)
     return load_recipe(
         RECIPE,

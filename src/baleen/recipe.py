@@ -246,7 +246,9 @@ def _replace_sources(raw: dict[str, Any], sources: Sequence[str]) -> None:
     data = raw.setdefault("data", {})
     if not set(sources) <= set(data.get("sources", ())):
         data["format"] = "text"
-    data["sources"] = [s if s.startswith("package:") else str(Path(s).expanduser().absolute()) for s in sources]
+    data["sources"] = [
+        s if not s or s.startswith("package:") else str(Path(s).expanduser().absolute()) for s in sources
+    ]
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

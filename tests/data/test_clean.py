@@ -68,3 +68,8 @@ def test_split_does_not_depend_on_the_other_documents():
 def test_at_least_one_is_held_out():
     assert heldout_threshold([500, 400, 2**63], 1e-6) > 400
     assert heldout_threshold([500], 0.0) == 0
+
+
+def test_a_sign_is_a_difference_where_there_are_few_words():
+    rows = ["3 < 5", "3 > 5", "x += 1", "x -= 1", "C++", "C#", "...", "..!"]
+    assert [d.text for d in clean(documents(*rows, "3 <  5"))] == rows

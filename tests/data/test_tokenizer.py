@@ -5,10 +5,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from baleen.config import UserError
-from baleen.data.tokenizer import Tokenizer
+from baleen.data.tokenizer import BYTE_OF_CHARACTER, Tokenizer
 from baleen.data.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
 
 TEXT = st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a", "1", ".\n\n", "é", "𝄞", "<", "|>"])).map(
@@ -178,3 +178,20 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         tokenizer.encode_chat([])
     with pytest.raises(UserError, match="names no eos_token"):
         _ = tokenizer.eos_id
+
+
+def test_a_token_that_ends_a_character_is_not_split(tmp_path):
+    """b"\x94.\n", which large vocabularies hold, is no "." and line break: its first byte would be lost."""
+    letters = {byte: letter for letter, byte in BYTE_OF_CHARACTER.items()}
+    tail = "".join(letters[byte] for byte in b"\x94.\n")
+    vocabulary = {letter: id for id, letter in enumerate(letters.values())}
+    merges = [(tail[0], tail[1]), (tail[:2], tail[2]), (tail[1], tail[2])]
+    vocabulary |= {"".join(pair): len(vocabulary) + n for n, pair in enumerate(merges)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<e>"])
+    mine = Tokenizer(backend, {"eos_token": "<e>"}, None)
+    ends, whole = vocabulary[tail], vocabulary[tail[1:]]
+    found = mine.split_joined([ends, whole], 1.0, np.random.default_rng(0))
+    assert found[0] == ends and b"".join(map(mine.token_bytes, found)) == b"\x94.\n.\n" and len(found) == 3

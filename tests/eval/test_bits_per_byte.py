@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from baleen.data.document import Document, Message
+from baleen.data.tokenizer_training import train_tokenizer
 from baleen.eval import bits_per_byte as module
 from baleen.eval.bits_per_byte import _windows, bits_per_byte
 
@@ -44,10 +45,9 @@ def test_a_window_that_is_long_enough_reads_the_full_context(tiny_model, monkeyp
     model, tokenizer = tiny_model(dtype=torch.float64), kind()
     nats, tokens = 0.0, 0
     for document in DOCUMENTS:
-        ids = [*([] if tokenizer.bos_id is None else [0]), *tokenizer.encode(document.text), 1]
-        if len(ids) > 1:
-            nats += nats_of(model, ids, 1, len(ids))
-            tokens += len(ids) - 1
+        ids = [1 if tokenizer.bos_id is None else 0, *tokenizer.encode(document.text), 1]
+        nats += nats_of(model, ids, 1, len(ids))
+        tokens += len(ids) - 1
     result = bits_per_byte(model, tokenizer, DOCUMENTS, window=64)
     size = sum(len(text.encode()) for text in TEXTS)
     assert (result["bytes"], result["tokens"]) == (size, tokens)
@@ -107,3 +107,26 @@ def test_a_conversation_counts_the_bytes_of_its_turns(tiny_model):
 
 def test_no_document_is_zero_bytes(tiny_model):
     assert bits_per_byte(tiny_model(), Bytes(), [], window=8) == {"bits_per_byte": 0.0, "bytes": 0, "tokens": 0}
+
+
+def test_logits_are_made_some_rows_at_a_time(tiny_model, monkeypatch):
+    model, tokenizer, seen = tiny_model(dtype=torch.float64), Bytes(), []
+    whole = bits_per_byte(model, tokenizer, DOCUMENTS, window=64)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 7)
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))
+    assert bits_per_byte(model, tokenizer, DOCUMENTS, window=64) == pytest.approx(whole)
+    assert max(seen) == 7 and sum(seen) == whole["tokens"]
+
+
+def test_thoughts_that_the_template_leaves_out_are_no_bytes(tiny_model):
+    tokenizer = train_tokenizer(["the whale and the krill " * 20], 290)
+    model = tiny_model(vocab_size=290)
+    asked, last = Message("user", "krill?"), Message("assistant", "<think>I see</think>whale")
+
+    def measured(first):
+        return bits_per_byte(model, tokenizer, [Document.of_messages([asked, first, asked, last], "here")], window=256)
+
+    plain = measured(Message("assistant", "krill"))
+    assert measured(Message("assistant", f"<think>{'hm ' * 100}</think>krill")) == plain
+    assert plain["bytes"] == len("krill?\nkrill\nkrill?\n<think>I see</think>whale\n")

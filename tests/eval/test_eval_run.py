@@ -54,6 +54,7 @@ def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
     monkeypatch.setattr(
         eval_run, "prepare", lambda data, **options: asked.update(options) or SimpleNamespace(heldout=["text"])
     )
+    config.max_position_embeddings = 128
     monkeypatch.setattr(eval_run, "bits_per_byte", lambda *_, window: {"window": window})
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[[stages]]\nkind = 'rl'\n")
@@ -67,3 +68,20 @@ def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
     assert result["window"] == 64 and result["heldout"]
     assert (asked["seed"], asked["vocab_size"]) == (3, 300)
     assert asked["tokenizer"] == (None if section else "its own")
+    (tmp_path / "other.txt").write_text("some text\n")  # no further than the rows that it was trained on
+    other = eval_run.evaluate_run(tmp_path, (tmp_path / "other.txt",))
+    assert other["window"] == 64 and not other["heldout"]
+    told = []
+    (tmp_path / "data/old").mkdir(parents=True)
+    (tmp_path / "data/old/stats.json").touch()
+    monkeypatch.setattr(eval_run, "prepare", lambda *_, **__: made_anew(tmp_path / "data/new"))
+    eval_run.evaluate_run(tmp_path, say=told.append)
+    assert len(told) == 1 and "are not as they were when the run was trained" in told[0]
+    eval_run.evaluate_run(tmp_path, say=told.append)  # is there now
+    assert len(told) == 1
+
+
+def made_anew(directory):
+    directory.mkdir(exist_ok=True)
+    (directory / "stats.json").touch()
+    return SimpleNamespace(heldout=["text"])

@@ -4,6 +4,8 @@ import fcntl
 import json
 import math
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,8 +127,9 @@ def test_a_file_that_is_no_task(tmp_path, lines, fault):
 
 def test_a_task_file(tmp_path):
     file = tmp_path / "t.jsonl"
-    file.write_text(json.dumps({"text": "the sea sings", "gap": " back"}) + "\n\n")
-    assert read_task(file) == [Cloze(text="the sea sings", gap=" back")]
+    row = {"text": "the sea\u2028sings", "gap": " back"}  # a separator of lines for Unicode, not for JSON
+    file.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n\n")
+    assert read_task(file) == [Cloze(**row)]
 
 
 def test_tasks_of_heldout_text():
@@ -191,3 +194,38 @@ def test_where_a_network_cannot_be_taken_away_no_program_is_run(platform, fault,
     monkeypatch.setattr(programs, "_check_guard", programs._check_guard.__wrapped__)
     with pytest.raises(UserError, match=fault):
         runs_without_fault("")
+
+
+def test_questions_of_a_long_text_are_made_when_they_are_drawn():
+    """Each holds all that stands before it: those of all 4,000 lines would take half a gigabyte."""
+    lines = [f"line {n} of the whale's long song number {n * n} ends with waves\n" for n in range(4000)]
+    documents = [Document("".join(lines), "a"), Document("".join(lines).upper(), "b")]
+    for name in ("last-word", "next-line"):
+        tracemalloc.start()
+        questions = made_task(name, documents)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(questions) == 200 and peak < 100e6, f"{name}: {peak / 1e6:.0f} MB"
+
+
+def test_a_prompt_beyond_the_context_is_not_read_whole(engine, monkeypatch):
+    read = []
+    encode = engine.tokenizer.encode
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: read.append(len(text)) or encode(text))
+    score_task(engine, [Choice(prompt=TEXT * 10_000, choices=("a", "b"), answer=0)])
+    assert max(read) == 64 * engine.context
+
+
+def test_spaces_around_an_answer_do_not_count(engine, monkeypatch):
+    monkeypatch.setattr(engine, "complete", lambda requests: [SimpleNamespace(text=" 2 ") for _ in requests])
+    assert score_task(engine, [Write(prompt="1+1=", answers=(" 2",))])["exact_match"] == 1.0
+
+
+def test_where_no_program_passes_that_is_no_score(monkeypatch):
+    monkeypatch.setattr(programs, "_run", lambda program: (1, False))
+    programs._check_guard.cache_clear()
+    try:
+        with pytest.raises(UserError, match="an empty program fails here"):
+            runs_without_fault("1")
+    finally:
+        programs._check_guard.cache_clear()

@@ -61,9 +61,19 @@ def test_true_turn_is_first_and_the_others_are_from_elsewhere(documents):
 def test_accuracy_counts_the_first(monkeypatch, tiny_model, tokenizer, documents):
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     right, wrong = [1.0] + [0.0] * 9, [-1.0] + [0.0] * 9
-    for scores, shares in (((right, wrong), (1.0, 0.0)), ((wrong, right), (0.0, 1.0))):
+    even, two = [0.5] * 10, [1.0, 1.0] + [0.0] * 8  # of those that tie, one is the true one
+    for scores, shares in (
+        ((right, wrong), (1.0, 0.0)), ((wrong, right), (0.0, 1.0)), ((even, two), (pytest.approx(0.1), 0.5)),
+    ):  # fmt: skip
         monkeypatch.setattr(next_turn, "_scores", lambda *_, scores=scores: scores)
         assert next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64) == shares
+
+
+def test_no_score_is_not_a_right_one(monkeypatch, tiny_model, tokenizer, documents):
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    monkeypatch.setattr(next_turn, "_scores", lambda *_: ([float("nan")] * 10,) * 2)
+    with pytest.raises(AssertionError):
+        next_turn_accuracy(model, tokenizer, documents, contexts=5, window=64)
 
 
 def test_too_few_conversations(tiny_model, tokenizer, documents):

@@ -61,7 +61,9 @@ def _allowed(message: Mapping[str, Any]) -> tuple[str, ...]:
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if isinstance(value, Mapping):  # its keys too: a tool's parameters are named by whoever asks
+        return [text for item in value.items() for text in _strings(item)]
+    parts = value if isinstance(value, list | tuple) else ()
     return [text for part in parts for text in _strings(part)]
 
 
@@ -70,5 +72,5 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
+        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
     return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value

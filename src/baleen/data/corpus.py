@@ -66,6 +66,8 @@ def source_files(source: str) -> list[Path]:
 
 def _files(source: str, counts: Counter[str]) -> Iterator[tuple[Path, bool]]:
     """(path, whether the user named this very file)."""
+    if not source:
+        raise UserError("a source of text is empty: name a file or a folder ('.' for this one), or write package:NAME")
     root = Path(source).expanduser()
     if root.is_file():
         if _kind(root) is None:

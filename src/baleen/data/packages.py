@@ -56,6 +56,8 @@ def read_package(name: str, counts: Counter[str]) -> Iterator[Document]:
 def package_files(name: str) -> list[Path]:
     """The files that `read_package` reads, sorted by path."""
     stdlib = Path(sysconfig.get_path("stdlib"))
+    if not name:
+        raise UserError("package: names no package: write package:NAME")
     if name == "python-docs":
         topics = stdlib / "pydoc_data" / "topics.py"
         if not topics.is_file():

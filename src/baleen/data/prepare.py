@@ -95,6 +95,11 @@ def check_data(data: DataConfig) -> None:
         source_files(source)
 
 
+def section_chars(seq_len: int) -> int:
+    """Where a text is longer, it is cut into sections, of which some are held out."""
+    return max(MIN_SECTION_CHARS, SECTION_CHARS_PER_TOKEN * seq_len)
+
+
 def _cache_key(data: DataConfig, vocab_size: int, seq_len: int, seed: int, tokenizer: Tokenizer | None) -> str:
     files = [(str(path), path.stat()) for source in data.sources for path in source_files(source)]
     identity = {
@@ -129,7 +134,7 @@ def _build(
     progress("reading and cleaning the text")
     documents = read_documents(data.sources, data.format, counts)
     if data.format == "text":
-        documents = _sections(documents, max(MIN_SECTION_CHARS, SECTION_CHARS_PER_TOKEN * seq_len))
+        documents = _sections(documents, section_chars(seq_len))
     hashes = _write_spool(spool, clean(documents, min_chars=data.min_chars, counts=counts))
     if not hashes:
         raise UserError(

@@ -166,7 +166,10 @@ class Tokenizer:
         halves = {}
         for id in range(self.vocab_size):
             if id not in self._added:
-                match = PUNCTUATION_AND_BREAKS.fullmatch(self.token_bytes(id).decode(errors="ignore"))
+                try:
+                    match = PUNCTUATION_AND_BREAKS.fullmatch(self.token_bytes(id).decode())
+                except UnicodeDecodeError:  # part of a character
+                    continue
                 if match:
                     halves[id] = (self.encode(match[1]), self.encode(match[2]))
         return halves

@@ -6,6 +6,7 @@ By likelihood; and by gain, which weighs it against what it is after other histo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -49,9 +50,16 @@ def next_turn_accuracy(
     others = _other_histories(tokenizer, documents, rng)
     places = _places(documents, contexts, rng)
     scores = [_scores(engine, tokenizer, chat, turn, turns, others, window) for chat, turn, turns in places]
-    found = [[own.index(max(own)) == 0 for own in pair] for pair in scores]
+    found = [[_credit(own) for own in pair] for pair in scores]
     by_gain, by_likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
     return Accuracy(by_gain, by_likelihood)
+
+
+def _credit(scores: list[float]) -> float:
+    """What choosing the best score earns where the first is the true one: 1 or 0; of k that tie, 1/k. None is NaN."""
+    assert all(map(math.isfinite, scores)), scores
+    best = max(scores)
+    return (scores[0] == best) / scores.count(best)
 
 
 def _places(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[tuple[Chat, int, list[str]]]:

@@ -55,8 +55,14 @@ def runs_without_fault(program: str) -> bool:
 def _check_guard() -> None:
     if not sys.platform.startswith("linux"):
         raise UserError("programs are run only where their network can be taken away: use Linux for this task")
-    if _run("")[0] == UNGUARDED:
+    found = _run("")
+    if found[0] == UNGUARDED:
         raise UserError("this system does not let a process give up its network: allow user namespaces for this task")
+    if found != (0, True):
+        raise UserError(
+            f"an empty program fails here (exit code {found[0]}), so none could pass: run Baleen where Python "
+            "may start, fork and give up its network"
+        )
 
 
 def _run(program: str) -> tuple[int, bool]:

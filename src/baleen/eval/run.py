@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -29,9 +30,11 @@ def evaluate_run(
     *,
     tasks: Sequence[str] = (),
     samples: int = 1,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """{heldout, bits_per_byte, bytes, tokens} of text, and {tasks: {name: scores}}.
 
+    A run is read in windows of the rows that it was trained on, another model in those of its context.
     heldout: the text is not `texts` but what the run held out.
     tasks: files of eval/tasks.py's form, names of tasks made of that text, or lm-eval:NAME and lm-eval:FILE.yaml.
     samples: programs written for each question that wants one. A model without text is scored by its tasks alone.
@@ -40,20 +43,28 @@ def evaluate_run(
     Raises UserError if the run held out no text and neither texts nor tasks are given.
     """
     loaded = load(run)
-    window = loaded.model.config.max_position_embeddings
+    sections = recipe_sections(run)
+    # What a run never saw in training is no measure of it: positions beyond its rows.
+    window = min(sections.get("train", {}).get("seq_len", math.inf), loaded.model.config.max_position_embeddings)
     documents: list[Document]
     if texts:
         documents = list(read_documents([str(text) for text in texts], "text"))
-    elif "data" in (sections := recipe_sections(run)):
-        window = sections["train"]["seq_len"]
+    elif "data" in sections:
+        before = _prepared_before(run)
         documents = prepare(
             validated(DataConfig, sections["data"], f"{run}: [data]"),
             vocab_size=loaded.model.config.vocab_size,
-            seq_len=window,
+            seq_len=sections["train"]["seq_len"],
             seed=sections["train"]["seed"],
             cache_dir=run / "data",
             tokenizer=None if "model" in sections else loaded.tokenizer,  # trained on from a model that brought its own
+            progress=say,
         ).heldout
+        if before and _prepared_before(run) != before:
+            say(
+                "the files of data.sources are not as they were when the run was trained (size, time or place), so the "
+                "held-out text was drawn anew: if they have changed, the run may have been trained on some of it"
+            )
     else:
         documents = []
     if not documents and not tasks:
@@ -69,7 +80,7 @@ def evaluate_run(
             result["heldout"] = not texts
             result |= bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
         if tasks:
-            engine = Engine(loaded.model, loaded.tokenizer)
+            engine = Engine(loaded.model, loaded.tokenizer, context=window)
             result["tasks"] = {
                 name: score_task(engine, questions[name], samples=samples)
                 if name in questions
@@ -77,6 +88,11 @@ def evaluate_run(
                 for name in tasks
             }
     return result
+
+
+def _prepared_before(run: Path) -> set[Path]:
+    """Directories of prepared text that the run has."""
+    return {path.parent for path in (run / "data").glob("*/stats.json")}
 
 
 def write_evaluation(run: Path, result: dict[str, Any]) -> None:

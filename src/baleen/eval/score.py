@@ -13,12 +13,13 @@ from baleen.infer.engine import Engine, Request
 from baleen.infer.sampler import SamplingParams
 
 SAMPLING_TEMPERATURE = 0.8
+MOST_CHARS_PER_TOKEN = 64  # far above the mean of any tokenizer
 
 
 def score_task(engine: Engine, questions: Sequence[Question], *, samples: int = 1, seed: int = 0) -> dict[str, float]:
     """{metric: value, ..., "questions": count} of a task, all of whose questions are of one kind.
 
-    accuracy (choice, cloze; choices also by likelihood a byte), exact_match, pass@k; stderr is that of the first.
+    accuracy (choice, cloze; choices also by likelihood a byte) or exact_match, with its stderr; pass@k without one.
     perplexity is of a gap's tokens. samples: programs written for each question, one greedily, more at temperature 0.8.
     """
     choices = [q for q in questions if isinstance(q, Choice)]
@@ -33,7 +34,8 @@ def score_task(engine: Engine, questions: Sequence[Question], *, samples: int = 
     if writes:
         requests = [_request(engine, q.prompt, (q.stop,), q.max_tokens, 0.0, seed) for q in writes]
         texts = [completion.text.strip() for completion in engine.complete(requests)]
-        return _share("exact_match", [text in q.answers for text, q in zip(texts, writes, strict=True)])
+        right = [text in map(str.strip, q.answers) for text, q in zip(texts, writes, strict=True)]
+        return _share("exact_match", right)
     return _score_programs(engine, programs, samples, seed)
 
 
@@ -43,10 +45,15 @@ def beginning(tokenizer: Tokenizer, text: str) -> list[int]:
     return [start, *tokenizer.encode(text)]
 
 
+def _prompt_ids(engine: Engine, text: str) -> list[int]:
+    """`beginning` of so much of the text's end as the engine can read."""
+    return beginning(engine.tokenizer, text[-MOST_CHARS_PER_TOKEN * engine.context :])
+
+
 def _score_choices(engine: Engine, questions: Sequence[Choice]) -> dict[str, float]:
     encode = engine.tokenizer.encode
-    pairs = [(beginning(engine.tokenizer, q.prompt), encode(choice)) for q in questions for choice in q.choices]
-    found = iter(likelihoods(engine, pairs))
+    prompts = ((q, _prompt_ids(engine, q.prompt)) for q in questions)
+    found = iter(likelihoods(engine, ((ids, encode(choice)) for q, ids in prompts for choice in q.choices)))
     right, by_byte = [], []
     for question in questions:
         nats = [next(found).log_likelihood for _ in question.choices]
@@ -57,8 +64,8 @@ def _score_choices(engine: Engine, questions: Sequence[Choice]) -> dict[str, flo
 
 
 def _score_clozes(engine: Engine, questions: Sequence[Cloze]) -> dict[str, float]:
-    tokenizer = engine.tokenizer
-    found = likelihoods(engine, [(beginning(tokenizer, q.text), tokenizer.encode(q.gap)) for q in questions])
+    encode = engine.tokenizer.encode
+    found = likelihoods(engine, ((_prompt_ids(engine, q.text), encode(q.gap)) for q in questions))
     nats, tokens = -sum(f.log_likelihood for f in found), sum(f.tokens for f in found)
     return _share("accuracy", [f.greedy for f in found]) | {"perplexity": math.exp(nats / tokens)}
 
@@ -78,7 +85,7 @@ def _score_programs(engine: Engine, questions: Sequence[Program], samples: int, 
 def _request(
     engine: Engine, prompt: str, stop: tuple[str, ...], max_tokens: int, temperature: float, seed: int
 ) -> Request:
-    ids, room = fitting(engine, beginning(engine.tokenizer, prompt), max_tokens)
+    ids, room = fitting(engine, _prompt_ids(engine, prompt), max_tokens)
     return Request(ids, SamplingParams(temperature=temperature, max_tokens=room, stop=stop, seed=seed))
 
 

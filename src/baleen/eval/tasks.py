@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ KINDS: dict[str, type[Question]] = {"choices": Choice, "gap": Cloze, "answers": 
 def read_task(file: Path) -> list[Question]:
     """Raises UserError for a file that is missing, mixed, or has a line that is no question."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON's strings may hold Unicode's line separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as a task: {error}") from None
     questions = [_question(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -99,33 +99,41 @@ def made_task(name: str, documents: Sequence[Document], seed: int = 0) -> list[Q
     questions = list(makers[name](documents, rng))
     if not questions:
         raise UserError(f"the held-out text is too short for {name}: raise data.heldout_fraction")
-    return rng.sample(questions, min(LIMIT, len(questions)))
+    return [make() for make in rng.sample(questions, min(LIMIT, len(questions)))]
 
 
-def _last_words(documents: Sequence[Document], rng: random.Random) -> Iterator[Question]:
+# A question is made when it is drawn: each holds all that stands before it in its document.
+MakeQuestion = Callable[[], Question]
+
+
+def _last_words(documents: Sequence[Document], rng: random.Random) -> Iterator[MakeQuestion]:
     """The last word of each line that comes up before in its document, so that reading it helps."""
     for document in documents:
-        before = ""
-        for line in document.text.splitlines(keepends=True):
+        text, start = document.text, 0
+        for line in text.splitlines(keepends=True):
             head, _, word = line.rstrip().rpartition(" ")
-            if head and len(word) > 3 and len(before) >= MIN_CONTEXT and f" {word}" in before:
-                yield Cloze(text=before + head, gap=f" {word}")
-            before += line
+            if head and len(word) > 3 and start >= MIN_CONTEXT and text.find(f" {word}", 0, start) >= 0:
+                end = start + len(head)
+                yield lambda text=text, end=end, gap=f" {word}": Cloze(text=text[:end], gap=gap)
+            start += len(line)
 
 
-def _next_lines(documents: Sequence[Document], rng: random.Random) -> Iterator[Question]:
+def _next_lines(documents: Sequence[Document], rng: random.Random) -> Iterator[MakeQuestion]:
     """The line that follows, among lines of other documents."""
     lines = [[line for line in document.text.splitlines() if len(line) > MIN_LINE] for document in documents]
     others = [(i, line) for i, of_one in enumerate(lines) for line in of_one]
     for i, document in enumerate(documents):
-        before = ""
-        for whole in document.text.splitlines(keepends=True):
+        text, start = document.text, 0
+        for whole in text.splitlines(keepends=True):
             line = whole.splitlines()[0]
-            if len(before) >= MIN_CONTEXT and len(line) > MIN_LINE:
+            if start >= MIN_CONTEXT and len(line) > MIN_LINE:
                 drawn = rng.sample(others, min(len(others), 4 * CANDIDATES))
                 elsewhere = list(dict.fromkeys(other for j, other in drawn if j != i and other != line))
                 if len(elsewhere) >= CANDIDATES - 1:
                     choices = [line, *elsewhere[: CANDIDATES - 1]]
                     rng.shuffle(choices)
-                    yield Choice(prompt=before, choices=tuple(choices), answer=choices.index(line))
-            before += whole
+                    answer = choices.index(line)
+                    yield lambda text=text, end=start, choices=tuple(choices), answer=answer: Choice(
+                        prompt=text[:end], choices=choices, answer=answer
+                    )
+            start += len(whole)

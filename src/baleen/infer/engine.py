@@ -41,6 +41,7 @@ class Engine:
 
     tokenizer: None to work with token ids alone; answers then end at the model's own end token.
 
+    context: tokens of prompt and answer together that a sequence may have; None: as many as the model was made for.
     cache_tokens: tokens of all requests that the cache holds; None: `max_batch` full contexts, but no more than a
     GiB. max_batch: answers under way at once. prefill_chunk: tokens of prompts that a step reads. max_queue,
     queue_seconds: bounds of the queue, None for none. speculate: drafts a step for submitted requests; "auto": as deep
@@ -53,6 +54,7 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer | None,
         *,
+        context: int | None = None,
         cache_tokens: int | None = None,
         max_batch: int = 256,
         prefill_chunk: int = 512,
@@ -66,6 +68,9 @@ class Engine:
         self.model, self._tokenizer = model, tokenizer
         self._spellings = {skip: None if tokenizer is None else Spelling(tokenizer, skip) for skip in (True, False)}
         config = model.config
+        self.context = config.max_position_embeddings if context is None else context
+        if self.context > config.max_position_embeddings:
+            raise UserError(f"context {context} is more than the model's, {config.max_position_embeddings}")
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name} is {value}: take 1 or more")
@@ -102,11 +107,6 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         assert self._tokenizer is not None, "this engine works with token ids alone"
         return self._tokenizer
-
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together that a sequence may have."""
-        return self.model.config.max_position_embeddings
 
     @property
     def latents(self) -> LatentPages:
