@@ -92,7 +92,7 @@ def api_routes(service: Service) -> APIRouter:
 
         def encoded() -> list[int]:
             if request.messages is not None:
-                return conversation(model.tokenizer, request.messages)
+                return conversation(model.tokenizer, request.messages, system=model.system)
             return [*beginning(model.tokenizer), *model.tokenizer.encode(request.prompt or "")]
 
         ids = await run_in_threadpool(encoded)

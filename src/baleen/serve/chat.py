@@ -146,7 +146,7 @@ class Chat:
     def _read(self) -> list[int]:
         """The prompt's tokens; asked to fit, without the oldest turns that the context has no room for."""
         messages = list(self._request.messages)
-        ids = chat_prompt(self._model.tokenizer, self._request)
+        ids = chat_prompt(self._model.tokenizer, self._request, self._model.system)
         if not self._request.baleen.fit:
             return ids
         context = self._model.engine.context
@@ -159,7 +159,8 @@ class Chat:
                 break
             del messages[first:turn]
             self._dropped += turn - first
-            ids = chat_prompt(self._model.tokenizer, self._request.model_copy(update={"messages": messages}))
+            shorter = self._request.model_copy(update={"messages": messages})
+            ids = chat_prompt(self._model.tokenizer, shorter, self._model.system)
         return ids
 
     def _params(self) -> SamplingParams:

@@ -17,6 +17,7 @@ from baleen.infer.engine import Engine
 from baleen.infer.parse import THINK, ToolMarkers
 from baleen.infer.sampler import SamplingParams
 from baleen.interop.load import Loaded, load
+from baleen.recipe import recipe_sections
 from baleen.serve.answers import ModelCard
 from baleen.serve.constrain import Constrainer
 from baleen.serve.errors import ApiError, BadRequest
@@ -28,12 +29,13 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
 @dataclass
 class Served:
     """One model under its name. `run_dir`: where its run lives, None for a model that is not a run of ours.
-    `chat_params`: what a conversation takes for what a request leaves out."""
+    `chat_params`, `system`: what a conversation takes for what a request leaves out."""
 
     name: str
     engine: Engine
     run_dir: Path | None = None
     chat_params: SamplingParams = CHAT_PARAMS
+    system: str = ""  # the message that a run was trained to be asked under
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class Served:
                 "parameters": parameters(arch)["total"],
                 "active_parameters": active_parameters(arch),
                 "sampling": {name: getattr(self.chat_params, name) for name in SAMPLING},
+                "system": self.system,
             },
         )
 
@@ -123,8 +126,10 @@ def load_models(runs: Sequence[str], make_engine: Callable[[Loaded], Engine]) ->
     served = []
     for run in runs:
         loaded = load(run)
-        is_run = (Path(run) / "recipe.toml").is_file()
-        served.append(Served(name_of(run), make_engine(loaded), Path(run) if is_run else None, params_of(loaded.path)))
+        sections = recipe_sections(Path(run))
+        run_dir = Path(run) if sections else None
+        system = sections.get("system", "")
+        served.append(Served(name_of(run), make_engine(loaded), run_dir, params_of(loaded.path), system))
     return Models(served)
 
 

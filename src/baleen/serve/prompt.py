@@ -13,20 +13,26 @@ from baleen.serve.errors import BadRequest
 from baleen.serve.protocol import AssistantMessage, ChatRequest, CompletionRequest, Message, SystemMessage, TextPart
 
 
-def chat_prompt(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+def chat_prompt(tokenizer: Tokenizer, request: ChatRequest, system: str = "") -> list[int]:
     """The conversation, up to where the assistant speaks. Raises BadRequest for what the template refuses."""
     tools = [tool.model_dump(exclude_none=True) for tool in request.offered]
-    return conversation(tokenizer, request.messages, request.thinking, tools)
+    return conversation(tokenizer, request.messages, request.thinking, tools, system)
 
 
 def conversation(
-    tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool | None = None, tools: Sequence[Any] = ()
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    thinking: bool | None = None,
+    tools: Sequence[Any] = (),
+    system: str = "",
 ) -> list[int]:
+    """system: what a conversation begins with that has no system message of its own."""
     if tokenizer.template is None:
         raise BadRequest("this model has no chat template: use /v1/completions", param="model", code="no_chat_template")
-    return tokenizer.encode_chat(
-        [template_message(message) for message in messages], add_generation_prompt=True, thinking=thinking, tools=tools
-    )
+    spoken = [template_message(message) for message in messages]
+    if system and all(message["role"] != "system" for message in spoken):
+        spoken.insert(0, {"role": "system", "content": system})
+    return tokenizer.encode_chat(spoken, add_generation_prompt=True, thinking=thinking, tools=tools)
 
 
 def template_message(message: Message) -> dict[str, Any]:
