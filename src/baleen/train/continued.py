@@ -14,7 +14,7 @@ from baleen.cost.card import card_paragraph, cost_card
 from baleen.cost.figures import duration
 from baleen.cost.ledger import Stage
 from baleen.data.loader import Loader
-from baleen.data.prepare import Prepared, check_data, prepare
+from baleen.data.prepare import Prepared, check_data, prepare, section_chars
 from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.interop import smollm2
 from baleen.interop.card import model_card
@@ -22,7 +22,7 @@ from baleen.interop.huggingface import save_model
 from baleen.interop.load import Loaded, generation_of, load
 from baleen.model.layer import DecoderLayer
 from baleen.parallel.worker import Alone
-from baleen.recipe import Recipe
+from baleen.recipe import Recipe, recipe_sections
 from baleen.train.context import with_context
 from baleen.train.continued_recipe import ContinuedRecipe
 from baleen.train.display import Display
@@ -93,6 +93,12 @@ def _train_on(
             tokenizer=loaded.tokenizer,
             progress=display.say,
         )
+        if drawn_otherwise(recipe_sections(Path(recipe.base)), recipe):
+            display.warn(
+                f"rows of train.seq_len = {recipe.train.seq_len} are cut from other sections of the text than those of "
+                f"{recipe.base}, so what is held out here is text that it was trained on: compare bits per byte before "
+                "and after, but take neither for those of unseen text"
+            )
         loader = Loader(prepared.train, seed=recipe.train.seed)
         if recipe.own_text.prompts:
             own = own_text(
@@ -116,6 +122,15 @@ def _train_on(
     with run_stage(recipe.cost, run_dir, "export"):
         run.export(heldout)
     return run.summary(status, heldout)
+
+
+def drawn_otherwise(base: dict[str, Any], recipe: ContinuedRecipe) -> bool:
+    """Whether a run with these sections in its recipe split text that `recipe` reads too at other places."""
+    of_base = base.get("data", {})
+    if "text" not in (of_base.get("format"), recipe.data.format) or not {*of_base["sources"]} & {*recipe.data.sources}:
+        return False
+    formats_differ = of_base.get("format") != recipe.data.format
+    return formats_differ or section_chars(base["train"]["seq_len"]) != section_chars(recipe.train.seq_len)
 
 
 class _Run:

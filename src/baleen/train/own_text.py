@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from baleen.config import UserError
 from baleen.data.loader import Batch, Loader
 from baleen.data.packing import PackedTokens, TokenisedDocument, pack_to
 from baleen.data.tokenizer import Tokenizer, find
@@ -42,6 +43,12 @@ def own_text(
     directory /= _digest(model, tokenizer, packed, config, seed)
     if not directory.is_dir():
         prompts = beginnings(tokenizer, packed, config, seed)
+        most = sum(len(prompt) + config.max_tokens for prompt in prompts)
+        if most <= packed.seq_len:
+            raise UserError(
+                f"own_text makes at most {most} tokens, which fill no row of {packed.seq_len}: raise own_text.prompts "
+                "or own_text.max_tokens, or take a shorter train.seq_len"
+            )
         aside = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
