@@ -57,6 +57,17 @@ def test_models(client):
     assert caught.value.code == "model_not_found"
 
 
+def test_a_run_is_asked_under_the_message_that_it_was_trained_under(scripted):
+    prompts = []
+    server = scripted(lambda prompt: prompts.append(prompt) or "hi")
+    server.service.models.get("script").system = "Be brief."
+    client = client_of(server)
+    assert client.models.retrieve("script").model_dump()["baleen"]["system"] == "Be brief."
+    for own in ([], [{"role": "system", "content": "Be long."}], [{"role": "developer", "content": "Be long."}]):
+        chat(client, [*own, *HELLO], "script")
+    assert [("Be brief." in prompt, "Be long." in prompt) for prompt in prompts] == [(1, 0), (0, 1), (0, 1)]
+
+
 # --- sampling
 
 

@@ -20,8 +20,9 @@ from baleen.cost.money import rate_card
 from baleen.interop.huggingface import save_model
 from baleen.model.machine import counted_devices, device
 from baleen.model.transformer import Transformer
+from baleen.serve import models
 from baleen.serve.limits import Limits
-from baleen.serve.models import Models, Served, name_of
+from baleen.serve.models import Models, Served, load_models, name_of
 from baleen.serve.server import Address, listen, rate_of, serve
 
 RECIPE = """
@@ -205,3 +206,14 @@ def test_served_models_need_names_of_their_own(make_engine):
     engine = make_engine()
     with pytest.raises(UserError, match="same name"):
         Models([Served("whale", engine), Served("whale", engine)])
+
+
+def test_a_run_brings_its_system_message_and_its_ledger(make_engine, tmp_path, monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(models, "load", lambda run: SimpleNamespace(path=tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
+    (model,) = load_models([str(tmp_path)], lambda loaded: engine)
+    assert (model.system, model.run_dir, model.chat_params.temperature) == ("", None, 0.0)
+    (tmp_path / "recipe.toml").write_text('system = "Be brief."\n')
+    (run,) = load_models([str(tmp_path)], lambda loaded: engine)
+    assert (run.system, run.run_dir) == ("Be brief.", tmp_path)
