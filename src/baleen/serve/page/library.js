@@ -137,7 +137,12 @@ export class Library {
   onChange(callback) {
     this.#store?.onChange(async ({ id, writing }) => {
       for (const answer of writing) this.#others.add(answer);
-      const kept = await this.#store.conversation(id);
+      let kept;
+      try {
+        kept = await this.#store.conversation(id);
+      } catch (error) {
+        return console.error("A conversation that another tab changed can’t be read:", error);
+      }
       if (kept) {
         const here = this.get(id) ?? { nodes: {} };
         const { nodes, leaf } = here;

@@ -287,7 +287,8 @@ function askForKey(again) {
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve, reject) => {
     byId("key-form").onsubmit = (event) => (event.preventDefault(), resolve(byId("key").value), dialog.close());
-    dialog.onclose = () => reject(new ServerError("The server asks for a key, and none was given.", 401));
+    // The event comes a frame after the closing, when the dialog may be asking again.
+    dialog.onclose = () => dialog.open || reject(new ServerError("The server asks for a key, and none was given.", 401));
   });
 }
 

@@ -201,7 +201,7 @@ class AnswerView {
 
   repaint() {
     const trace = this.actions.traceOf(this.node);
-    if (trace) paintSmall(this.canvas, trace);
+    if (trace && this.canvas.isConnected) paintSmall(this.canvas, trace);
   }
 
   // A few times a second is enough for the eye.
