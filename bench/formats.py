@@ -52,8 +52,8 @@ class Packed:
             hidden.append(self._runner.forward(batch).hidden_Nd)
         return Hidden(torch.stack(hidden))
 
-    def logits(self, hidden_BTd: Tensor) -> Tensor:
-        return self._runner.logits(hidden_BTd.flatten(0, 1)).unflatten(0, hidden_BTd.shape[:2])
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._runner.logits(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
 def main() -> None:

@@ -229,7 +229,7 @@ def test_what_no_claim_asks_for_is_taken_away_and_its_cost_kept(modules, make, m
 def test_a_spike_or_a_skipped_step_is_in_the_summary(modules, make):
     _, _, page = modules
     notebook = make()
-    assert "spikes in 0 of 3 rows, 0 steps skipped | holds |" in page.summary(notebook)
+    assert "spikes in 0 of 3 rows, 0 steps skipped | none seen |" in page.summary(notebook)
     file = notebook.folder / "rows" / f"{notebook.hash_of('lr-sparse', 'low', 0)}.json"
     for key, value in (("skipped", 1), ("longest_spike", page.STEPS_OF_A_SPIKE)):
         row = json.loads(file.read_text())

@@ -132,7 +132,7 @@ def test_broken_files_are_a_users_mistake(tmp_path):
         read_cases(write(path, ["tt-8b-8"], n_gpus="-8"))
     with pytest.raises(UserError, match="seq is 0.5; it must be at least 1"):
         read_cases(write(path, ["tt-8b-8"], seq="0.5"))
-    for dims, fault in (("[1]", "dims must be an object"), ('{"h": 8, "swa": 4096}', "swa is 4096; write")):
+    for dims, fault in (("[1]", "dims must be an object"), ('{"H": 8, "swa": 4096}', "swa is 4096; write")):
         broken = validate(write(path, ["tt-8b-8"], dims=dims))
         assert fault in broken["skipped"][0]["reason"]
     with pytest.raises(UserError, match="step_s is 'fast', not a number"):

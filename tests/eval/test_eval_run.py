@@ -32,7 +32,7 @@ def test_the_stage_opens_only_once_the_input_is_good(tmp_path, monkeypatch):
 def test_samples_are_of_programs(tmp_path, monkeypatch):
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
     monkeypatch.setattr(eval_run, "load", lambda run: SimpleNamespace(model=model, tokenizer=None))
-    monkeypatch.setattr(eval_run, "Engine", lambda *_: None)
+    monkeypatch.setattr(eval_run, "Engine", lambda *_, **__: None)
     monkeypatch.setattr(eval_run, "score_task", lambda engine, questions, samples: {"asked": len(questions) * samples})
     gaps, programs = tmp_path / "gaps.jsonl", tmp_path / "programs.jsonl"
     gaps.write_text('{"text": "a", "gap": "b"}\n')
@@ -76,7 +76,7 @@ def test_held_out_text_of_recipes_of_every_kind(tmp_path, monkeypatch, section):
     (tmp_path / "data/old/stats.json").touch()
     monkeypatch.setattr(eval_run, "prepare", lambda *_, **__: made_anew(tmp_path / "data/new"))
     eval_run.evaluate_run(tmp_path, say=told.append)
-    assert len(told) == 1 and "are not as they were when the run was trained" in told[0]
+    assert len(told) == 1 and "not as they were when the run was trained" in told[0]
     eval_run.evaluate_run(tmp_path, say=told.append)  # is there now
     assert len(told) == 1
 

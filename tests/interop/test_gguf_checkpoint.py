@@ -120,7 +120,7 @@ def test_its_tokenizer_comes_back(tmp_path, exported):
         (lambda f, t: f.update({"general.architecture": "llama"}), "baleen upcycle"),
         (lambda f, t: f.update({"general.architecture": "gpt2"}), "gpt2"),
         (lambda f, t: f.update({"tokenizer.ggml.pre": "tekken"}), "tekken"),
-        (lambda f, t: f.update({"split.count": 9}), "one of 9 parts .*--merge"),
+        (lambda f, t: f.update({"split.count": 9}), "one of 9 parts: .*--merge"),
         (lambda f, t: f.update({"tokenizer.ggml.merges": [1, 2]}), "not text"),
     ],
 )

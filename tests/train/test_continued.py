@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from baleen.interop.upcycle import upcycle
 from baleen.recipe import DataConfig
 from baleen.train import checkpoint
 from baleen.train.checkpoint import NotSaved
-from baleen.train.continued import train_on
+from baleen.train.continued import drawn_otherwise, train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import Drafting, distilled, draft_loss, freeze_trunk
 from baleen.train.own_text import WithOwnText, beginnings, own_text
@@ -346,3 +347,20 @@ def test_upcycled_experts_part_and_text_gets_no_worse(tmp_path, corpus, recipe):
         healed.model.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[: len(constants)][constants],
         start.model.model.layers[0].self_attn.kv_a_proj_with_mqa.bias[: len(constants)][constants],
     )
+
+
+@pytest.mark.parametrize(
+    ("base", "otherwise"),
+    [
+        ({}, False),  # no run
+        ({"data": {"format": "text", "sources": ["a.txt"]}, "train": {"seq_len": 16}}, False),
+        ({"data": {"format": "text", "sources": ["a.txt", "c.txt"]}, "train": {"seq_len": 1024}}, True),
+        ({"data": {"format": "chat", "sources": ["a.txt"]}, "train": {"seq_len": 16}}, True),
+        ({"data": {"format": "text", "sources": ["c.txt"]}, "train": {"seq_len": 1024}}, False),
+    ],
+)
+def test_text_that_the_base_has_split_otherwise(base, otherwise):
+    recipe = SimpleNamespace(
+        data=SimpleNamespace(format="text", sources=["a.txt", "b.txt"]), train=SimpleNamespace(seq_len=32)
+    )
+    assert drawn_otherwise(base, recipe) is otherwise

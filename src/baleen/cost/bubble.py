@@ -61,7 +61,7 @@ def _executed(
 ) -> tuple[float, float]:
     """Of the mean rank: its bubble in forwards of one micro-batch, and the micro-batches that it runs unpaired."""
     rounds = min(micro_batches, 2 * ranks)
-    if virtual > 1:
+    if name == "interleaved":
         rounds = math.ceil(rounds / ranks) * ranks
     elif name in ("dualpipe", "dualpipev"):
         rounds = max(2 * ranks, rounds + rounds % 2)

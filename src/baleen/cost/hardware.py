@@ -105,24 +105,24 @@ class Hardware(Strict):
         """Share of the peak that large matrix products reach on this device; unknown, that of its other formats."""
         others = (name for name in PRECISION_FIELDS if name != precision)
         for known in (precision, *others):
-            if achieved := getattr(self, f"achieved_{known}", None):
-                return achieved * 1e12 / self.peak_flops(known)
+            achieved, peak = (getattr(self, f"{of}_{known}", None) for of in ("achieved", "peak"))
+            if achieved and peak:
+                return achieved / peak
         return USUAL_ACHIEVED_SHARE
 
 
 def parse_hardware(raw: dict[str, Any], where: str) -> dict[str, Hardware]:
     """Tables of hardware.toml -> devices by name. Raises UserError naming file, device and field."""
-    known_sources = raw.get("sources", {})
-    devices = {}
     for name, cells in raw.items():
         if not isinstance(cells, dict):
-            raise UserError(
-                f"{where}: {name} stands alone: every entry must be a table, [{name}], with a device's cells"
-            )
+            raise UserError(f"{where}: {name} stands alone: every entry must be a table of a device's cells, [{name}]")
+    known_sources = raw.get("sources", {})
+    for source, entry in known_sources.items():
+        if not (isinstance(entry, dict) and {"title", "date"} <= entry.keys()):
+            raise UserError(f'{where}: sources.{source} must be {{ title = "...", date = "..." }}')
+    devices = {}
+    for name, cells in raw.items():
         if name == "sources":
-            for source, entry in cells.items():
-                if not (isinstance(entry, dict) and {"title", "date"} <= entry.keys()):
-                    raise UserError(f'{where}: sources.{source} must be {{ title = "...", date = "..." }}')
             continue
         fields: dict[str, Any] = {"name": name, "sources": {}}
         for field, cell in cells.items():

@@ -71,7 +71,7 @@ class NearDuplicates:
         self._hash_word = lru_cache(maxsize=2**16)(lambda word: zlib.crc32(word.encode(errors="surrogatepass")))
 
     def add(self, text: str) -> bool:
-        if len(WORD.findall(text)) < SHINGLE_WORDS:
+        if len(WORD.findall(text.casefold())) < SHINGLE_WORDS:
             return False
         signature = self._signature(text)
         keys = [(band, signature[band * ROWS : (band + 1) * ROWS].tobytes()) for band in range(BANDS)]

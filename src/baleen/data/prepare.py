@@ -27,7 +27,7 @@ from baleen.data.tokenizer import Tokenizer
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.recipe import DataConfig
 
-FORMAT_VERSION = 2  # raise it when the same settings would give other tokens
+FORMAT_VERSION = 3  # raise it when the same settings would give other tokens
 BATCH_DOCUMENTS = 512  # tokenised at once, on all cores
 # A book is one file: uncut it would be wholly in training or wholly held out. About eight rows of English a section.
 SECTION_CHARS_PER_TOKEN = 32

@@ -64,7 +64,10 @@ def _scored_text(tokenizer: Tokenizer, document: Document) -> str:
     if document.messages is None or THOUGHT_ENDS not in document.text:
         return document.text
     rendered = tokenizer.render(document.messages)
-    shown = (m.content if m.content in rendered else m.content.split(THOUGHT_ENDS)[-1] for m in document.messages)
+    shown = (
+        m.content if m.content in rendered else m.content.split(THOUGHT_ENDS)[-1].lstrip("\n")
+        for m in document.messages
+    )
     return "".join(f"{content}\n" for content in shown)
 
 

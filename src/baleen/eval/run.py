@@ -62,8 +62,8 @@ def evaluate_run(
         ).heldout
         if before and _prepared_before(run) != before:
             say(
-                "the files of data.sources are not as they were when the run was trained (size, time or place), so the "
-                "held-out text was drawn anew: if they have changed, the run may have been trained on some of it"
+                "the files of data.sources, or how they are read, are not as they were when the run was trained, so the "
+                "held-out text was drawn anew: it may hold some that the run was trained on"
             )
     else:
         documents = []

@@ -125,9 +125,8 @@ def _name_of(description: dict[str, Any], directory: Path) -> str:
     for name, known in PRE_TOKENIZERS.items():
         if _description_of(known) == found and whole_words == (name == "llama-bpe"):  # the name decides that too
             return name
-    if _description_of(pretokens(DIGIT, *V3_PRETOKENS)) == found and not any(
-        re.search(r"\d\d", token) for token in description["model"]["vocab"]
-    ):
+    ours = not whole_words and _description_of(pretokens(DIGIT, *V3_PRETOKENS)) == found
+    if ours and not any(re.search(r"\d\d", token) for token in description["model"]["vocab"]):
         return "deepseek-v3"  # merges within longer numbers, of which there are none
     raise UserError(f"{directory} has a tokenizer that splits text as llama.cpp cannot: it would read prompts wrongly")
 

@@ -96,11 +96,13 @@ def replaced_when_complete(directory: Path) -> Iterator[Path]:
 
 def claimed(aside: Path, out: Path) -> int:
     """A descriptor of `aside` that locks it until it is closed. Raises UserError if another process makes `out`."""
-    descriptor = os.open(aside, os.O_RDONLY)
+    descriptor = os.open(aside, os.O_RDONLY if aside.is_dir() else os.O_RDWR)  # NFS locks no file opened for reading
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise
         raise UserError(f"another process is making {out}: wait for it, or name another place") from None
     return descriptor
 

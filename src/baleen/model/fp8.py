@@ -28,7 +28,7 @@ def quantize_blocks(x: Tensor, block: tuple[int, int], *, power_of_two: bool = F
     blocks = _in_blocks(x.float(), block)
     largest = blocks.abs().amax((-3, -1), keepdim=True)
     least = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # a quotient may be too small to divide by
-    scale = torch.where(largest > 0, least, torch.ones_like(largest))
+    scale = torch.where(largest == 0, torch.ones_like(largest), least)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

@@ -46,7 +46,9 @@ class _CombineRows(torch.autograd.Function):
             grad_NKd = weights_NK[..., None].to(grad_Nd.dtype) * grad_Nd[:, None]
             grad_Md.index_copy_(0, slots, grad_NKd.flatten(0, 1).to(y_Md.dtype))
             y_NKd = y_Md[slots].view(*slots_NK.shape, y_Md.shape[1])
-            grad_weights = (y_NKd @ grad_Nd[..., None]).squeeze(-1).to(weights_NK.dtype)  # summed in fp32
+            grad_weights = (
+                (y_NKd @ grad_Nd.to(y_NKd.dtype)[..., None]).squeeze(-1).to(weights_NK.dtype)
+            )  # summed in fp32
         return grad_Md, None, grad_weights
 
 

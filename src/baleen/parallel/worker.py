@@ -130,7 +130,8 @@ class Alone:
             loss.total.backward()
             told.append(torch.stack((loss.main, loss.mtp, loss.balance)).double())
             loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
-        return Totals(*torch.stack(told).sum(0).tolist(), loads)
+        main, mtp, balance = torch.stack(told).sum(0).tolist()
+        return Totals(main, mtp, balance, loads)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)

@@ -127,7 +127,8 @@ def _train_on(
 def drawn_otherwise(base: dict[str, Any], recipe: ContinuedRecipe) -> bool:
     """Whether a run with these sections in its recipe split text that `recipe` reads too at other places."""
     of_base = base.get("data", {})
-    if "text" not in (of_base.get("format"), recipe.data.format) or not {*of_base["sources"]} & {*recipe.data.sources}:
+    shared = {*of_base.get("sources", ())} & {*recipe.data.sources}
+    if not shared or "text" not in (of_base.get("format"), recipe.data.format):
         return False
     formats_differ = of_base.get("format") != recipe.data.format
     return formats_differ or section_chars(base["train"]["seq_len"]) != section_chars(recipe.train.seq_len)

@@ -73,6 +73,7 @@ def export_shards(
 ) -> None:
     """As `save_model`, from a checkpoint's shards. Called by all ranks; what was in `directory` stays until then."""
     stored, layout = StoredGroup(shards, group), Layout(config)
+    directory = directory.resolve()
     aside = directory.with_name(f".{directory.name}.partial")
     ranks.lead(lambda: _fresh(aside))
     specs = {name: Spec(dtype, layout.shape(name)) for name in layout.places}
