@@ -62,8 +62,8 @@ def evaluate_run(
         ).heldout
         if before and _prepared_before(run) != before:
             say(
-                "the files of data.sources, or how they are read, are not as they were when the run was trained, so the "
-                "held-out text was drawn anew: it may hold some that the run was trained on"
+                "the files of data.sources, or how they are read, are not as they were when the run was trained, so "
+                "the held-out text was drawn anew: it may hold some that the run was trained on"
             )
     else:
         documents = []
