@@ -1,14 +1,16 @@
 """Quality per second: Baleen beside the best dense models, with AdamW and with Muon, on one text.
 
     python bench/quality.py [--minutes 20] [--grid-minutes 3] [--recipe quality.toml] [--rows FILE] [--json]
+    python bench/quality.py --at baleen,-1,4.8e-3 'dense adamw,-2,9.6e-3' 'dense muon,-2,6.8e-3'
 
-Learning rate and size of each are tuned in short runs until the best has a worse neighbour on every side. Then each
-trains for --minutes, and Baleen once more for half of them. The dense models are compiled and have what helps Baleen
-too: its schedule, its initial weights' size, its embedding's higher rate. Runs that are compared take turns of a few
-seconds, each on a clock of its own, which stands still while held-out text is scored and while a model is compiled: a
-machine that slows down slows all of them. What has been compared is kept in --rows: stopped, the same command goes on
-with the next comparison. Three hours on two cores, or more, where a middle of a grid is not its best. What it finds
-without an option is kept in bench/results/quality.json.
+Learning rate and size of each are tuned in short runs, each place beside its four neighbours, until the best is a place
+that was a middle before. Then each trains for --minutes, and Baleen once more for half of them. With --at they race at
+these places (name, size, rate) instead, untuned and without the half: an hour. The dense models are compiled and have
+what helps Baleen too: its schedule, its initial weights' size, its embedding's higher rate. Runs that are compared take
+turns of a few seconds, each on a clock of its own, which stands still while held-out text is scored and while a model is
+compiled: a machine that slows down slows all of them. What has been compared is kept in --rows: stopped, the same
+command goes on with the next comparison. Four hours on two cores, or more, where a middle of a grid is not its best.
+What it finds without an option is kept in bench/results/quality.json.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from baleen.train.trainer import Trainer
 
 SCORES = 12  # of held-out text, on the way of a long run
 TURN_SECONDS = 5.0
+NAMES = ("baleen", "dense adamw", "dense muon")
 LR_RATIO, SIZE_RATIO = 2.0, 1.5  # between neighbours of the grids
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.json"
@@ -185,6 +188,14 @@ class Run:
         }
 
 
+def place(text: str) -> tuple[str, int, float]:
+    """ "dense muon,-2,6.8e-3" -> (name, size, rate). Raises ValueError."""
+    name, size, lr = text.split(",")
+    if name not in NAMES:
+        raise ValueError(name)
+    return name, int(size), float(lr)
+
+
 def first_reached(curve: list[dict[str, float]], bits: float) -> float | None:
     """Seconds of the first score that is as good; None where there is none."""
     return next((point["seconds"] for point in curve if point["bits_per_byte"] <= bits), None)
@@ -200,6 +211,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     race = Race(base, prepared, args.rows)
     ours = Contestant("baleen", train.optimizer, train.lr, dense=False)
     peers = [Contestant(f"dense {name}", name, args.dense_lr, dense=True) for name in ("adamw", "muon")]
+    if args.at:
+        named = dict(zip(NAMES, (ours, *peers), strict=True))
+        entries = [Entry(named[name], lr, size, args.minutes) for name, size, lr in args.at]
+        return told({row["name"]: row for row in race.compare(entries, scores=SCORES)}, None, {})
     grids, best = {}, []
     for who in (ours, *peers):
         print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
@@ -211,9 +226,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return told({row["name"]: row for row in finals}, half, grids)
 
 
-def told(finals: dict[str, Row], half: Row, grids: dict[str, list[Row]]) -> dict[str, Any]:
+def told(finals: dict[str, Row], half: Row | None, grids: dict[str, list[Row]]) -> dict[str, Any]:
     """{baleen, peers, ratios, reached_after_seconds, grids, machine, date}"""
-    ours = {"baleen": finals.pop("baleen"), "baleen, half the time": half}
+    ours = {"baleen": finals.pop("baleen")} | ({"baleen, half the time": half} if half else {})
     ratios = {
         f"bits per byte: {a} / {b}": row["bits_per_byte"] / peer["bits_per_byte"]
         for a, row in ours.items()
@@ -237,6 +252,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--grid-minutes", type=float, default=3.0)
     parser.add_argument("--dense-lr", type=float, default=2.4e-3, help="middle of the dense models' grids")
+    parser.add_argument("--at", nargs="+", default=[], type=place, metavar="NAME,SIZE,LR", help="no grids: race here")
     parser.add_argument("--rows", type=Path, default=Path("runs/bench-quality.json"), help="the runs that are done")
     parser.add_argument("--cache", type=Path, default=Path("runs/bench-data"))
     parser.add_argument("--json", action="store_true")
@@ -250,7 +266,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    halves = ("baleen", "baleen, half the time")
+    halves = [name for name in ("baleen", "baleen, half the time") if name in result]
     for name, row in {**{name: result[name] for name in halves}, **result["peers"]}.items():
         print(
             f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
