@@ -7,7 +7,7 @@ Learning rate and size of each are tuned in short runs, each place beside its fo
 that was a middle before. Then each trains for --minutes, and Baleen once more for half of them. With --at they race at
 these places (name, size, rate) instead, untuned and without the half: an hour. The dense models are compiled and have
 what helps Baleen too: its schedule, its initial weights' size, its embedding's higher rate. Runs that are compared take
-turns of a few seconds, each on a clock of its own, which stands still while held-out text is scored and while a model is
+turns of a few seconds, each on a clock of its own, which stands still while held-out text is scored or a model is
 compiled: a machine that slows down slows all of them. What has been compared is kept in --rows: stopped, the same
 command goes on with the next comparison. Four hours on two cores, or more, where a middle of a grid is not its best.
 What it finds without an option is kept in bench/results/quality.json.
