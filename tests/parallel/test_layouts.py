@@ -90,8 +90,11 @@ def test_any_layout_continues_any_other(told):
 
 def test_float32_stays_close(tmp_path):
     alone, experts = drive(tmp_path, "fp32", [ALONE, json.dumps({"world": 2, "expert": 2})]).values()
-    for row, expected in zip(experts[0]["rows"], alone[0]["rows"], strict=True):
-        assert row == pytest.approx(expected, rel=1e-4)
+    steps = list(zip(experts[0]["rows"], alone[0]["rows"], strict=True))
+    for row, expected in steps[:3]:
+        assert row == pytest.approx(expected, rel=1e-6)
+    for row, expected in steps[3:]:  # by and by a gate near a tie goes the other way
+        assert row == pytest.approx(expected, rel=3e-3)
 
 
 def test_a_pipeline_in_bfloat16_stays_close(tmp_path):

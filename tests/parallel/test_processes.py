@@ -115,6 +115,20 @@ def test_ranks_that_were_started_differently_are_told_apart(torchrun, recipe_fil
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_read_another_text_are_told_apart(torchrun, recipe_file, tmp_path):
+    """The same relative name on two machines: each would train on its own text, and a sum of both gradients."""
+    recipe = recipe_file()
+    for rank in ("0", "1"):
+        shutil.copytree(tmp_path / "corpus", tmp_path / rank / "corpus")
+    with next((tmp_path / "1/corpus").iterdir()).open("a") as file:
+        file.write("and a whale more")
+    script = f"cd $3/$RANK; exec {sys.executable} -m baleen train $1 --run $2 --set 'data.sources=[\"corpus\"]'"
+    command = ["bash", "-c", script, "bash", recipe, tmp_path / "run", tmp_path]
+    done = torchrun(2, *command, options=["--no-python"], check=False)
+    (error,) = errors_of(done)
+    assert done.returncode and "rank 1 has another text to train on than rank 0" in error
+
+
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_full_disk_on_one_rank_ends_the_run_and_the_last_good_checkpoint_stays(torchrun, recipe_file, tmp_path, full):
     recipe, run = recipe_file(train={"micro_batch_size": 8}, parallel={"expert": 2}), tmp_path / "run"
