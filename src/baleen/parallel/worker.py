@@ -29,6 +29,11 @@ class MicroBatch(NamedTuple):
     loss_mask: Tensor | None
     shares: Tensor
 
+    def on(self, device: torch.device) -> MicroBatch:
+        """Its sequences there, its shares where they are."""
+        documents, mask = (rows if rows is None else rows.to(device) for rows in (self.document_ids, self.loss_mask))
+        return MicroBatch(self.tokens.to(device), documents, mask, self.shares)
+
 
 class Totals(NamedTuple):
     """Of a step, over all ranks: losses in nats a token, tokens per expert of every gate that took part, [E] each.

@@ -163,10 +163,7 @@ class Trainer:
         totals = [max(1.0, self.worker.sum(count)) for count in counts.sum(0).tolist()]
         counts /= torch.tensor(totals, dtype=torch.float64)
         device = self.worker.device  # what was counted above did not wait for it
-        return [
-            MicroBatch(*(None if rows is None else rows.to(device) for rows in m[:3]), shares=one)  # type: ignore[arg-type]
-            for m, one in zip(cut, counts, strict=True)
-        ]
+        return [m._replace(shares=one).on(device) for m, one in zip(cut, counts, strict=True)]
 
     def checkpoint(self) -> Checkpoint:
         """Of tensors that are spread over ranks it holds this rank's part, as DTensors."""
