@@ -15,7 +15,7 @@ import pytest
 
 from baleen.config import UserError
 from baleen.infer.native import library as inference
-from baleen.model.native import training
+from baleen.model.native import library, training
 from baleen.model.native.library import compiled, load_library
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,22 @@ def test_what_it_is_made_of_makes_another_library(compiler, source, monkeypatch)
     assert compiled(source) not in (first, second)
     words = log.read_text().splitlines()
     assert "=native " in words[1] and f"={arch} " in words[2]
+
+
+@needs_compiler
+def test_an_image_s_library_serves_on_another_machine(compiler, source, monkeypatch):
+    """One compiled for a named CPU is found on every CPU, with any compiler or none; `native` is for this one."""
+    log = compiler(REAL)
+    here = compiled(source)
+    monkeypatch.setenv("BALEEN_NATIVE_ARCH", "x86-64" if X86 else "generic")
+    carried = compiled(source)
+    monkeypatch.setattr(library, "_cpu_features", lambda: "another")
+    monkeypatch.setenv("CXX", "/no/compiler")
+    assert compiled(source) == carried and load(source).answer() == 42
+    compiler(REAL)
+    monkeypatch.delenv("BALEEN_NATIVE_ARCH")
+    assert compiled(source) not in (here, carried)
+    assert len(log.read_text().splitlines()) == 3
 
 
 @needs_compiler

@@ -3,8 +3,8 @@
 No header but the standard ones and OpenMP is needed, so that a file compiles in seconds; tensors pass as pointers.
 `BALEEN_NATIVE` says whether native code is used: `auto` (where it compiles), `require` (an error where it does not) or
 `off`. `BALEEN_NATIVE_ARCH` names the CPU to compile for, in the compiler's words (`native`: this one), for an image
-that is built on one machine and run on others. A library is found again under a hash of its source, compiler, flags
-and CPU.
+that is built on one machine and run on others, with a compiler or without. A library is found again under a hash of its
+source and flags, and where it is for this CPU alone of the CPU and the compiler.
 """
 
 from __future__ import annotations
@@ -63,15 +63,14 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 
 def compiled(source: Path) -> Path:
     """Path of the library, compiled if it is not in the cache yet. Raises OSError or SubprocessError."""
-    compiler, flags = _compiler(), (*FLAGS, _target())
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    flags = (*FLAGS, _target())
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]  # it may include any of them
-    parts = (*texts, *compiler, version, *flags, platform.machine(), _cpu_features())
+    parts = (*texts, *flags, platform.machine(), *(_here() if flags[-1].endswith("=native") else ()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baleen" / "native"
     library = folder / f"{source.stem}-{key}.so"
     if not library.is_file():
-        _compile([*compiler, *flags, str(source)], library)
+        _compile([*_compiler(), *flags, str(source)], library)
     return library
 
 
@@ -109,6 +108,13 @@ def _compiler() -> list[str]:
 def _target() -> str:
     arch = os.environ.get("BALEEN_NATIVE_ARCH") or "native"
     return f"-mcpu={arch}" if platform.machine() in ("aarch64", "arm64") else f"-march={arch}"
+
+
+def _here() -> tuple[str, ...]:
+    """What `native` depends on: the compiler, and the CPU."""
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    return *compiler, version, _cpu_features()
 
 
 def _cpu_features() -> str:

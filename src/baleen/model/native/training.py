@@ -31,7 +31,10 @@ _ARGUMENTS = {
 
 
 def kernels() -> str:
-    """Which kernels run on this machine's CPU: the native library's name, which tells its build, or `pytorch`."""
+    """Which kernels run on this machine's CPU: the native library's name, or `pytorch`.
+
+    The name tells source, flags and CPU, and the compiler unless BALEEN_NATIVE_ARCH names the CPU.
+    """
     library = load_library(SOURCE)
     return "pytorch" if library is None else Path(library._name).stem
 
