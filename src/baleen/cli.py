@@ -189,8 +189,9 @@ def chat_(
         loaded, system = load(run), recipe_sections(run).get("system", "")  # as it was trained to be asked
         engine = Engine(loaded.model, loaded.tokenizer, runner=partial(fastest_runner, format=weights))  # type: ignore[arg-type]
         partner = Local(engine)
-        if votes == 1:  # a vote needs answers that differ
-            params = params_of(loaded.path)
+        params = params_of(loaded.path)
+        if votes > 1:  # a vote needs answers that differ
+            params = replace(params, temperature=CHAT_PARAMS.temperature)
         if thinking_budget is not None:
             tokenizer = loaded.tokenizer
             prompt_ids = tokenizer.encode_chat([Message("user", "")], add_generation_prompt=True)

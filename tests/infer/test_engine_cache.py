@@ -293,9 +293,7 @@ def test_stop_strings_need_a_tokenizer(engine):
     with pytest.raises(UserError, match="stop strings need a tokenizer"):
         e.submit(Request([1], SamplingParams(stop=("a",))))
     answer = e.complete([Request(text(4), drawn())])[0]
-    assert answer.text == "" and answer == engine().complete([Request(text(4), drawn())])[0].__class__(
-        "", answer.token_ids, "length"
-    )
+    assert answer.text == "" and answer.token_ids == engine().complete([Request(text(4), drawn())])[0].token_ids
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5))])

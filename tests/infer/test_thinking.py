@@ -40,8 +40,10 @@ def test_majority(completions, expected):
 def test_the_budget_closes_the_thought_and_nothing_else(tokenizer):
     think, end = tokenizer.id_of("<think>"), tokenizer.id_of("</think>")
     budget = ThinkingBudget(tokenizer, 276, 2)
-    for free in ([], [40, 41, 42], [think], [think, 40], [think, 40, end, 41, 42, 43]):
+    for free in ([], [40, 41, 42], [think], [think, 40]):
         assert budget.allowed(free) is None, free
+    for thought in ([think, 40, end], [think, 40, end, 41, 42, 43], [end]):
+        assert (~budget.allowed(thought)).nonzero().flatten().tolist() == [think], "a second thought"
     for full in ([think, 40, 41], [39, think, 40, 41, 42]):
         allowed = budget.allowed(full)
         assert allowed.nonzero().flatten().tolist() == [end]

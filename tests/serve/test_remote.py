@@ -5,6 +5,7 @@ import io
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -29,6 +30,8 @@ def test_an_answer_streams_and_is_counted(scripted, tokenizer):
     request = server.engine.requests[0]
     assert (request.params.temperature, request.params.top_p, request.params.seed) == (0.25, 0.5, 7)
     assert request.prompt_ids == tokenizer.encode_chat([Message("user", "hello")], add_generation_prompt=True)
+    answer_once(Remote(server.url), asked("hello"), out, io.StringIO(), replace(PARAMS, seed=0))
+    assert server.engine.requests[1].params.seed == 0
 
 
 def test_a_conversation(scripted):

@@ -186,7 +186,7 @@ class Engine:
             Answer(self._spellings[params.skip_special], ends, params.stop, max_tokens),
             seed=random.getrandbits(64) if params.seed is None else params.seed,
             depth=depth,
-            adaptive=speculate == "auto",
+            adaptive=speculate == "auto" and depth > 0,
             sink=sink,
         )
         self._scheduler.add(run.job, bounded=sink is None)

@@ -12,7 +12,8 @@ from baleen.data.tokenizer import Tokenizer
 
 
 class ThinkingBudget:
-    """A constraint of sampling: `</think>` is the only token that may follow `budget` tokens of thought.
+    """A constraint of sampling: `</think>` is the only token that may follow `budget` tokens of thought, and no second
+    thought may follow the first.
 
     opened: the prompt itself ends in `<think>`. Raises UserError if the tokenizer has no thinking tokens.
     """
@@ -26,11 +27,13 @@ class ThinkingBudget:
         self._begin, self._end, self._budget, self._opened = begin, end, budget, opened
         self._only_end = torch.zeros(vocab_size, dtype=torch.bool)
         self._only_end[end] = True
+        self._no_thought = torch.ones(vocab_size, dtype=torch.bool)
+        self._no_thought[begin] = False
 
     def allowed(self, answer_ids: Sequence[int]) -> Tensor | None:
         """Which tokens may come next, bool [Z]; None: all."""
         if self._end in answer_ids:
-            return None
+            return self._no_thought
         if self._begin in answer_ids:
             thought = len(answer_ids) - 1 - list(answer_ids).index(self._begin)
         elif self._opened:

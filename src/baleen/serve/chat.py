@@ -184,7 +184,8 @@ class Chat:
         async with aclosing(self._service.parts(self._model, self._requests, self._choices, streams=False)) as arriving:
             async for index, part in arriving:
                 parts[index].append(part)
-        traces = [self._whole_trace(p) for p in parts] if self._request.baleen.trace else None
+        traces = [self._whole_trace(p) for p in parts] if self._request.baleen.trace else [self._dropping()]
+        extension = traces[0] if len(traces) == 1 else traces
         return ChatCompletion(
             id=self._id,
             object="chat.completion",
@@ -192,7 +193,7 @@ class Chat:
             model=self._model.name,
             choices=[joined(index, part) for index, part in enumerate(parts)],
             usage=usage_of([choice.tally for choice in self._choices], 1),
-            **({"baleen": traces[0] if len(traces) == 1 else traces} if traces else {}),
+            **({"baleen": extension} if extension else {}),
         )
 
     def _whole_trace(self, parts: Sequence[Part]) -> dict[str, Any]:

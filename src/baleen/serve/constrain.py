@@ -23,13 +23,13 @@ WHITE_SPACE = r"( |\n {0,32})?"
 
 
 class GrammarConstraint:
-    """What may follow, for one answer, as the engine asks for it: about any continuation, also one taken back."""
+    """What may follow, for one answer that only grows, as the engine asks for it."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str):
         self._matcher = llguidance.LLMatcher(tokenizer, grammar)
         self._eos = list(tokenizer.eos_tokens)
         self._size = tokenizer.vocab_size
-        self._consumed: list[int] = []
+        self._consumed = 0
 
     @property
     def error(self) -> str:
@@ -38,15 +38,8 @@ class GrammarConstraint:
 
     def allowed(self, answer_ids: Sequence[int]) -> Tensor | None:
         """Bool [vocab_size]: the tokens that may follow. None: anything, for the grammar is broken already."""
-        ids = list(answer_ids)
-        common = len(self._consumed)
-        if self._consumed != ids[:common]:
-            common = next(i for i, pair in enumerate(zip(self._consumed, ids + [-1], strict=False)) if len({*pair}) > 1)
-            self._matcher.rollback(len(self._consumed) - common)
-            del self._consumed[common:]
-        taken = self._matcher.try_consume_tokens(ids[common:])
-        self._consumed += ids[common : common + taken]
-        if len(self._consumed) < len(ids) and not self._matcher.is_stopped():
+        self._consumed += self._matcher.try_consume_tokens(list(answer_ids[self._consumed :]))
+        if self._consumed < len(answer_ids) and not self._matcher.is_stopped():
             return None
         if self._matcher.is_stopped():
             mask_Z = torch.zeros(self._size, dtype=torch.bool)

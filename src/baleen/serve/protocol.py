@@ -35,16 +35,16 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """Baleen's own. trace: answer with each token's experts, and with speed, energy and cost. fit: leave out the oldest
-    turns of a conversation that is too long (the answer says how many)."""
+    """Baleen's own. trace: answer with each token's experts, and with speed, energy and cost."""
 
     trace: bool = False
-    fit: bool = False
 
 
 class ChatExtension(Extension):
-    """thinking_budget: tokens of thought, after which it is closed and the model must answer."""
+    """fit: leave out the oldest turns of a conversation that is too long (the answer says how many). thinking_budget:
+    tokens of thought, after which it is closed and the model must answer."""
 
+    fit: bool = False
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
 
 

@@ -16,7 +16,7 @@ from baleen.infer.request import Stats
 from baleen.infer.sampler import SamplingParams
 
 TIMEOUT = 600.0  # seconds without a byte
-SENT = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
+SENT = ("top_p", "top_k", "min_p", "max_tokens")  # where they are not 0, which is off: other servers may lack them
 
 
 class Remote:
@@ -45,6 +45,7 @@ class Remote:
     def reply(self, messages: Sequence[Message], params: SamplingParams, draft: bool) -> RemoteReply:
         body: dict[str, Any] = {name: value for name in SENT if (value := getattr(params, name))}
         body |= {"temperature": params.temperature, "model": self.model, "stream": True}
+        body |= {} if params.seed is None else {"seed": params.seed}
         body["messages"] = [{"role": message.role, "content": message.content} for message in messages]
         if self._is_ours:
             body["baleen"] = {"trace": True, "fit": True}
