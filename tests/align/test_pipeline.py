@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_stages import MODEL, SFT, tiny_recipe
+from typer.testing import CliRunner
 
 from baleen.align import grpo as grpo_module
+from baleen.align import pipeline as pipeline_module
 from baleen.align.pipeline import align
 from baleen.align.recipe import for_command
 from baleen.align.rollout import Answer, Group, Score, punish_overlong
-from baleen.align.sft import conversations
+from baleen.align.sft import chat_of, conversations, packed_rows
 from baleen.align.tasks import Question
+from baleen.cli import app
 from baleen.config import ModelConfig, UserError
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.eval.report import hacked_reward, write_report
@@ -150,6 +153,9 @@ def usual_policy(tmp_path_factory):
         {"scale_rewards": "none"},
         {"inner_epochs": 2},
         {"warmup_steps": 1},
+        {"clip_eps": 1e-4},
+        {"clip_eps_high": 1e-4},
+        {"clip_norm": 1e-3},
     ],
     ids=str,
 )
@@ -222,8 +228,25 @@ def test_constants_of_an_upcycled_base_stay(tmp_path):
         assert not (before.kv_a_layernorm.weight[:6] == attention.kv_a_layernorm.weight[:6]).any()
 
 
-def test_the_stages_of_r1_in_one_recipe(tmp_path):
+def test_only_the_assistants_words_are_learnt_and_each_conversation_by_itself():
+    tokenizer = train_tokenizer(["1+2=3 "] * 9, 276)
+    chats = [chat_of(Question(q, a, "number", (), a), a, "Be brief.") for q, a in (("1+2=", "3"), ("2+2=", "4"))]
+    packed = packed_rows(chats, tokenizer, 64)
+    learnt = packed.flat_tokens[packed.flat_loss_mask == 1].tolist()
+    assert tokenizer.decode(learnt, skip_special=False) == "3<|end_of_sentence|>4<|end_of_sentence|>"
+    recipe = tiny_recipe(SFT)
+    assert recipe.training(recipe.model, recipe.stages[0]).train.document_mask
+
+
+def test_the_stages_of_r1_in_one_recipe(tmp_path, monkeypatch):
     """Cold start, RL, rejection sampling, SFT from the base on what was kept and more, RL again."""
+    begun, true_tune = [], pipeline_module.fine_tune
+
+    def watched(work, *given):
+        begun.append(weights_sha256(work.model.state_dict()))
+        return true_tune(work, *given)
+
+    monkeypatch.setattr(pipeline_module, "fine_tune", watched)
     everything_is_right = tmp_path / "kind.py"
     everything_is_right.write_text("def one(prompt, completion, answer):\n    return 1.0\n")
     sample = {"kind": "sample", **LIMITS}
@@ -235,6 +258,7 @@ def test_the_stages_of_r1_in_one_recipe(tmp_path):
     assert run(pipeline, tmp_path / "run", resume=True)["status"] == "done"  # nothing is left to do
     rows = read_metrics(tmp_path / "run")
     assert rows[-1]["reward"] == pytest.approx(1 + 0.5 * rows[-1]["reward_length"])
+    assert len(begun) == 2 and begun[0] == begun[1]  # both of the untrained base
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -526,3 +550,11 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="one process"):
         run(tiny_recipe(SFT), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rl_command_stops_and_resumes(tmp_path):
+    (tmp_path / "tiny.toml").write_text(tiny_recipe(SFT, RL).to_toml())
+    command = ["rl", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run"), "--json"]
+    for more, status in ((["--max-steps", "2"], "stopped"), (["--resume"], "done")):
+        done = CliRunner().invoke(app, [*command, *more])
+        assert done.exit_code == 0 and json.loads(done.stdout)["status"] == status, done.output

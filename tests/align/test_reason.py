@@ -1,6 +1,7 @@
 """`baleen reason` on a network so small that it learns nothing: its table, its questions, its control, its going on."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from baleen.align.tasks import ChainSum, Sorting, distinct_questions
 from baleen.config import UserError
 from baleen.train.display import Display
 from baleen.train.rundir import read_metrics
+from baleen.train.schedule import Curve
 
 RL = {
     "kind": "rl", "steps": 2, "questions": 3, "group_size": 4, "lr": 1e-3, "kl_coef": 0.0, "eval_questions": 5,
@@ -23,9 +25,10 @@ RL = {
 @pytest.mark.parametrize("task", [ChainSum(terms=(2, 3)), Sorting(numbers=(3, 5))], ids=lambda task: task.name)
 def test_the_table_asks_what_nothing_has_looked_at(task, monkeypatch):
     monkeypatch.setattr(reason, "QUESTIONS", 100)
-    asked = {question.asked for question in reason.table_questions([task])}
-    looked_at = {question.asked for question in distinct_questions([task], "test", HELDOUT_SEED, 100)}
-    drawn = {question.asked for question in distinct_questions([task], "test", reason.TABLE_SEED, 200)}
+    monkeypatch.setattr(reason, "EVAL_QUESTIONS", 50)
+    asked = {question.asked for question in reason.table_questions([task], eval_questions=150)}
+    looked_at = {question.asked for question in distinct_questions([task], "test", HELDOUT_SEED, 150)}
+    drawn = {question.asked for question in distinct_questions([task], "test", reason.TABLE_SEED, 250)}
     assert len(asked) == 100 and not asked & looked_at
     assert drawn & looked_at, "a task this small shows whether the overlap is left out"
 
@@ -34,6 +37,7 @@ def test_the_table_asks_what_nothing_has_looked_at(task, monkeypatch):
 def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     monkeypatch.setattr(reason, "QUESTIONS", 8)
+    monkeypatch.setattr(reason, "EVAL_QUESTIONS", 8)
     console = Console(quiet=True)
     summary = reason.run_reason(tiny_recipe(SFT, RL), tmp_path / "reason", console)
     assert summary == json.loads((tmp_path / "reason/summary.json").read_text())
@@ -48,6 +52,16 @@ def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeyp
     again = reason.run_reason(tiny_recipe(SFT, RL), tmp_path / "reason", console)
     assert len(read_metrics(tmp_path / "reason-control")) == len(control)
     assert again["accuracy_after"] == summary["accuracy_after"]
+
+
+def test_the_control_has_the_cold_start_s_schedule_over_its_own_clock():
+    schedule = {"lr": [[0, 0.0], [16, 1.0], ["50%", 1.0], [640, 0.25]]}
+    stage = SFT | {"schedule": schedule, "train": SFT["train"] | {"tokens": 320}}
+    recipe = tiny_recipe(stage, RL)
+    control = reason.control_recipe(recipe, Path("base"), 30.0).stages[0]
+    lr = Curve(control.schedule.lr, control.train.tokens)
+    assert control.train.tokens == reason.ENOUGH and control.train.minutes == 0.5
+    assert [lr(share * reason.ENOUGH) for share in (0.025, 0.05, 0.5, 1.0)] == pytest.approx([0.5, 1.0, 1.0, 0.75])
 
 
 def test_recipes_of_other_stages_are_refused(tmp_path):

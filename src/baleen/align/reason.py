@@ -14,6 +14,7 @@ from baleen.align.accuracy import HELDOUT_SEED, measure
 from baleen.align.judge import Judge
 from baleen.align.pipeline import Pipeline, align
 from baleen.align.recipe import AlignRecipe, RLStage, SFTStage
+from baleen.align.sft import EVAL_QUESTIONS
 from baleen.align.tasks import Question, Task, distinct_questions
 from baleen.config import UserError
 from baleen.cost.account import StageRecord, find_run, read_ledger
@@ -21,6 +22,7 @@ from baleen.cost.figures import duration, usd
 from baleen.cost.ledger import lab_of
 from baleen.eval.report import write_report
 from baleen.interop.load import load
+from baleen.recipe import ScheduleConfig
 from baleen.train.display import Display
 from baleen.train.loop import run_stage
 from baleen.train.precision import keep_freed_memory
@@ -43,15 +45,17 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
             "`baleen reason` compares RL with its start: the recipe needs an sft stage and then an rl stage"
         )
     keep_freed_memory()
-    asked = table_questions(recipe.stages[1].tasks or recipe.tasks)  # raises now rather than after the training
+    rl = recipe.stages[1]
+    assert isinstance(rl, RLStage)
+    asked = table_questions(rl.tasks or recipe.tasks, rl.eval_questions)  # raises now rather than after the training
     display = Display(quiet=console.quiet)
     done = align(recipe, run_dir, resume=(run_dir / "recipe.toml").is_file(), display=display)
     if done["status"] == "stopped":
         return done
     pipeline = Pipeline(recipe, run_dir, display)
-    rl = rl_records(run_dir)
+    records = rl_records(run_dir)
     control_dir = run_dir.with_name(f"{run_dir.name}-control")
-    control = control_recipe(recipe, pipeline.folder(0) / "model", sum(record_seconds(r) for r in rl))
+    control = control_recipe(recipe, pipeline.folder(0) / "model", sum(record_seconds(r) for r in records))
     stopped = align(control, control_dir, resume=(control_dir / "recipe.toml").is_file(), display=display)
     if stopped["status"] == "stopped":
         return stopped
@@ -60,7 +64,7 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
         measured = {name: measured_at(recipe, path, asked, display) for name, path in models.items()}
         drawn = sum(found["answer_tokens"] for found in measured.values()) * QUESTIONS * SAMPLES
         stage.progress(tokens=round(drawn), productive_seconds=stage.seconds)
-    summary = summarise(run_dir, measured, rl)
+    summary = summarise(run_dir, measured, records)
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run_dir)
     tell(console, summary, measured, run_dir, report, asked[0].prompt)
@@ -72,10 +76,20 @@ def control_recipe(recipe: AlignRecipe, base: Path, seconds: float) -> AlignReci
     cold = recipe.stages[0]
     assert isinstance(cold, SFTStage)
     train = cold.train.model_copy(update={"minutes": seconds / 60, "tokens": ENOUGH, "eval_every": 0})
-    stage = cold.model_copy(update={"train": train})
+    stage = cold.model_copy(update={"train": train, "schedule": stretched(cold.schedule, ENOUGH / cold.train.tokens)})
     cost = recipe.cost.model_copy(update={"purpose": "ablation"})
     keys = {"name": f"{recipe.name}-control", "base": str(base.absolute()), "model": None, "stages": (stage,)}
     return recipe.model_copy(update={**keys, "cost": cost})
+
+
+def stretched(schedule: ScheduleConfig, ratio: float) -> ScheduleConfig:
+    """The same over `ratio` times as many tokens; knots at shares of them stand where they stood."""
+    curves = {name: getattr(schedule, name) for name in ScheduleConfig.model_fields}
+    knots = {
+        name: tuple((when if isinstance(when, str) else when * ratio, *how) for when, *how in curve)
+        for name, curve in curves.items()
+    }
+    return ScheduleConfig.model_validate(knots)
 
 
 def rl_records(run_dir: Path) -> list[StageRecord]:
@@ -101,13 +115,15 @@ def measured_at(recipe: AlignRecipe, path: Path, asked: Sequence[Question], disp
     return found
 
 
-def table_questions(tasks: Sequence[Task]) -> list[Question]:
-    """Questions for testing that nothing has looked at before: those of TABLE_SEED but for the held-out ones.
+def table_questions(tasks: Sequence[Task], eval_questions: int) -> list[Question]:
+    """Questions for testing that nothing has looked at before: those of TABLE_SEED but for the held-out ones, of which
+    the cold start looks at EVAL_QUESTIONS and RL at `eval_questions`.
 
     Raises UserError if there are not QUESTIONS of them.
     """
-    seen = {question.asked for question in distinct_questions(tasks, "test", HELDOUT_SEED, QUESTIONS)}
-    drawn = distinct_questions(tasks, "test", TABLE_SEED, 2 * QUESTIONS)
+    looked_at = max(QUESTIONS, EVAL_QUESTIONS, eval_questions)
+    seen = {question.asked for question in distinct_questions(tasks, "test", HELDOUT_SEED, looked_at)}
+    drawn = distinct_questions(tasks, "test", TABLE_SEED, looked_at + QUESTIONS)
     fresh = [question for question in drawn if question.asked not in seen][:QUESTIONS]
     if len(fresh) < QUESTIONS:
         raise UserError(f"the tasks have only {len(fresh)} questions left to test on, {QUESTIONS} are wanted")

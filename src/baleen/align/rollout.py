@@ -210,5 +210,4 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
         **{f"reward_{name}": sum(s.rewards[name] for s in scores) / len(scores) for name in names},
         "answer_tokens": sum(len(a.token_ids) for a in answers) / len(answers),
         "truncated": sum(a.truncated for a in answers) / len(answers),
-        "degenerate_groups": sum(not group.has_variance for group in groups) / len(groups),
     }
