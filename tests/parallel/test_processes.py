@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import baleen
 from baleen.cost.account import read_ledger
@@ -56,11 +57,17 @@ def test_a_run_of_two_processes_is_a_run(torchrun, recipe_file, tmp_path):
 
 def test_two_processes_export_what_one_has_finished(torchrun, recipe_file, tmp_path):
     """Its checkpoint is no shards: they are written first."""
-    run, recipe = tmp_path / "run", recipe_file(train={"micro_batch_size": 2})
-    train(torchrun, 1, recipe, run)
-    shutil.rmtree(run / "model")  # as if it had been killed before
-    assert json.loads(train(torchrun, 2, recipe, run, "--resume").stdout)["status"] == "done"
-    assert load_model(run / "model").config.vocab_size == 300
+    run, keys = tmp_path / "run", {"micro_batch_size": 2}
+    train(torchrun, 1, recipe_file(train=keys), run)
+    one = {name: load_model(run / name).state_dict() for name in ("model", "model-ema")}
+    for name in one:
+        shutil.rmtree(run / name)  # as if it had been killed before
+    two = recipe_file("two", train=keys, parallel={"expert": 2})  # experts come from two shards
+    assert json.loads(train(torchrun, 2, two, run, "--resume").stdout)["status"] == "done"
+    for name, expected in one.items():
+        found = load_model(run / name).state_dict()
+        assert found.keys() == expected.keys(), name
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
 
 
 def test_tokens_travel_in_fp8_too_and_the_nodes_that_they_reach_are_told(torchrun, recipe_file, tmp_path):

@@ -18,12 +18,14 @@ from baleen.interop import smollm2
 from baleen.interop.huggingface import load_model, save_model
 from baleen.interop.load import load
 from baleen.interop.upcycle import upcycle
+from baleen.parallel.worker import MicroBatch
 from baleen.recipe import DataConfig
 from baleen.train import checkpoint
 from baleen.train.checkpoint import NotSaved
 from baleen.train.continued import drawn_otherwise, train_on
 from baleen.train.continued_recipe import ContinuedRecipe, OwnTextConfig
 from baleen.train.draft import Drafting, distilled, draft_loss, freeze_trunk
+from baleen.train.loss import Objective
 from baleen.train.own_text import WithOwnText, beginnings, own_text
 from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.upcycled import closest_experts, jitter_routers, keep_constants, part_experts
@@ -99,13 +101,33 @@ def test_a_trial_of_a_few_steps_leaves_smollm2_as_it_was(tmp_path, base, recipe,
 
 @pytest.mark.parametrize("only", ["mtp", "all"])
 def test_micro_batches_make_the_same_step(tmp_path, base, recipe, only):
-    """Rows of the model's own text have fewer learnt targets: a micro-batch counts by those."""
-    base()
+    """Rows of the model's own text have fewer learnt targets: a micro-batch counts by those, of each depth."""
+    base(num_nextn_predict_layers=2)
     losses = []
     for size in (0, 1):
         train_on(recipe(own=6, tokens=64, micro_batch_size=size), tmp_path / f"run{size}", only=only)
         losses.append(read_metrics(tmp_path / f"run{size}")[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_drafts_of_each_depth_count_by_their_own_targets(base):
+    model = base(num_nextn_predict_layers=2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(290, (2, 12), generator=generator)
+    mask = torch.zeros(2, 12, dtype=torch.int64)
+    mask[0, 5:8], mask[1, 2] = 1, 1  # the second row has a target of the first depth alone
+    documents = torch.zeros_like(tokens)
+    gradients = []
+    for rows in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        model.zero_grad()
+        batches = []
+        for r in rows:
+            shares = [mask[r, 1 + k :].sum() / mask[:, 1 + k :].sum() for k in (1, 2)]
+            batches.append(MicroBatch(tokens[r], documents[r], mask[r], torch.tensor([0.0, 0.0, *shares])))
+        Drafting(model).accumulate(batches, Objective(1.0, 0.0, "fp32"))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert gradients[0]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_counted_and_told(tmp_path, base, recipe, monkeypatch, capsys):
@@ -175,7 +197,7 @@ def test_an_mtp_layer_learns_what_the_trunk_will_say(base):
     for _ in range(60):
         optimizer.zero_grad()
         loss = draft_loss(model, tokens, documents)
-        loss.total.backward()
+        loss.depths[0].backward()
         optimizer.step()
     with torch.no_grad():
         hidden = model(tokens, document_ids_BT=documents).hidden_BTd
@@ -204,10 +226,10 @@ def test_only_masked_in_tokens_are_learnt_to_draft(base):
             said, words = (model.logits(h).log_softmax(-1) for h in (hidden, trunk[:, k:]))
             places = [(b, i) for b in range(3) for i in range(12 - k) if mask[b, i + k + 1]]
             losses.append(sum(-(words[p].exp() * said[p]).sum() for p in places) / len(places))
-    torch.testing.assert_close(loss.total.detach(), torch.stack(losses).mean())
+    torch.testing.assert_close([depth.detach() for depth in loss.depths], losses)
     nothing = draft_loss(model, tokens, documents, torch.zeros_like(mask))
-    nothing.total.backward()
-    assert nothing.total == 0 and nothing.agreement == 0
+    sum(nothing.depths).backward()
+    assert nothing.depths == [0, 0] and nothing.agreement == 0
 
 
 def test_distillation_equals_its_twin():

@@ -54,6 +54,20 @@ def test_what_a_rank_holds_and_sends_is_the_cost_engines(tiny_config, parallel):
     assert told["fullest_rank_bytes"] == max(held)
 
 
+def test_an_average_and_the_largest_step_are_held(tiny_config):
+    def fullest(schedule=(), **train):
+        asked = recipe(tiny_config(**WIDE), pipeline=2).model_dump()
+        asked["train"] |= train
+        asked["schedule"]["batch_tokens"] = schedule or asked["schedule"]["batch_tokens"]
+        return dry_run_recipe(Recipe.model_validate(asked), 4)
+
+    plain, averaged = fullest(), fullest(ema_decay=0.9)
+    grown = averaged["fullest_rank_bytes"] - plain["fullest_rank_bytes"]
+    assert grown in [rank["weights"] for rank in plain["ranks"]]
+    twice = fullest(schedule=[[0, 0.5], ["50%", 2.0]])["fullest_rank_bytes"]
+    assert twice == fullest(batch_tokens=2 * 64 * 2 * 16)["fullest_rank_bytes"] > plain["fullest_rank_bytes"]
+
+
 def test_activations_without_a_formula_are_not_held(tiny_config):
     told = dry_run_recipe(recipe(tiny_config(), recompute=["swiglu"]), 4)
     assert "activations" not in told["cost"] and told["disagree"] == []

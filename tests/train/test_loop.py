@@ -276,6 +276,16 @@ def test_a_refused_tracker_leaves_neither_directory_nor_ledger(tiny_recipe, tmp_
     assert not (tmp_path / "lab").exists()
 
 
+def test_refused_text_leaves_no_run_at_a_tracker(tiny_recipe, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(loop, "check_tracker", lambda kind: None)
+    monkeypatch.setattr(loop, "open_tracker", lambda *given: opened.append(given))
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(UserError, match="too few to train on|fills only|fewer than"):
+        run(tiny_recipe(data={"sources": (str(tmp_path / "text.txt"),)}), tmp_path / "run", track="wandb")
+    assert not opened
+
+
 @pytest.mark.parametrize(
     "content, cure",
     [(b"", "is empty"), (b"\x00\x01" * 500, "is binary"), (b"too short", "too few to train on|fills only|fewer than")],

@@ -27,6 +27,18 @@ def test_the_results_stay_in_the_run_and_reach_its_report(tiny_recipe, tmp_path)
     assert f"{printed['heldout_bpb']:.3f} of the model at the end" in write_report(run).read_text(encoding="utf-8")
 
 
+def test_eval_finds_what_training_found(tiny_recipe, tmp_path):
+    recipe, run = tmp_path / "tiny.toml", tmp_path / "run"
+    recipe.write_text(tiny_recipe().to_toml(), encoding="utf-8")
+    trained = CliRunner().invoke(app, ["train", str(recipe), "--run", str(run), "--max-steps", "1", "--json"])
+    told = CliRunner().invoke(app, ["eval", str(run), "--json"])
+    assert told.exit_code == 0, told.output
+    measured = json.loads(told.stdout)
+    expected = json.loads(trained.stdout)["heldout_bpb"]
+    assert measured["heldout"] and measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert json.loads((run / "eval.json").read_text(encoding="utf-8")) == measured
+
+
 def test_training_on_a_folder_of_ones_own_text(corpus, tmp_path):
     """README's line: refused with the size of the vocabulary that fits, then done with it."""
     command = ["train", "chitchat", "--data", str(corpus), "--run", str(tmp_path / "mine"), "--max-steps", "2"]

@@ -5,7 +5,12 @@ import math
 import pytest
 
 from baleen.config import UserError
+from baleen.model.moe import Gate
+from baleen.parallel.worker import Alone
 from baleen.recipe import Recipe, load_recipe
+from baleen.train.display import Display
+from baleen.train.loop import train
+from baleen.train.optimizer import Optimizer
 from baleen.train.schedule import Curve, Schedules
 from baleen.train.trainer import Counters, Trainer
 
@@ -111,3 +116,25 @@ def test_minutes_are_a_clock_that_may_end_the_schedule_first(tiny_recipe):
     assert position(recipe, tokens=100, wall_seconds=120.0) == (1000.0, True)
     assert position(tiny_recipe(train={"tokens": 1000}), tokens=100, wall_seconds=1e9) == (100, False)
     assert position(recipe, tokens=1000, wall_seconds=1.0)[1]
+
+
+def test_every_schedule_reaches_its_step_and_so_does_the_clip(tiny_recipe, tmp_path, monkeypatch):
+    asked: dict[str, list[float]] = {}
+
+    def note(owner, method, word, value):
+        real, said = getattr(owner, method), asked.setdefault(word, [])
+        monkeypatch.setattr(owner, method, lambda *given: (said.append(value(given)), real(*given))[1])
+
+    note(Optimizer, "step", "lr", lambda given: given[1])
+    note(Alone, "accumulate", "mtp_loss_weight", lambda given: given[2].mtp_loss_weight)
+    note(Gate, "update_bias", "bias_update_speed", lambda given: given[2])
+    note(Alone, "clip_gradients", "clip_norm", lambda given: given[1])
+    base = {"lr": 3e-3, "mtp_loss_weight": 0.4, "bias_update_speed": 0.02}
+    curve = ((0, 0.25), (320, 1.0), (640, 0.5))
+    recipe = tiny_recipe(train={**base, "clip_norm": 0.125}, schedule=dict.fromkeys(base, curve))
+    train(recipe, tmp_path / "run", display=Display(quiet=True))
+    factors = [min(0.25 + 0.75 * t / 320, 1.5 - t / 640) for t in range(0, 640, 64)]
+    asked["bias_update_speed"] = asked["bias_update_speed"][::2]  # of two gates
+    for word, value in base.items():
+        assert asked[word] == pytest.approx([value * factor for factor in factors]), word
+    assert asked["clip_norm"] == [0.125] * 10

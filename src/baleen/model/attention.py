@@ -25,7 +25,6 @@ LATENT_NORM_EPS = 1e-6
 class Context(NamedTuple):
     """What every layer of one forward shares: where the tokens stand and what they may see."""
 
-    positions_BT: Tensor
     cos: Tensor  # [B, T, P/2]
     sin: Tensor
     mask: Tensor | None  # [B, 1, T, T] bool, True where a query sees a key; None: plainly causal

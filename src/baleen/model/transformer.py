@@ -133,4 +133,4 @@ class Transformer(nn.Module):
             same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
             mask = (same & same.new_ones(T, T).tril())[:, None]
         cos, sin = self.model.rotary(positions_BT, self.model.norm.weight.dtype)
-        return Context(positions_BT, cos, sin, mask, cache)
+        return Context(cos, sin, mask, cache)

@@ -190,7 +190,7 @@ class Stage(nn.Module):
             mask = (same & same.new_ones(T, T).tril())[:, None]
         dtype = next(super().parameters()).dtype  # not x's, which autocast may have made bf16
         cos, sin = self.model.rotary(positions_BT, dtype)  # type: ignore[operator]
-        return Context(positions_BT=positions_BT, cos=cos, sin=sin, mask=mask, cache=None)
+        return Context(cos=cos, sin=sin, mask=mask, cache=None)
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:

@@ -49,7 +49,6 @@ class Totals(NamedTuple):
 
 
 class Worker(Protocol):
-    rank: int
     world: int
     data_rank: int  # which share of a batch is this rank's, of data_ranks
     data_ranks: int
@@ -105,7 +104,7 @@ class Worker(Protocol):
 class Alone:
     """One process with the whole model."""
 
-    rank = data_rank = 0
+    data_rank = 0
     world = data_ranks = 1
     layout = "one process"
 

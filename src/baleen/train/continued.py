@@ -108,8 +108,9 @@ def _train_on(
             loader = WithOwnText(prepared.train, own, recipe.own_text.share, seed=recipe.train.seed)
     with run_stage(recipe.cost, run_dir, "pretrain" if recipe.context is None else "extend") as stage, display:
         run = _Run(recipe, training, run_dir, loaded, loader, only, stage, display)
-        if only == "all" and not run.step:
-            run.heldout_bpb_before = run.heldout_bpb(prepared)
+        if not run.step:
+            if only == "all":
+                run.heldout_bpb_before = run.heldout_bpb(prepared)
             part_experts(run.trained_layers, recipe.train.expert_noise, recipe.train.seed)
         status = run.train(max_steps)
     if status == "stopped":

@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 512
 
 
 class DraftLoss(NamedTuple):
-    total: Tensor  # nats a token, mean over depths; the trunk's own entropy is its floor
+    depths: list[Tensor]  # nats a token of each; the trunk's own entropy is their floor
     agreement: float  # share of positions at which the first layer's choice is the trunk's
     loads: list[Tensor]  # tokens per expert of the MTP layers' gates
 
@@ -51,19 +51,17 @@ class Drafting(Alone):
         return dict(enumerate(self.model.gates[trunk:]))
 
     def accumulate(self, micro_batches: list[MicroBatch], objective: Objective) -> Totals:
-        """A micro-batch counts by the targets of the first depth, of which each row has one less than the text's."""
-        learnt = [
-            m.tokens[:, 2:].numel() if m.loss_mask is None else int(m.loss_mask[:, 2:].sum()) for m in micro_batches
-        ]
+        """The mean over depths, and of a depth over its targets, by which micro-batches count."""
         total, agreement, loads = 0.0, 0.0, list[Tensor]()
-        for batch, count in zip(micro_batches, learnt, strict=True):
+        for batch in micro_batches:
             assert batch.document_ids is not None, "drafts are told apart by document"
             with objective.computing(self.device):
                 loss = draft_loss(self.model, batch.tokens[:, :-1], batch.document_ids[:, :-1], batch.loss_mask)
-            share = count / max(1, sum(learnt))
-            (loss.total * share).backward()
-            total += loss.total.item() * share
-            agreement += loss.agreement * share
+            shares = batch.shares[2:].tolist()
+            mean = torch.stack([depth * share for depth, share in zip(loss.depths, shares, strict=True)]).mean()
+            mean.backward()
+            total += mean.item()
+            agreement += loss.agreement * shares[0]
             loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else loss.loads
         self.agreement = agreement
         return Totals(total, 0.0, 0.0, loads)
@@ -99,7 +97,7 @@ def draft_loss(
         losses.append(loss)
         loads += [routing.load() for routing in routings]
         agreed = agreed if depth else float(agreement.detach())
-    return DraftLoss(torch.stack(losses).mean(), agreed, loads)
+    return DraftLoss(losses, agreed, loads)
 
 
 def distilled(student: Tensor, teacher: Tensor, weight_Zd: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from baleen.cost.traffic import data_bytes, expert_all_to_all
 from baleen.parallel.dryrun import dry_run
 from baleen.parallel.mesh import Grid
 from baleen.recipe import ParallelConfig, Recipe
-from baleen.train.layout import check_layout
+from baleen.train.layout import check_layout, sequences_at_once
 from baleen.train.loss import Objective
+from baleen.train.schedule import Schedules
 
 # How far a formula may lie from the count.
 TOLERANCES = {"parameters": 0.0} | dict.fromkeys(
@@ -33,21 +34,26 @@ def dry_run_recipe(recipe: Recipe, world: int) -> dict[str, Any]:
     a step, kept for the backward of one micro-batch (activations; left out where the plan knows no formula, for a part
     of what V3 recomputes), or leaving it for one and its reduction (data: weights and gradients).
     disagree: those that are off by more than TOLERANCES allow.
-    fullest_rank_bytes: counted, with the activations of all micro-batches that the schedule has under way, and buffers
-    for what the stages of a pipeline receive in a step.
+    fullest_rank_bytes: counted, with AdamW's two moments (Muon keeps one of its matrices), the weights' average if
+    there is one, the activations of all micro-batches that the schedule has under way in its largest step, and
+    buffers for what the stages of a pipeline receive in it.
     Raises UserError for a recipe that training on so many ranks would refuse.
     """
     train, parallel, arch = recipe.train, recipe.parallel, from_model_config(recipe.model)
     objective, sequences = Objective(train.mtp_loss_weight, train.balance_loss_weight, "fp32"), train.micro_batch_size
     grid = check_layout(recipe, world)
-    rows = max(1, train.batch_tokens // (train.seq_len * grid.data))
+    multiple = 1 if world == 1 else sequences_at_once(recipe, grid.data)
+    rows = Schedules(recipe).largest_batch(multiple) // grid.data
     sequences = sequences or rows
     micro_batches = max(1, rows // sequences)
     under_way = _micro_batches_under_way(parallel, grid, micro_batches)
     found = dry_run(recipe.model, parallel, objective, world=world, sequences=sequences, seq_len=train.seq_len)
     ranks = found["ranks"]
     held = [
-        sum(rank[name] for name in STATIC.values()) + rank["kept"] * count + _received(rank, micro_batches, count)
+        sum(rank[name] for name in STATIC.values())
+        + (rank["weights"] if train.ema_decay else 0.0)  # their average lies beside them
+        + rank["kept"] * count
+        + _received(rank, micro_batches, count)
         for rank, count in zip(ranks, under_way, strict=True)
     ]
     kinds = len(parallel.recompute)

@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from baleen.model.attention import LatentAttention
 from baleen.model.fp8 import WEIGHT_BLOCK, dequantize_blocks, quantize_blocks
-from baleen.model.fused import swiglu
 from baleen.model.linear import Linear
 from baleen.model.machine import multiplies_fp8_tiles
 from baleen.model.moe import Experts
@@ -94,7 +93,7 @@ class FP8Experts(Experts):
         if not torch.is_grad_enabled():
             return super().forward(x_Md, counts)
         groups = counts.tolist() if isinstance(counts, Tensor) else counts
-        hidden = swiglu(fp8_grouped_linear(x_Md, self.gate_up_proj, groups, EXPERT_UP))
+        hidden = self.act_fn(fp8_grouped_linear(x_Md, self.gate_up_proj, groups, EXPERT_UP))
         return fp8_grouped_linear(hidden, self.down_proj, groups, EXPERT_DOWN)
 
 

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,13 @@ def _train(
     go_on: str,
 ) -> dict[str, Any]:
     """`train` on one of several ranks: rank 0 keeps the run directory and the ledger."""
-    tracker = open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump())
     keep_freed_memory()
     with run_stage(recipe.cost, run_dir, "data", ranks):
         prepared = _prepare(recipe, run_dir, display)
-    with run_stage(recipe.cost, run_dir, "pretrain", ranks) as stage, display, Interruption() as interruption:
+    # Opened when the text has been taken, and closed whatever else is refused.
+    tracking = closing(open_tracker(track if ranks.rank == 0 else "none", run_dir, recipe.model_dump()))
+    pretraining = run_stage(recipe.cost, run_dir, "pretrain", ranks)
+    with tracking as tracker, pretraining as stage, display, Interruption() as interruption:
         run = _Run(recipe, run_dir, prepared, stage, display, ranks, grid)
         if run.trainer.done:
             display.say(f"{run_dir} is trained to its end already")
@@ -112,7 +114,6 @@ def _train(
         finally:
             if metrics is not None:
                 metrics.close()
-            tracker.close()
         if stopped:
             stage.interrupted()
         run.save()

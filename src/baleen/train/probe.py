@@ -76,8 +76,8 @@ def process_bytes(field: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    line = next((line for line in status.read_text().splitlines() if line.startswith(field)), None)
+    return None if line is None else int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ class Schedules:
         """Sequences of the smallest step: at a knot, for between two of them a curve neither rises nor falls alone."""
         return self._sequences(min(factor for _, factor, _ in self.curves["batch_tokens"].knots), multiple)
 
+    def largest_batch(self, multiple: int = 1) -> int:
+        return self._sequences(max(factor for _, factor, _ in self.curves["batch_tokens"].knots), multiple)
+
     def _sequences(self, factor: float, multiple: int) -> int:
         sequences = self.recipe.train.batch_tokens * factor / self.recipe.train.seq_len
         return multiple * max(1, round(sequences / multiple))

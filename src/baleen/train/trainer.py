@@ -106,7 +106,8 @@ class Trainer:
         return self.position >= self.recipe.train.tokens
 
     def step(self) -> StepResult:
-        """One optimizer step over one global batch. A gradient that is not finite changes nothing but `skipped`."""
+        """One optimizer step over one global batch. A gradient that is not finite changes no weight, moment, bias or
+        average: `skipped` counts it."""
         started = time.monotonic()
         train, position = self.recipe.train, self.position
         sequences = self.schedules.batch_sequences(position, multiple=self._sequences_at_once)

@@ -56,6 +56,8 @@ def part_experts(layers: Iterable[DecoderLayer], amount: float, seed: int) -> No
     Fine-tuning moves weights by a hundredth of their size, so copies that are only trained on stay alike for long;
     sparse upcycling re-initialises some of them (arXiv 2502.19261). cos = 1 / (1 + amount²) is left of two copies.
     """
+    if not amount:
+        return
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         for stack in layer.mlp.experts.parameters() if isinstance(layer.mlp, DeepseekMoE) else ():
