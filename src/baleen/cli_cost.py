@@ -180,7 +180,7 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens a sequence")] = None,
     precision: Annotated[str | None, typer.Option(help="fp8, bf16 or fp32")] = None,
     usd_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of a device-hour [default: table]")] = None,
-    law: Annotated[str, typer.Option(help="Scaling law that sizes a model: deepseek or chinchilla")] = "deepseek",
+    law: Annotated[str | None, typer.Option(help="Sizes a model: deepseek or chinchilla [default: deepseek]")] = None,
     set_: Sets = None,
     hardware: Annotated[list[Path] | None, typer.Option(help="TOML files with more devices.")] = None,
     record: Annotated[Path | None, typer.Option(help="Write the plan into the ledger of this run.")] = None,

@@ -29,7 +29,7 @@ class Request:
     seq_len: int | None = None
     precision: str | None = None
     usd_per_hour: float | None = None
-    law: str = "deepseek"
+    law: str | None = None  # of sizes: deepseek, unless told
     sets: tuple[str, ...] = ()
     hardware_files: tuple[Path, ...] = ()
 

@@ -31,6 +31,8 @@ def solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen,
         limits.append(request.deadline_seconds / 3600 * request.gpus)
     hours = min((limit for limit in limits if limit), default=None)
 
+    if request.law is not None and request.model is not None:
+        raise UserError("--law sizes a model, and --model names one: leave one out")
     model = None if request.model is None else load_model(request.model)
     tokens = request.tokens
     if tokens is None and hours is None and not request.deadline_seconds:
@@ -103,7 +105,7 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
     rate = facts.hardware.peak_flops(precision) * 0.35  # FLOP/s a device, replaced in the first round
     for _ in range(6):
         compute = rate * hours * 3600
-        allocation = allocate(compute, request.law)
+        allocation = allocate(compute, request.law or "deepseek")
         if request.tokens is not None:
             allocation = allocation._replace(flops_per_token=compute / request.tokens, tokens=request.tokens)
         wanted = _v3_shaped(v3_shaped_for(allocation.flops_per_token, seq_len), seq_len)

@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from baleen.config import UserError
 from baleen.cost import kernels
 from baleen.cost.bubble import bubble_seconds, busy_seconds, least_wait, stage_imbalance, whole
 from baleen.cost.calibration import Calibration
@@ -200,21 +199,17 @@ def least_seconds(work: Workload, calibration: Calibration, roof: Rooflines) -> 
     return busy + roof.optimizer + least_wait(work.layout, *whole(durations)[:2])
 
 
-def predict(
-    work: Workload, calibration: Calibration, tokens: float | None = None, roof: Rooflines | None = None
-) -> dict[str, Any]:
-    """Step, rate and MFU of a workload and, with `tokens`, the hours of a whole run with its goodput; plain values.
+def predict(work: Workload, calibration: Calibration, roof: Rooflines | None = None) -> dict[str, Any]:
+    """Step, rate and MFU of a workload; plain values.
 
     MFU counts 6 x active matmul weights and causal attention (with MTP if it trains), against the dense BF16 peak
     (FP32 for FP32), without recomputation.
     """
-    if tokens is not None and not tokens > 0:
-        raise UserError(f"a run of {tokens} tokens cannot be planned: give a positive number")
     step = step_time(work, calibration, roof)
     devices, rate = work.layout.devices, work.tokens / step.seconds
     core = "fp32" if work.precision == "fp32" else "bf16"
     flops = training_flops(work.arch, work.seq_len, mtp=work.mtp)
-    out: dict[str, Any] = {
+    return {
         "layout": str(work.layout),
         "step_seconds": step.seconds,
         "chain": [link._asdict() for link in step.chain],
@@ -226,12 +221,3 @@ def predict(
             f"of {work.hardware.peak_flops(core) / 1e12:.0f} TFLOPS dense {core.upper()}",
         },
     }
-    if tokens is not None:
-        hours = tokens / rate / 3600 * devices
-        goodput = calibration["goodput"]
-        last = step.seconds / goodput
-        out["chain"].append(Link("goodput", last, last - step.seconds, 1 / goodput)._asdict())
-        out["gpu_hours"] = hours / goodput
-        out["gpu_hours_at_full_goodput"] = hours
-        out["days"] = hours / goodput / devices / 24
-    return out
