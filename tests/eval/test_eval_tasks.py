@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -37,10 +38,9 @@ if os.fork() == 0:
 @pytest.fixture(scope="module")
 def guarded():
     """Skips where the system does not let a process give up its network: there no program is run at all."""
-    try:
-        runs_without_fault("")
-    except UserError as fault:
-        pytest.skip(str(fault))
+    if not sys.platform.startswith("linux") or programs._run("")[0] == programs.UNGUARDED:
+        assert os.environ.get("BALEEN_GUARD") != "require"
+        pytest.skip("this system does not let a process give up its network")
 
 
 def test_likelihoods_are_those_of_a_plain_forward(engine):
@@ -149,8 +149,12 @@ def test_tasks_of_heldout_text():
     assert made_task("next-line", documents) == turns
     with pytest.raises(UserError, match="no task 'first-word'"):
         made_task("first-word", documents)
-    with pytest.raises(UserError, match="too short"):
-        made_task("last-word", [Document("short", "a")])
+    market = "we met her at the market today, and the day before, and the week before that as well\n"
+    (gap,) = made_task("last-word", [Document(f"mark {market}we all hit the mark\n", "c")])
+    assert gap.gap == " mark"
+    for text in ("short", f"{market}we all hit the mark\n"):  # a market is no mark
+        with pytest.raises(UserError, match="too short"):
+            made_task("last-word", [Document(text, "a")])
 
 
 def test_pass_at_k_is_unbiased():

@@ -109,12 +109,13 @@ MakeQuestion = Callable[[], Question]
 def _last_words(documents: Sequence[Document], rng: random.Random) -> Iterator[MakeQuestion]:
     """The last word of each line that comes up before in its document, so that reading it helps."""
     for document in documents:
-        text, start = document.text, 0
+        text, start, seen = document.text, 0, set[str]()
         for line in text.splitlines(keepends=True):
             head, _, word = line.rstrip().rpartition(" ")
-            if head and len(word) > 3 and start >= MIN_CONTEXT and text.find(f" {word}", 0, start) >= 0:
+            if head and len(word) > 3 and start >= MIN_CONTEXT and word in seen:
                 end = start + len(head)
                 yield lambda text=text, end=end, gap=f" {word}": Cloze(text=text[:end], gap=gap)
+            seen.update(line.split())
             start += len(line)
 
 
