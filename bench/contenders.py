@@ -181,5 +181,6 @@ def gguf_file(model: Transformer, name: str, dtype: str, folder: Path) -> Path:
 
 
 def differences(a_BZ: Tensor, b_BZ: Tensor) -> list[float]:
-    """Of each row of logits: root mean square of a - b, in that of b."""
-    return ((a_BZ - b_BZ).square().mean(-1) / b_BZ.square().mean(-1)).sqrt().tolist()
+    """Of each row of logits: root mean square of a - b, in that of b; of what is not a number, infinity."""
+    apart = (a_BZ - b_BZ).square().mean(-1) / b_BZ.square().mean(-1)
+    return apart.sqrt().nan_to_num(nan=float("inf")).tolist()

@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="a power of two: try it out with so much less work")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.shrink != 1 and args.out == parser.get_default("out"):
+        parser.error("--shrink is for trying out: name another file with --out")
     of = version()
     kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     rows = [row for row in kept if of.items() <= row.items()]

@@ -85,8 +85,8 @@ def answers_of(args: argparse.Namespace, *, at_once: bool) -> tuple[list[Answer]
     rng = random.Random(0)
     prompts = [" ".join(rng.choices(WORDS.split(), k=rng.randint(1, LONGEST_PROMPT))) for _ in range(args.clients)]
     port = free_port()
-    with process([sys.executable, "-m", "baleen", "serve", str(args.run), "--port", str(port)], port) as url:
-        model = first_model(url)
+    with process([sys.executable, "-m", "baleen", "serve", str(args.run), "--port", str(port)], port):
+        model = first_model(port)
 
         def body(prompt: str, seed: int) -> dict[str, object]:
             messages = [{"role": "user", "content": prompt}]

@@ -15,6 +15,7 @@ import statistics
 import numpy as np
 import torch
 from contenders import machine, network
+from rounds import in_turns, ratio
 
 from baleen.data.loader import Loader
 from baleen.data.packing import PackedTokens
@@ -51,23 +52,23 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
     trainers = {name: trainer(args.config, args.zero, expert, ranks.world) for name, expert in LAYOUTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for round in range(WARM_UP + args.rounds):
-        for name, it in trainers.items():
-            (took,) = ranks.largest([it.step().seconds])
+        for name in in_turns(list(trainers), round):
+            (took,) = ranks.largest([trainers[name].step().seconds])
             if round >= WARM_UP:
                 seconds[name].append(took)
     rows = {
         name: {
             "tokens_per_second": SEQUENCES * LENGTH / statistics.median(steps),
             "spread": (max(steps) - min(steps)) / statistics.median(steps),
+            "rounds": [SEQUENCES * LENGTH / step for step in steps],
         }
         for name, steps in seconds.items()
     }
-    speed = {name: row["tokens_per_second"] for name, row in rows.items()}
     return {
         "config": args.config,
         "baleen": rows["EP2"],
         "peers": {"DP2": rows["DP2"]},
-        "ratios": {"EP2 / DP2": speed["EP2"] / speed["DP2"]},
+        "ratios": {"EP2 / DP2": ratio(rows["EP2"], rows["DP2"])},
         "machine": machine() | {"processes": ranks.world},
     }
 

@@ -214,7 +214,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if args.at:
         named = dict(zip(NAMES, (ours, *peers), strict=True))
         entries = [Entry(named[name], lr, size, args.minutes) for name, size, lr in args.at]
-        return told({row["name"]: row for row in race.compare(entries, scores=SCORES)}, None, {})
+        return told({label(row): row for row in race.compare(entries, scores=SCORES)}, {})
     grids, best = {}, []
     for who in (ours, *peers):
         print(f"{who.name}: tuning, {args.grid_minutes:g} minutes each", file=sys.stderr)
@@ -223,26 +223,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         best.append(Entry(who, middle["lr"], middle["size"], args.minutes))
     shorter = replace(best[0], minutes=args.minutes / 2)
     *finals, half = race.compare([*best, shorter], scores=SCORES)
-    return told({row["name"]: row for row in finals}, half, grids)
+    return told({row["name"]: row for row in finals} | {"baleen, half the time": half}, grids)
 
 
-def told(finals: dict[str, Row], half: Row | None, grids: dict[str, list[Row]]) -> dict[str, Any]:
-    """{baleen, peers, ratios, reached_after_seconds, grids, machine, date}"""
-    ours = {"baleen": finals.pop("baleen")} | ({"baleen, half the time": half} if half else {})
-    ratios = {
-        f"bits per byte: {a} / {b}": row["bits_per_byte"] / peer["bits_per_byte"]
-        for a, row in ours.items()
-        for b, peer in finals.items()
-    }
-    curve = ours["baleen"]["curve"]
+def label(row: Row) -> str:
+    """As --at is typed, so that a contestant can race at several places."""
+    return f"{row['name']},{row['size']},{row['lr']:g}"
+
+
+def told(finals: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
+    """{ours, peers, ratios, reached_after_seconds, grids, machine, date}, of rows by their labels."""
+    ours = {name: row for name, row in finals.items() if row["name"] == "baleen"}
+    peers = {name: row for name, row in finals.items() if name not in ours}
+    pairs = [(a, b) for a in ours for b in peers]
     return {
-        **ours,
-        "peers": finals,
-        "ratios": ratios,
-        "reached_after_seconds": {name: first_reached(curve, row["bits_per_byte"]) for name, row in finals.items()},
+        "ours": ours,
+        "peers": peers,
+        "ratios": {f"bits per byte: {a} / {b}": ours[a]["bits_per_byte"] / peers[b]["bits_per_byte"] for a, b in pairs},
+        "reached_after_seconds": {
+            f"{a} reaches {b}": first_reached(ours[a]["curve"], peers[b]["bits_per_byte"]) for a, b in pairs
+        },
         "grids": grids,
         "machine": machine(),
-        "date": ours["baleen"]["date"],
+        "date": max(row["date"] for row in finals.values()),
     }
 
 
@@ -266,8 +269,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    halves = [name for name in ("baleen", "baleen, half the time") if name in result]
-    for name, row in {**{name: result[name] for name in halves}, **result["peers"]}.items():
+    for name, row in (result["ours"] | result["peers"]).items():
         print(
             f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
             f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}, epochs {row['epochs']}"
@@ -276,7 +278,7 @@ def main() -> None:
     for name, ratio in result["ratios"].items():
         print(f"{name:60} {ratio:6.3f}")
     for name, seconds in result["reached_after_seconds"].items():
-        print(f"baleen reaches {name} after {'-' if seconds is None else f'{seconds:.0f} s'}")
+        print(f"{name} after {'-' if seconds is None else f'{seconds:.0f} s'}")
 
 
 if __name__ == "__main__":

@@ -36,12 +36,17 @@ def main() -> None:
     arguments = parser.parse_args()
     import transformers
 
-    model, tokenizer, path = load(arguments.run)
+    model, tokenizer, path = load(arguments.run, dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_path(path), dtype=torch.float32).eval()
     # Of one length, so that transformers needs no padding; each asked 16 times, as in a group.
     asked = list(islice(questions([ChainSum(terms=(5, 5))], "train", 0), -(-arguments.batch // 16)))
     prompts = [prompt_of(tokenizer, question, "") for question in asked for _ in range(16)][: arguments.batch]
     count = len(prompts) * arguments.tokens
+    with torch.inference_mode():
+        ids = torch.tensor(prompts[:1])
+        mine, peer = model.logits(model(ids).hidden_BTd), theirs(ids).logits
+        if not (mine - peer).norm() <= 0.01 * peer.norm():
+            raise SystemExit("transformers computes something else")
 
     def ours() -> float:
         params = [
@@ -57,10 +62,11 @@ def main() -> None:
 
     def peers() -> float:
         ids = torch.tensor(prompts)
+        plainly = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # whatever generation_config.json says
         length = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens}
         started = time.perf_counter()
         with torch.inference_mode():
-            out = theirs.generate(ids, do_sample=True, top_k=0, attention_mask=torch.ones_like(ids), **length)
+            out = theirs.generate(ids, do_sample=True, **plainly, attention_mask=torch.ones_like(ids), **length)
         seconds = time.perf_counter() - started
         assert out.shape[1] == ids.shape[1] + arguments.tokens
         return count / seconds

@@ -82,7 +82,7 @@ def check(made: dict[str, Contender], run: Callable[[Contender], Sequence[Tensor
         kind = name.split()[-1]
         tolerance = TOLERANCE.get(kind, TOLERANCE["fp32"])
         steps = [differences(a, b) for a, b in zip(run(made[name]), reference, strict=True)]
-        left_out = len(steps) // (8 if tolerance == TOLERANCE["fp32"] else 2)
+        left_out = len(steps) // (8 if kind in ("transformers", "fp32", "f32") else 2)
         found[name] = max(sorted(rows)[-1 - left_out] for rows in zip(*steps, strict=True))
         after_one = max(differences(made[name].prefill(alone), shortest)) if kind in ("transformers", "f32") else 0.0
         if not (found[name] <= tolerance and after_one <= AFTER_ONE_TOKEN):  # NaN is not

@@ -1,6 +1,6 @@
 """Serving many clients at once, beside llama.cpp's server: tokens a second, on the same weights and prompts.
 
-    python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--stream] [--llama-server PATH] [--json]
+    python bench/serve.py --config S|M|L [--clients 1,8,16,32] [--llama-server PATH] [--json]
     python bench/serve.py --run RUN [--clients 1,16] [--stream] [--json]      any model, without a peer
 
 Each server in its own process; they take turns, and both cores are for whoever is asked. --llama-server: the binary
@@ -108,8 +108,8 @@ async def ask(port: int, body: dict[str, object]) -> tuple[int, float]:
 
 
 async def drive(port: int, model: str, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """`clients` at once, each with `requests` prompts one after the other, none like another."""
-    rng = random.Random(seed)
+    """`clients` at once, each with `requests` prompts one after the other, none like another of this run of servers."""
+    rng = random.Random(f"{clients} {seed}")  # servers keep what they have read
     prompts = [[text(rng, args.prompt) for _ in range(args.requests)] for _ in range(clients)]
 
     async def client(own: list[str]) -> list[tuple[int, float]]:
@@ -155,6 +155,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 for name in in_turns(list(servers), round_):
                     run = asyncio.run(drive(*servers[name], clients, args, round_))
                     runs[name].setdefault(str(clients), []).append(run)
+    for clients in map(str, args.clients):
+        if len({run["tokens"] for of in runs.values() for run in of[clients]}) > 1:
+            raise SystemExit(f"{clients} clients: not all answers of a round have as many tokens as asked for")
     ours, *peers = rows = {name: {clients: row_of(own) for clients, own in runs[name].items()} for name in runs}
     first = str(args.clients[0])
     ratios = {f"baleen {c} clients / {first}": ratio(row, rows[ours][first]) for c, row in rows[ours].items()}
@@ -199,6 +202,8 @@ def main() -> None:
         parser.error(f"--llama-server {args.llama_server}: there is no such file")
     if args.run and args.llama_server:
         parser.error("--llama-server serves a configuration: leave it out with --run")
+    if args.stream and not args.run:
+        parser.error("--stream wants --run: most tokens of a configuration have no text to be sent")
     result = measure(args)
     if args.json:
         print(json.dumps(result))

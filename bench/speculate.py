@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+from rounds import in_turns
 from trained import repetition, trained
 
 from baleen.infer.engine import Engine, Request
@@ -30,7 +31,7 @@ def measure(engine: Engine, prompts: list[list[int]], temperature: float, tokens
     for seed, prompt in enumerate(prompts):
         params = SamplingParams(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True)
         answers = []
-        for way in WAYS:
+        for way in in_turns(WAYS, seed):
             generation = engine.generate([Request(prompt, params)], speculate=way)
             events, started = iter(generation), 0.0
             answer = [*next(events).token_ids]  # the prompt has been read
@@ -46,7 +47,7 @@ def measure(engine: Engine, prompts: list[list[int]], temperature: float, tokens
     median = {way: statistics.median(runs) for way, runs in speeds.items()}
     return {
         "tokens_per_second": {"without": median["0"], "with": median["1"], "auto": median["auto"]},
-        "ratio": median["1"] / median["0"],
+        "ratio": statistics.median(b / a for a, b in zip(speeds["0"], speeds["1"], strict=True)),
         "acceptance": kept / max(1, drafted),
         "repetition": repetition(spoken),
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import machine
+from contenders import machine, versions
 from rounds import LLAMA, ratio
 
 from baleen.model.machine import multiplies_bf16
@@ -115,7 +115,8 @@ def main() -> None:
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with_table(README.read_text(encoding="utf-8"), {})  # before all the work, that its place is there
     here = [name for name in ROWS if not name.endswith("bf16") or multiplies_bf16(torch.device("cpu"))]
-    wanted = asked.rows or [name for name in here if not version().items() <= rows.get(name, {}).items()]
+    now = version() | {"versions": versions()}  # of the peers, which a row tells too
+    wanted = asked.rows or [name for name in here if not now.items() <= rows.get(name, {}).items()]
     failed = []
     for name in () if asked.page else wanted:
         try:
