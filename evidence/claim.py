@@ -1,7 +1,8 @@
 """A claim: what is said, and the runs that put it to the test; its finished rows and what they say.
 
-A row is one arm with one seed. It is kept in rows/HASH.json, by all that decides over its result: claims that share an
-arm share its rows, and a row whose recipe has changed is a row no more.
+A row is one arm with one seed. It is kept in rows/HASH.json, by its recipe and by what makes its text and measures it:
+claims that share an arm share its rows, and a row whose recipe has changed is a row no more. The package's own code is
+not in the hash, and neither is attention.py: who changes what they compute takes the rows out.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Notebook:
             raise UserError(f"{sweep}: the best is {best}, at the edge of what was tried: add an arm beyond it")
 
     def hash_of(self, name: str, arm: str, seed: int) -> str | None:
-        """Of all that decides over a row's result, a claim's wording aside."""
+        """Of recipe, text and measures; neither of a claim's wording nor of the package's code."""
         claim, recipe = self.claims[name], self.recipe(name, arm, seed)
         if recipe is None:
             return None
@@ -231,6 +232,11 @@ def interval(values: list[float]) -> tuple[float, float]:
         return values[0], math.inf
     half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values), half
+
+
+def times(first: list[float], other: list[float]) -> tuple[float, float]:
+    """How many times the first's seconds, turn by turn: (mean, half of its interval)."""
+    return interval([b / a for a, b in zip(first, other, strict=True)])
 
 
 def judged(claim: Claim, mean: float, half: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from claim import Notebook, Row, interval
+from claim import Notebook, Row, interval, times
 from measures import BEFORE, SPIKE
 from plot import Effect, intervals, losses_by_size
 from sizes import all_sizes, by_size, page_of_sizes
@@ -24,10 +24,12 @@ data and, where their networks are alike, one start. They have equal tokens unle
 are relative to the first arm, those of shares in points; ± is the 95 % interval by Student's t, wide over so few seeds,
 and each claim's own: of so many, one or so stands out by chance. Learning rates are tuned once a family, by one seed,
 on the same held-out text, and a best rate at the edge of its grid is refused. Seconds are those of all steps of an arm,
-of the median step when all arms take turns with nothing beside them (`python evidence/times.py`), and how many times
-the first arm's, by turn. *Holds* and *does not hold* mean: beyond that interval, at this size, on this text.
+of the median step when all arms take turns with nothing beside them (`python evidence/times.py`); in brackets, the mean
+of the turns' ratios to the first arm, which need not be the quotient of the medians. *Holds* and *does not hold*
+mean: beyond that interval, at this size, on this text.
 """
 STEPS_OF_A_SPIKE = 5
+WIDEST = 8  # columns of measures
 OLMO = 0.822  # of Olmo 3's 8.34M GPU-hours: development (arXiv 2605.01158)
 DEMO = 0.2384  # device-hours of `make demo`, its final run alone: train_seconds of two threads in README's table
 ALLOWED = 10.0  # device-hours: five hours of two cores
@@ -131,13 +133,18 @@ def _section(notebook: Notebook, name: str) -> list[str]:
     measures = list(dict.fromkeys((claim.measure, *claim.shows)))
     seconds = notebook.run_seconds(name) if claim.timed else None
     columns = [*measures, *(["seconds"] if claim.timed else [])]
-    lines += [f"| arm | difference | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    table = [["arm", "difference", *columns]]
     for number, arm in enumerate(claim.arms):
         gap = _gap(notebook, name, arm) if number else ""
         values = [_mean(notebook, name, arm, measure) for measure in measures]
         if claim.timed:
             values.append(_seconds(seconds, arm) if seconds else "not timed")
-        lines.append(f"| {arm} | {gap} | {' | '.join(values)} |")
+        table.append([arm, gap, *values])
+    wide = len(columns) > WIDEST  # then the arms stand side by side
+    head, *rows = zip(*table, strict=True) if wide else table
+    words = 1 if wide else 2  # columns before the numbers
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * words + "---:|" * (len(head) - words)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", f"{len(claim.seeds)} seeds; `python evidence/notebook.py {name}`.", ""]
     return [*lines, f"![Differences](evidence/{name}.svg)", ""]
 
@@ -156,7 +163,7 @@ def _machines(notebook: Notebook, name: str) -> str:
 
 def _seconds(seconds: dict[str, list[float]], arm: str) -> str:
     first, own = next(iter(seconds.values())), seconds[arm]
-    mean, half = interval([b / a for a, b in zip(first, own, strict=True)])
+    mean, half = times(first, own)
     return f"{statistics.median(own):.0f}" + ("" if own is first else f" ({mean:.2f} ± {half:.2f} ×)")
 
 

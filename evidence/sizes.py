@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
-from claim import UNSEEN, Notebook, interval
+from claim import UNSEEN, Notebook, interval, times
 
 SIZES = ("sparse-128", "sparse", "sparse-256", "sparse-384")
 
@@ -58,9 +58,9 @@ def page_of_sizes(notebook: Notebook) -> list[str]:
     plot, timed = "![Losses by size](evidence/sizes.svg)", [notebook.run_seconds(name) for name in SIZES]
     if None in timed:
         return [*lines, "Not timed yet: `python evidence/times.py`.", "", plot, ""]
-    seconds = {
-        arm: np.array([statistics.median(of_size[arm]) for of_size in timed if of_size]) for arm in (dense, sparse)
-    }
+    seconds = {dense: np.array([statistics.median(of_size[dense]) for of_size in timed if of_size])}
+    ratios = [times(of_size[dense], of_size[sparse])[0] for of_size in timed if of_size]
+    seconds[sparse] = seconds[dense] * ratios
     laws = [_law(seconds[dense], loss) for loss in losses_SN[dense]]
     lines += [
         "In time: beside what a dense network that takes the sparse one's seconds would reach, by such a line through",
@@ -76,8 +76,7 @@ def page_of_sizes(notebook: Notebook) -> list[str]:
         (mean, half), (gap, gap_half) = interval(in_time), interval(notebook.gaps(name, sparse))
         pays.append("yes" if mean + half < 0 else "no" if mean - half > 0 else UNSEEN)
         lines.append(
-            f"| {name} | {gap:+.2%} ± {gap_half:.2%} | {seconds[sparse][i] / seconds[dense][i]:.2f} × | "
-            f"{mean:+.2%} ± {half:.2%} | {pays[-1]} |"
+            f"| {name} | {gap:+.2%} ± {gap_half:.2%} | {ratios[i]:.2f} × | {mean:+.2%} ± {half:.2%} | {pays[-1]} |"
         )
     paying = [name for name, word in zip(SIZES, pays, strict=True) if word == "yes"]
     said = f"in {', '.join(paying)}" if paying else "at none of the four sizes"

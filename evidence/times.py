@@ -42,8 +42,9 @@ def time_arms(notebook: Notebook, runs: Path) -> None:
     with run_stage(next(iter(trainers.values())).recipe.cost, run_dir, "eval"):
         for turn in range(-1, ROUNDS):
             say(f"how long a step takes, {len(trainers)} arms: turn {turn + 1} of {ROUNDS}")
-            for digest, trainer in trainers.items():
-                steps = [trainer.step().seconds for _ in range(WARM if turn < 0 else STEPS)]
+            first = turn % len(trainers)
+            for digest in [*trainers][first:] + [*trainers][:first]:
+                steps = [trainers[digest].step().seconds for _ in range(WARM if turn < 0 else STEPS)]
                 if turn >= 0:
                     seconds[digest].append(statistics.median(steps))
     notebook.supersede(notebook.timing())

@@ -407,7 +407,7 @@ def test_seconds_are_those_of_the_arms_in_turns(modules, make, tmp_path, monkeyp
     notebook = make(f"timed = true\noverrides = {json.dumps(keys)}")
     assert notebook.run_seconds("c") is None
     times.time_arms(notebook, tmp_path / "runs")
-    assert taken == [0.1, 0.2] + 2 * [0.1, 0.1, 0.2, 0.2]
+    assert taken == [0.2, 0.1] + [0.1, 0.1, 0.2, 0.2] + [0.2, 0.2, 0.1, 0.1]  # another one first in each turn
     kept = json.loads((notebook.folder / "rows" / "times.json").read_text())
     by_arm = {arm: kept["seconds"][notebook.hash_of("c", arm, 0)] for arm in ("plain", "new")}
     assert notebook.run_seconds("c") == {arm: [6 * turn for turn in turns] for arm, turns in by_arm.items()}
