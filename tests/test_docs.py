@@ -36,6 +36,10 @@ def test_places_exist(page):
         assert name in names_of(file), f"{page.name} names {path}:{name}"
 
 
+def test_the_life_of_a_token_names_places():
+    assert len(PLACE.findall((ROOT / "docs/life-of-a-token.md").read_text())) > 20
+
+
 def test_the_paper_map_leads_from_every_equation():
     text = (ROOT / "docs/paper-map.md").read_text()
     rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]

@@ -35,16 +35,13 @@ def test_v3_takes_what_it_took(v3):
 
 def test_the_readme_quotes_the_plan(v3):
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
-    assert f"puts V3's step at {v3['step_seconds']:.1f} s" in readme
-    assert f"its run at {v3['gpu_hours'] / 1e6:.2f}M GPU-hours" in readme
+    assert f"says {v3['step_seconds']:.1f} s a step and {v3['gpu_hours'] / 1e6:.2f}M GPU-hours" in readme
     errors = shipped_fit().errors
-    model, left_out, in_split = (
-        [f"{errors[kind][key]:.0%}"[:-1] for kind in ("step", "run")]
-        for key in ("mape", "baseline_mape", "baseline_in_split_mape")
+    model, left_out = (
+        [f"{errors[kind][key]:.0%}"[:-1] for kind in ("step", "run")] for key in ("mape", "baseline_mape")
     )
-    assert "errs by {} % a step and {} % a run".format(*model) in readme
-    assert "MFU per GPU family: {} and {} % where it too is left without the source".format(*left_out) in readme
-    assert "{} and {} % where it may know the very rows".format(*in_split) in readme
+    assert "is off by {} % a step and {} % a run".format(*model) in readme
+    assert "found without that source too, is off by {} and {} %".format(*left_out) in readme
 
 
 def test_keys_that_are_held_stable(v3):
@@ -176,6 +173,7 @@ def test_models_by_recipe_name_published_name_and_file(tmp_path):
         ({"gpu": "h800", "gpus": "64", "tokens": "1T"}, "which model"),
         ({"gpu": "h800", "model": "llama3-8b", "tokens": "1T"}, "how many devices"),
         ({"gpu": "h800", "gpus": "64", "budget": "$1M", "law": "kaplan"}, "chinchilla"),
+        ({**V3, "law": "chinchilla"}, "leave one out"),
     ],
 )
 def test_bad_input_says_what_and_what_instead(words, fault):
