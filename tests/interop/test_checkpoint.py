@@ -131,7 +131,7 @@ def test_truncated_missing_and_repeated_shards(tmp_path, tiny_model):
     ("changes", "word"),
     [
         ({"model_type": "deepseek_v2"}, "deepseek_v2"),
-        ({"hidden_size": 64}, "hidden_size"),
+        ({"hidden_size": 64}, "shape"),
         ({"vocab_size": 10**18}, "vocab_size"),
         ({"num_attention_heads": 2**30, "qk_nope_head_dim": 2**30}, "more layers or weights"),
         ({"num_hidden_layers": 10**9}, "more layers"),
@@ -146,7 +146,7 @@ def test_a_config_that_lies_or_asks_for_more(saved, changes, word):
     edit_config(saved, **changes)
     with pytest.raises(UserError) as caught:
         load_model(saved)
-    assert word in str(caught.value) or "shape" in str(caught.value)
+    assert word in str(caught.value)
 
 
 def test_pickles_are_never_opened(saved):
