@@ -232,12 +232,12 @@ def label(row: Row) -> str:
 
 
 def told(finals: dict[str, Row], grids: dict[str, list[Row]]) -> dict[str, Any]:
-    """{ours, peers, ratios, reached_after_seconds, grids, machine, date}, of rows by their labels."""
+    """{baleen, peers, ratios, reached_after_seconds, grids, machine, date}, of rows by their labels."""
     ours = {name: row for name, row in finals.items() if row["name"] == "baleen"}
     peers = {name: row for name, row in finals.items() if name not in ours}
     pairs = [(a, b) for a in ours for b in peers]
     return {
-        "ours": ours,
+        "baleen": ours,
         "peers": peers,
         "ratios": {f"bits per byte: {a} / {b}": ours[a]["bits_per_byte"] / peers[b]["bits_per_byte"] for a, b in pairs},
         "reached_after_seconds": {
@@ -269,7 +269,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    for name, row in (result["ours"] | result["peers"]).items():
+    for name, row in (result["baleen"] | result["peers"]).items():
         print(
             f"{name:26} {row['bits_per_byte']:.4f} bits per byte {row['tokens']:10,} tokens {row['seconds']:5.0f} s"
             f" {row['parameters'] / 1e6:.1f}M parameters, lr {row['lr']:.2e}, epochs {row['epochs']}"

@@ -65,6 +65,6 @@ def test_a_contestant_races_at_several_places(bench):
     result = quality.told({quality.label(row): row for row in rows}, {})
     ours, wide, narrow = "baleen,-1,0.0048", "dense muon,0,0.0048", "dense muon,-2,0.0048"
     assert quality.place(wide) == ("dense muon", 0, 4.8e-3)  # what is told can be typed
-    assert (list(result["ours"]), list(result["peers"])) == ([ours], [wide, narrow])
+    assert (list(result["baleen"]), list(result["peers"])) == ([ours], [wide, narrow])
     assert result["ratios"][f"bits per byte: {ours} / {narrow}"] == 1.0 / 0.9
     assert result["reached_after_seconds"] == {f"{ours} reaches {wide}": 20.0, f"{ours} reaches {narrow}": None}
