@@ -127,7 +127,10 @@ class LlamaCpp:
         self.name, self._c = f"llama.cpp {path.stem.split('-')[-1]}", llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        of_model = llama_cpp.llama_model_default_params()
+        # Packed for AMX, its quantised weights abort on these networks (ggml-backend.cpp: no backend for a tensor).
+        of_model.use_extra_bufts = not torch.cpu._is_amx_tile_supported()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), of_model)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = sequences * length, sequences
         params.n_batch = params.n_ubatch = 512
