@@ -37,7 +37,8 @@ if os.fork() == 0:
 
 @pytest.fixture(scope="module")
 def guarded():
-    """Skips where the system does not let a process give up its network: there no program is run at all."""
+    """Skips where the system does not let a process give up its network: there no program is run at all. Where
+    BALEEN_GUARD is `require`, as in .ci/run, that is a failure."""
     if not sys.platform.startswith("linux") or programs._run("")[0] == programs.UNGUARDED:
         assert os.environ.get("BALEEN_GUARD") != "require"
         pytest.skip("this system does not let a process give up its network")
