@@ -3,7 +3,7 @@
     python bench/table.py [ROW ...] [--page]
 
 Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code or elsewhere: stopped,
-the same command goes on. A ROW that is named is measured again; one that fails is told, and left as it was. --page only
+the same command goes on. What this CPU cannot run, bf16 without its instructions, leaves the table then. A ROW that is named is measured again; one that fails is told, and left as it was. --page only
 writes the README's table. A quarter to three quarters of an hour on two cores on which nothing else runs.
 """
 
@@ -117,6 +117,8 @@ def main() -> None:
     here = [name for name in ROWS if not name.endswith("bf16") or multiplies_bf16(torch.device("cpu"))]
     now = version() | {"versions": versions()}  # of the peers, which a row tells too
     wanted = asked.rows or [name for name in here if not now.items() <= rows.get(name, {}).items()]
+    if not asked.rows and not asked.page:  # the table of one machine
+        rows = {name: row for name, row in rows.items() if name in here}
     failed = []
     for name in () if asked.page else wanted:
         try:
