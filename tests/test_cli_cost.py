@@ -33,7 +33,8 @@ def cost(*arguments):
 def test_card_mark_add_report(run_dir):
     card = json.loads(cost("card", run_dir, "--json").stdout)
     assert card["headline_usd"] == card["full_usd"] > 0
-    assert cost("mark", run_dir, "final").stdout == ""
+    assert json.loads(cost("card", "demo", "--json").stdout) == card  # by its name, in the lab that is here
+    assert cost("mark", "demo", "research").stdout == cost("mark", run_dir, "final").stdout == ""
     added = cost("add", "--category", "people", "--usd", 12, "--period", "2026-01..2026-02")
     assert added.stdout == "" and "recorded 12 USD of people" in added.stderr
     report = json.loads(cost("report", "--json", "--html", "page.html").stdout)

@@ -84,10 +84,10 @@ def mark(
     lab: Lab = None,
 ) -> None:
     """Say what a run was for; holds for all its stages so far."""
+    from baleen.cost.account import lab_of_run
     from baleen.cost.account import mark as mark_run
-    from baleen.cost.ledger import lab_of
 
-    run_id = mark_run(lab or lab_of(run), run, purpose)  # pyright: ignore[reportArgumentType]
+    run_id = mark_run(lab or lab_of_run(run), run, purpose)  # pyright: ignore[reportArgumentType]
     say(f"marked {run_id} as {purpose}")
 
 
@@ -198,10 +198,9 @@ def plan(
     )  # fmt: skip
     result = make_plan(request)
     if record is not None:
-        from baleen.cost.account import amend
-        from baleen.cost.ledger import lab_of
+        from baleen.cost.account import amend, lab_of_run
 
-        amend(lab_of(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["device_hours"]}})
+        amend(lab_of_run(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["device_hours"]}})
         say(f"recorded the plan with {record}")
     show(result, plan_view(result), json)
 

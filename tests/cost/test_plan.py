@@ -126,7 +126,7 @@ def test_a_budget_alone_sizes_the_model_by_a_named_law(law):
 def test_given_tokens_size_the_model():
     sized = plan(gpu="h100", budget="$20k", gpus="64", tokens="500B", layout="EP8,FSDP")
     assert sized["tokens"] == 500e9 and sized["usd"]["mid"] == pytest.approx(20_000, rel=0.25)
-    assert "what the hours leave" in sized["solved"]["model"]
+    assert "what the hours leave" in sized["solved"]["model"] and "law" not in sized["solved"]
 
 
 def test_a_model_is_never_sized_beyond_its_devices():
@@ -174,6 +174,8 @@ def test_models_by_recipe_name_published_name_and_file(tmp_path):
         ({"gpu": "h800", "model": "llama3-8b", "tokens": "1T"}, "how many devices"),
         ({"gpu": "h800", "gpus": "64", "budget": "$1M", "law": "kaplan"}, "chinchilla"),
         ({**V3, "law": "chinchilla"}, "leave one out"),
+        ({"gpu": "h800", "gpus": "64", "budget": "$1M", "law": "chinchilla", "tokens": "1T"}, "leave one out"),
+        ({**V3, "sets": ("failures_per_gpu_hour=10",)}, "the run would never end"),
     ],
 )
 def test_bad_input_says_what_and_what_instead(words, fault):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from baleen.config import UserError
-from baleen.cost.ledger import BEAT_SECONDS, STAGES, Purpose, append_row, check_purpose, read_rows, read_run_id
+from baleen.cost.ledger import BEAT_SECONDS, STAGES, Purpose, append_row, check_purpose, lab_of, read_rows, read_run_id
 from baleen.cost.money import RateCard
 
 CATEGORIES = ("people", "data", "hardware", "other")
@@ -117,6 +117,11 @@ def default_lab() -> Path:
     return Path(lab or "runs")
 
 
+def lab_of_run(run: Path) -> Path:
+    """The lab that knows a run: the parent of its directory, gone or not; of a bare name `default_lab`."""
+    return lab_of(run) if len(run.parts) > 1 or run.exists() else default_lab()
+
+
 def read_ledger(lab: Path | str, now: float | None = None) -> Account:
     """The account of a lab folder. Lines that cannot be read are counted, never fatal.
 
@@ -176,7 +181,7 @@ def find_run(lab: Path | str, run: str | Path) -> str:
     if len(matches) > 1:
         raise UserError(f"{len(matches)} runs were called {name!r}: give one of their ids, {', '.join(matches)}")
     if not matches:
-        known = f"known are {', '.join(ids[:8])}" if ids else "it is empty"
+        known = f"known are {', '.join(ids[:8])}" if ids else "no run is recorded there"
         raise UserError(f"the ledger in {folder} knows no run {str(run)!r}: {known}")
     return matches[0]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from baleen.config import UserError
 from baleen.cost import figures
-from baleen.cost.account import CATEGORIES, Account, StageRecord, find_run, read_ledger
+from baleen.cost.account import CATEGORIES, Account, StageRecord, find_run, lab_of_run, read_ledger
 from baleen.cost.figures import quantity, share, usd
-from baleen.cost.ledger import PURPOSES, STAGES, lab_of
+from baleen.cost.ledger import PURPOSES, STAGES
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -29,7 +29,7 @@ def cost_card(run_dir: Path | str, lab: Path | str | None = None, now: float | N
     tokenizer, evaluation and serving included, and what `baleen cost add` recorded. A run whose directory is gone is
     found by name. Raises UserError if the lab's ledger does not know the run.
     """
-    lab = Path(lab) if lab else lab_of(Path(run_dir))
+    lab = Path(lab) if lab else lab_of_run(Path(run_dir))
     run_id = find_run(lab, run_dir)
     account = read_ledger(lab, now)
     return card_of(account, run_id)

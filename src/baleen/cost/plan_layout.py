@@ -43,6 +43,12 @@ def choose(request: Request, facts: Assumptions, model: PlannedModel, gpus: int)
         assert found.leanest is not None
         raise _too_large(facts, model, gpus, on, stated, found.leanest)
     goodput = expected_goodput(gpus, facts.reliability)
+    if not goodput:
+        mtbf = facts.reliability.mtbf_seconds(gpus)
+        raise UserError(
+            f"{gpus:,} devices fail every {mtbf:.2g} s on average, before a checkpoint: the run would never end; "
+            "take fewer of them, or other factors of reliability"
+        )
     rate = on.batch * on.seq_len / found.best[0].step.seconds * goodput
     return Chosen(model, gpus, on, found.best, how, rate, goodput)
 
@@ -73,7 +79,7 @@ def conditions(request: Request, facts: Assumptions, model: PlannedModel) -> Con
     hardware.peak_flops(precision)  # raises UserError where the device has no such format
     seq_len = request.seq_len or model.seq_len
     if seq_len < 1:
-        raise UserError(f"--seq {seq_len} is no sequence length: give at least 1")
+        raise UserError(f"--seq-len {seq_len} is no sequence length: give at least 1")
     batch = request.batch or (model.batch if seq_len == model.seq_len else usual_batch(seq_len))
     return Conditions(
         hardware=hardware,

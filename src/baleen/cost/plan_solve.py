@@ -33,6 +33,8 @@ def solve(request: Request, facts: Assumptions, prices: Prices) -> tuple[Chosen,
 
     if request.law is not None and request.model is not None:
         raise UserError("--law sizes a model, and --model names one: leave one out")
+    if request.law is not None and request.tokens is not None:
+        raise UserError("--law shares the compute out between size and tokens, and --tokens fixes these: leave one out")
     model = None if request.model is None else load_model(request.model)
     tokens = request.tokens
     if tokens is None and hours is None and not request.deadline_seconds:
@@ -121,8 +123,11 @@ def _size_by_law(request: Request, facts: Assumptions, gpus: int, hours: float) 
         how = f"what the hours leave for {request.tokens:.3g} tokens"
     if not fitting:
         how = f"the widest that fits {gpus} devices; {wanted.arch.hidden_size} wide would be {how}"
-    size = {"flops_per_token": allocation.flops_per_token, "tokens": allocation.tokens, "source": law.source}
-    return chosen, {"model": f"{model.name}, {how}", "law": size}
+    said: dict[str, Any] = {"model": f"{model.name}, {how}"}
+    if request.tokens is None:
+        flops = allocation.flops_per_token
+        said["law"] = {"flops_per_token": flops, "tokens": allocation.tokens, "source": law.source}
+    return chosen, said
 
 
 def _v3_shaped(arch: Architecture, seq_len: int) -> PlannedModel:
