@@ -3,8 +3,9 @@
     python bench/table.py [ROW ...] [--page]
 
 Without a ROW (train-S, decode-M-8, ...) all that are missing or were measured with other code or elsewhere: stopped,
-the same command goes on. What this CPU cannot run, bf16 without its instructions, leaves the table then. A ROW that is named is measured again; one that fails is told, and left as it was. --page only
-writes the README's table. A quarter to three quarters of an hour on two cores on which nothing else runs.
+the same command goes on. What this CPU cannot run, bf16 without its instructions, leaves the table then. A ROW that is
+named is measured again; one that fails is told, and left as it was. --page only writes the README's table. A quarter to
+three quarters of an hour on two cores on which nothing else runs.
 """
 
 from __future__ import annotations

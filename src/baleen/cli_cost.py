@@ -200,7 +200,9 @@ def plan(
     if record is not None:
         from baleen.cost.account import amend, lab_of_run
 
-        amend(lab_of_run(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["device_hours"]}})
+        amend(
+            lab_of_run(record), record, {"plan": {"usd": result["usd"]["mid"], "device_hours": result["device_hours"]}}
+        )
         say(f"recorded the plan with {record}")
     show(result, plan_view(result), json)
 
