@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from baleen.eval.acceptance import mtp_acceptance, mtp_acceptance_forced
 from baleen.eval.baselines import NgramModel, xz_bits_per_byte
 from baleen.eval.next_turn import next_turn_accuracy
 from baleen.eval.report import write_report
-from baleen.infer.chat import CHAT_PARAMS, recent, respond
+from baleen.infer.chat import respond
 from baleen.infer.engine import Engine
+from baleen.infer.recent import recent
+from baleen.infer.sampler import SamplingParams
 from baleen.interop.load import load
 from baleen.recipe import Recipe, load_recipe
 from baleen.train.loop import run_stage, train
@@ -34,6 +37,7 @@ from baleen.train.rundir import read_metrics, write_aside
 RECIPE = "chitchat"
 CONTEXTS = 500  # of next-turn accuracy
 PROMPTS = 64  # of acceptance
+ANSWER = 48  # tokens, at most, in the talks
 TALKS = (
     ("hi, how are you?", "what did you do today?"),
     ("do you like music?", "who is your favorite singer?"),
@@ -134,11 +138,11 @@ def most_repeated(text: str, n: int) -> int:
 
 def _talk(engine: Engine, questions: Sequence[str], seed: int) -> Talk:
     turns: list[Message] = []
-    params = CHAT_PARAMS.__class__(temperature=0.7, top_p=0.9, max_tokens=48, seed=seed)
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=ANSWER, seed=seed)
+    encode = partial(engine.tokenizer.encode_chat, add_generation_prompt=True)
     for question in questions:
         turns.append(Message("user", question))
-        history = recent(engine, turns, params.max_tokens or 48)
-        prompt_ids = engine.tokenizer.encode_chat(history, add_generation_prompt=True)
+        prompt_ids, _ = recent(turns, encode, engine.context - ANSWER)
         answer = "".join(event.text for event in respond(engine, prompt_ids, params, speculate=0)).strip()
         turns.append(Message("assistant", answer))
     return Talk(tuple(turns))

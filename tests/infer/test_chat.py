@@ -15,7 +15,7 @@ from baleen.data.corpus import Message
 from baleen.data.tokenizer import Tokenizer
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.infer import chat as infer_chat
-from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, asked, params_of, printable, recent
+from baleen.infer.chat import CHAT_PARAMS, Chat, Local, answer_by_vote, answer_once, asked, params_of, printable
 from baleen.infer.engine import Engine, Request, Stats
 from baleen.infer.parse import words_of
 from baleen.infer.sampler import SamplingParams
@@ -202,7 +202,7 @@ def _at_end():
     raise EOFError
 
 
-def test_oldest_turns_are_dropped_with_a_notice(chat):
+def test_oldest_turns_are_dropped_with_a_notice(chat, monkeypatch):
     chat, printed = chat(max_position_embeddings=128)
     chat.take("/system be brief")
     notices = 0
@@ -211,16 +211,20 @@ def test_oldest_turns_are_dropped_with_a_notice(chat):
         notices += "the context is full" in printed()
     assert notices >= 2
     assert len(chat.messages) == 17  # the system message and every turn are kept for /save
-    kept = recent(chat.partner.engine, chat.messages, 32)
-    assert kept[0] == Message("system", "be brief") and kept[1].role == "user"
-    assert kept[1:] == chat.messages[-len(kept) + 1 :] and len(kept) < 17
-    assert len(chat.partner.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)) <= 96
+    asked_for = []
+    respond = infer_chat.respond
+    monkeypatch.setattr(infer_chat, "respond", lambda *args: asked_for.append(args[1]) or respond(*args))
+    chat.take("and you?")
+    (ids,) = asked_for  # three quarters of the context; the last turn is there, and the system message
+    text = chat.partner.engine.tokenizer.decode(ids, skip_special=False)
+    assert len(ids) <= 96 and "be brief" in text and "and you?" in text and "number 0" not in text
 
 
 def test_the_last_turn_may_fill_the_context(engine):
     engine = engine(max_position_embeddings=64)
     turns = [Message("user", "hi"), Message("assistant", "hello"), Message("user", "?" * 50)]
-    assert recent(engine, turns, 32) == turns[2:]
+    reply = Local(engine).reply(turns, GREEDY, False)
+    assert reply.dropped == 2 and reply.stats.prompt_tokens > 50
     with pytest.raises(UserError, match="context holds 64"):
         answer_once(Local(engine), asked("?" * 80), io.StringIO(), io.StringIO())
 

@@ -9,6 +9,7 @@ import torch
 from served import WORDY
 
 from baleen.data.template import BALEEN_TEMPLATE
+from baleen.serve import chat as serve_chat
 from baleen.serve.limits import Limits
 
 HELLO = [{"role": "user", "content": "the cat"}]
@@ -511,6 +512,15 @@ def test_fit_heeds_the_limit_and_the_context(scripted, limit, most):
         chat(client_of(server), [{"role": "system", "content": "over hills and far away " * 60}], model="script",
              extra_body={"baleen": {"fit": True}})  # fmt: skip
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_fit_reads_a_long_conversation_a_few_times(scripted, monkeypatch):
+    read, chat_prompt = [], serve_chat.chat_prompt
+    monkeypatch.setattr(serve_chat, "chat_prompt", lambda *args: read.append(args) or chat_prompt(*args))
+    turns = 200 * [{"role": "user", "content": "over"}, {"role": "assistant", "content": "hills"}]
+    asked = [*turns, {"role": "user", "content": "which birds"}]
+    fitted = chat(client_of(scripted("yes")), asked, model="script", extra_body={"baleen": {"fit": True}})
+    assert fitted.model_dump()["baleen"]["dropped_messages"] > 300 and len(read) <= 10
 
 
 # --- faults

@@ -10,6 +10,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -23,6 +24,7 @@ from baleen.data.corpus import Message
 from baleen.infer.answers import Vote, majority
 from baleen.infer.engine import Engine, Generation, Request, Speculate, Stats
 from baleen.infer.parse import THINK, opens_reasoning, words_of
+from baleen.infer.recent import recent
 from baleen.infer.sampler import SamplingParams
 from baleen.infer.shown import ShownAnswer
 
@@ -65,10 +67,10 @@ class Local:
         return self.engine.model.config.num_nextn_predict_layers > 0
 
     def reply(self, messages: Sequence[Message], params: SamplingParams, draft: bool) -> Reply:
-        kept = recent(self.engine, messages, self.engine.context // ROOM_SHARE)
-        prompt_ids = self.engine.tokenizer.encode_chat(kept, add_generation_prompt=True)
+        encode = partial(self.engine.tokenizer.encode_chat, add_generation_prompt=True)
+        prompt_ids, dropped = recent(messages, encode, self.engine.context - self.engine.context // ROOM_SHARE)
         generation = respond(self.engine, prompt_ids, params, "auto" if draft else 0)
-        return _LocalReply(generation, opening_of(self.engine, prompt_ids), len(messages) - len(kept))
+        return _LocalReply(generation, opening_of(self.engine, prompt_ids), dropped)
 
 
 class _LocalReply:
@@ -111,22 +113,6 @@ def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, specu
 def turn(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Request:
     """Of the assistant alone."""
     return Request(prompt_ids, replace(params, stop_ids=(*params.stop_ids, *engine.tokenizer.answer_ends)))
-
-
-def recent(engine: Engine, messages: Sequence[Message], room: int) -> list[Message]:
-    """The newest turns that leave `room` tokens for the answer; the system message stays, and so does the last turn.
-
-    Turns are dropped from the oldest, each with its answer. The last turn alone may take more, as long as the answer
-    has a token left; else the engine raises UserError.
-    """
-    head = [message for message in messages[:1] if message.role == "system"]
-    turns = list(messages[len(head) :])
-    while True:
-        length = len(engine.tokenizer.encode_chat(head + turns, add_generation_prompt=True))
-        following = next((i for i, message in enumerate(turns) if i and message.role == "user"), None)
-        if length + room <= engine.context or following is None:
-            return head + turns
-        turns = turns[following:]
 
 
 def asked(prompt: str, system: str = "") -> list[Message]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from baleen.infer.engine import Request
 from baleen.infer.parse import END_THINK, THINK, AnswerParser, Call, Piece, Words, opens_reasoning
+from baleen.infer.recent import recent
 from baleen.infer.sampler import Constraint, SamplingParams
 from baleen.infer.thinking import ThinkingBudget
 from baleen.serve.answers import (
@@ -29,7 +30,7 @@ from baleen.serve.errors import BadRequest
 from baleen.serve.logprobs import chat_logprobs
 from baleen.serve.models import Served
 from baleen.serve.prompt import chat_prompt
-from baleen.serve.protocol import ChatRequest, FunctionCall, ToolCall
+from baleen.serve.protocol import ChatRequest, FunctionCall, Message, ToolCall
 from baleen.serve.service import ChoicePart, Service, of_choice, sampling_params
 from baleen.serve.tally import Tally, join_traces, trace_of, usage_of
 from baleen.serve.worker import Arrival
@@ -119,8 +120,7 @@ class Chat:
         self._model = service.models.get(request.model)
         count = request.n or 1
         service.check_choices(count)
-        self._dropped = 0
-        self._prompt_ids = self._read()
+        self._prompt_ids, self._dropped = self._read()
         self._model.check_prompt(self._prompt_ids, "messages", service.limits)
         params = self._params()
         thinking = opens_reasoning(self._model.tokenizer, self._prompt_ids)
@@ -143,25 +143,17 @@ class Chat:
         vocab_size = self._model.engine.model.config.vocab_size
         return [ThinkingBudget(self._model.tokenizer, vocab_size, budget, opened=thinking)] * (self._request.n or 1)
 
-    def _read(self) -> list[int]:
-        """The prompt's tokens; asked to fit, without the oldest turns that the context has no room for."""
-        messages = list(self._request.messages)
-        ids = chat_prompt(self._model.tokenizer, self._request, self._model.system)
-        if not self._request.baleen.fit:
-            return ids
-        context = self._model.engine.context
-        room = min(self._service.limits.prompt_tokens or context, context * 3 // 4)
-        while len(ids) > room:
-            turns = (i for i, message in enumerate(messages) if message.role not in ("system", "developer"))
-            first = next(turns, len(messages))
-            turn = next((i for i in range(first + 1, len(messages)) if messages[i].role == "user"), None)
-            if turn is None:
-                break
-            del messages[first:turn]
-            self._dropped += turn - first
-            shorter = self._request.model_copy(update={"messages": messages})
-            ids = chat_prompt(self._model.tokenizer, shorter, self._model.system)
-        return ids
+    def _read(self) -> tuple[list[int], int]:
+        """The prompt's tokens, and how many of the oldest messages, asked to fit, it leaves out."""
+        request, context = self._request, self._model.engine.context
+
+        def encode(messages: list[Message]) -> list[int]:
+            kept = request.model_copy(update={"messages": messages})
+            return chat_prompt(self._model.tokenizer, kept, self._model.system)
+
+        if not request.baleen.fit:
+            return encode(request.messages), 0
+        return recent(request.messages, encode, min(self._service.limits.prompt_tokens or context, context * 3 // 4))
 
     def _params(self) -> SamplingParams:
         defaults, markers = self._model.chat_params, self._model.markers
