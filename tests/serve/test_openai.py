@@ -373,6 +373,29 @@ def test_a_round_with_two_calls_streamed(scripted):
     assert whole.content is None and [name for name, _ in calls_of(whole)] == ["add", "get_time"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_history_comes_back_as_clients_keep_it(scripted, stream):
+    """All fields of the official client's message, or the deltas' calls with their index, as Open WebUI has them."""
+    prompts = []
+    server = scripted(lambda prompt: prompts.append(prompt) or "So." + wire(("get_time", "{}")), per_step=8)
+    client = client_of(server)
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in chat(client, model="script", tools=[TIME], stream=True)]
+        calls = [call.model_dump() for delta in deltas for call in delta.tool_calls or ()]
+        said = {"role": "assistant", "content": "So.", "tool_calls": calls}
+        assert [call["index"] for call in calls] == [0]
+    else:
+        said = chat(client, model="script", tools=[TIME]).choices[0].message.model_dump()
+        assert {"refusal", "annotations", "audio", "function_call"} <= set(said)
+        calls, said["annotations"] = said["tool_calls"], []
+    tool = {"role": "tool", "tool_call_id": calls[0]["id"], "name": "get_time", "content": "noon"}
+    again = chat(client, [*HELLO, said, tool], "script", tools=[TIME]).choices[0].message
+    assert "So." + wire(("get_time", "{}")) in prompts[1] and "<|tool_output_begin|>noon" in prompts[1]
+    assert "index" not in again.tool_calls[0].model_dump()
+    with pytest.raises(openai.BadRequestError, match="'colour' is not a parameter"):
+        chat(client, [*HELLO, {**said, "colour": "blue"}], "script")
+
+
 @pytest.mark.parametrize("call", [("add", '{"a": 1'), ("rm", "{}")])
 def test_a_malformed_call_is_content(scripted, call):
     client = client_of(scripted(wire(call)))
@@ -520,7 +543,7 @@ def test_fit_reads_a_long_conversation_a_few_times(scripted, monkeypatch):
     turns = 200 * [{"role": "user", "content": "over"}, {"role": "assistant", "content": "hills"}]
     asked = [*turns, {"role": "user", "content": "which birds"}]
     fitted = chat(client_of(scripted("yes")), asked, model="script", extra_body={"baleen": {"fit": True}})
-    assert fitted.model_dump()["baleen"]["dropped_messages"] > 300 and len(read) <= 10
+    assert fitted.model_dump()["baleen"]["dropped_messages"] > 200 and len(read) <= 10
 
 
 # --- faults

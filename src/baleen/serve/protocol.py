@@ -119,6 +119,9 @@ class FunctionCall(Strict):
 
 
 class ToolCall(Strict):
+    """`index` comes back in a history that a client put together from chunks; it is dropped."""
+
+    index: int | None = Field(default=None, exclude=True)
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -140,18 +143,19 @@ class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: str | None = None
 
 
 class AssistantMessage(Strict):
-    """The fields that are always null are those of the official client's answers, which come back in a history."""
+    """The last four are of the official client's answers, which come back in a history; they are dropped."""
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
     name: str | None = None
+    annotations: list[Any] | None = None
     refusal: None = None
-    annotations: None = None
     audio: None = None
     function_call: None = None
 
