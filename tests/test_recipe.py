@@ -1,6 +1,7 @@
 """Every recipe that ships loads; what a run writes down as its recipe is the recipe; what is not one is refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from baleen.align.recipe import AlignRecipe, load_align_recipe
 from baleen.config import ModelConfig, UserError
-from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_lines, recipe_names
+from baleen.recipe import Recipe, cost_of, load_recipe, read_recipe, recipe_lines, recipe_names, run_of
 from baleen.train.continued_recipe import ContinuedRecipe
 
 CONTINUED = ("extend-1k", "extend-4k", "smollm2-heal", "smollm2-mtp")
@@ -44,6 +45,19 @@ def test_recipes_with_a_base_are_for_only(name, tmp_path):
     assert read_recipe(ContinuedRecipe, file) == recipe and cost_of(tmp_path) == recipe.cost
     with pytest.raises(UserError, match="--only"):
         load_recipe(name)
+
+
+def test_a_runs_models_are_of_the_run(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "other").mkdir()
+    assert run_of(run) is run_of(run / "model") is None
+    (run / "recipe.toml").write_text("[cost]\nproject = 'sea'\n")
+    for path in (run, run / "model", run / "model-ema"):
+        assert run_of(path) == run and cost_of(path).project == "sea"
+    assert run_of(run / "other") is run_of(tmp_path) is run_of(tmp_path / "smollm2") is None
+    monkeypatch.chdir(run / "model")
+    assert run_of(Path()) == run
 
 
 @pytest.mark.parametrize("key", ["stages.9.lr", "stages.9.nonsense", "stages.0", "stages.foo.bar.baz", "stages.-1.lr"])

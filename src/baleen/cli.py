@@ -126,21 +126,22 @@ def evaluate(
 ) -> None:
     """Bits per byte of a model on text, and its score in tasks; a run keeps them as eval.json."""
     from baleen.eval.run import evaluate_run, write_evaluation
-    from baleen.recipe import cost_of, recipe_sections
+    from baleen.recipe import cost_of, run_of
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     account: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if recipe_sections(run):  # else a model, not a run: no ledger is its own
+    owner = run_of(run)
+    if owner is not None:  # else a model, not a run: no ledger is its own
         from baleen.train.loop import run_stage
 
-        account = partial(run_stage, cost_of(run), run, "eval")
+        account = partial(run_stage, cost_of(owner), owner, "eval")
     result = evaluate_run(run, text, account, tasks=names, samples=samples, say=partial(print, file=sys.stderr))
     _report({key: value for key, value in result.items() if as_json or key != "tasks"}, as_json)
     if not as_json:
         for name, measured in result.get("tasks", {}).items():
             print(f"\n{name}")
             _report({f"  {metric}": value for metric, value in measured.items()}, as_json)
-    if account is not nullcontext:
+    if owner == run:  # not of model-ema, which would be taken for the run's own
         write_evaluation(run, result)
 
 

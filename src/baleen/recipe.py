@@ -224,10 +224,22 @@ def _made_for(sections: Container[str]) -> str | None:
     return "is a recipe for `baleen train` without --only: it makes a new model, and has neither stages nor a base"
 
 
-def recipe_sections(run: Path) -> dict[str, Any]:
-    """The sections of a run's recipe, of whatever kind it is; none, if `run` is only a model."""
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` is, or whose model or model-ema it is; None for a model that is no run's."""
+    if (path / "recipe.toml").is_file():
+        return path
+    path = path.absolute()
+    is_runs = path.name in ("model", "model-ema") and (path.parent / "recipe.toml").is_file()
+    return path.parent if is_runs else None
+
+
+def recipe_sections(path: Path) -> dict[str, Any]:
+    """The sections of the recipe, of whatever kind it is, of the run that `run_of` finds; none, if it finds none."""
+    run = run_of(path)
+    if run is None:
+        return {}
     file = run / "recipe.toml"
-    return _tables(file.read_bytes(), str(file)) if file.is_file() else {}
+    return _tables(file.read_bytes(), str(file))
 
 
 def cost_of(run: Path) -> CostConfig:

@@ -246,8 +246,9 @@ def test_a_run_is_asked_as_it_was_trained(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(infer_chat.Chat, "run", lambda self, read: said.append(list(self.messages)))
     cli.chat_(tmp_path, prompt="1+1=")
     cli.chat_(tmp_path)
+    cli.chat_(tmp_path / "model")
     system = Message("system", "Work out the sum.")
-    assert said == [[system, Message("user", "1+1=")], [system]]
+    assert said == [[system, Message("user", "1+1=")], [system], [system]]
 
 
 def test_a_user_turn_of_the_models_own_ends_the_answer(engine):

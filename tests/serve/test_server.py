@@ -215,5 +215,6 @@ def test_a_run_brings_its_system_message_and_its_ledger(make_engine, tmp_path, m
     (model,) = load_models([str(tmp_path)], lambda loaded: engine)
     assert (model.system, model.run_dir, model.chat_params.temperature) == ("", None, 0.0)
     (tmp_path / "recipe.toml").write_text('system = "Be brief."\n')
-    (run,) = load_models([str(tmp_path)], lambda loaded: engine)
-    assert (run.system, run.run_dir) == ("Be brief.", tmp_path)
+    for path in (tmp_path, tmp_path / "model", tmp_path / "model-ema"):
+        (run,) = load_models([str(path)], lambda loaded: engine)
+        assert (run.system, run.run_dir) == ("Be brief.", tmp_path)

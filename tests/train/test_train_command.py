@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from baleen.cli import app
 from baleen.config import UserError
+from baleen.cost.ledger import read_rows
 from baleen.eval.report import write_report
 from baleen.train import checkpoint
 
@@ -37,6 +39,17 @@ def test_eval_finds_what_training_found(tiny_recipe, tmp_path):
     expected = json.loads(trained.stdout)["heldout_bpb"]
     assert measured["heldout"] and measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert json.loads((run / "eval.json").read_text(encoding="utf-8")) == measured
+    booked = rows_of_eval(run)
+    shutil.copytree(run / "model", run / "model-ema")
+    own = json.loads(CliRunner().invoke(app, ["eval", str(run / "model-ema"), "--json"]).stdout)
+    assert {**own, "run": str(run)} == measured and rows_of_eval(run) > booked > 0
+    assert not (run / "model-ema" / "data").exists()  # the run's text is found again, not prepared anew
+    assert json.loads((run / "eval.json").read_text(encoding="utf-8"))["run"] == str(run)  # is of the run alone
+
+
+def rows_of_eval(run):
+    (file,) = (run.parent / "ledger").glob("run-*.jsonl")
+    return sum(row["stage"] == "eval" for row in read_rows(file)[0] if "stage" in row)
 
 
 def test_training_on_a_folder_of_ones_own_text(corpus, tmp_path):

@@ -18,7 +18,7 @@ from baleen.eval.score import score_task
 from baleen.eval.tasks import Program, Question, made_task, read_task
 from baleen.infer.engine import Engine
 from baleen.interop.load import load
-from baleen.recipe import DataConfig, recipe_sections
+from baleen.recipe import DataConfig, recipe_sections, run_of
 
 HARNESS = "lm-eval:"
 
@@ -43,24 +43,24 @@ def evaluate_run(
     Raises UserError if the run held out no text and neither texts nor tasks are given.
     """
     loaded = load(run)
-    sections = recipe_sections(run)
+    owner, sections = run_of(run), recipe_sections(run)
     # What a run never saw in training is no measure of it: positions beyond its rows.
     window = min(sections.get("train", {}).get("seq_len", math.inf), loaded.model.config.max_position_embeddings)
     documents: list[Document]
     if texts:
         documents = list(read_documents([str(text) for text in texts], "text"))
-    elif "data" in sections:
-        before = _prepared_before(run)
+    elif owner is not None and "data" in sections:
+        before = _prepared_before(owner)
         documents = prepare(
-            validated(DataConfig, sections["data"], f"{run}: [data]"),
+            validated(DataConfig, sections["data"], f"{owner}: [data]"),
             vocab_size=loaded.model.config.vocab_size,
             seq_len=sections["train"]["seq_len"],
             seed=sections["train"]["seed"],
-            cache_dir=run / "data",
+            cache_dir=owner / "data",
             tokenizer=None if "model" in sections else loaded.tokenizer,  # trained on from a model that brought its own
             progress=say,
         ).heldout
-        if before and _prepared_before(run) != before:
+        if before and _prepared_before(owner) != before:
             say(
                 "the files of data.sources, or how they are read, are not as they were when the run was trained, so "
                 "the held-out text was drawn anew: it may hold some that the run was trained on"

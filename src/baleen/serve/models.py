@@ -17,7 +17,7 @@ from baleen.infer.engine import Engine
 from baleen.infer.parse import THINK, ToolMarkers
 from baleen.infer.sampler import SamplingParams
 from baleen.interop.load import Loaded, load
-from baleen.recipe import recipe_sections
+from baleen.recipe import recipe_sections, run_of
 from baleen.serve.answers import ModelCard
 from baleen.serve.constrain import Constrainer
 from baleen.serve.errors import ApiError, BadRequest
@@ -126,16 +126,15 @@ def load_models(runs: Sequence[str], make_engine: Callable[[Loaded], Engine]) ->
     served = []
     for run in runs:
         loaded = load(run)
-        sections = recipe_sections(Path(run))
-        run_dir = Path(run) if sections else None
-        system = sections.get("system", "")
-        served.append(Served(name_of(run), make_engine(loaded), run_dir, params_of(loaded.path), system))
+        system = recipe_sections(Path(run)).get("system", "")
+        served.append(Served(name_of(run), make_engine(loaded), run_of(Path(run)), params_of(loaded.path), system))
     return Models(served)
 
 
 def name_of(run: str) -> str:
     """The directory's or file's own name; of runs/NAME/model the run's."""
     path = Path(run).absolute()
-    if path.name in ("model", "model-ema") and (path.parent / "recipe.toml").is_file():
-        return path.parent.name if path.name == "model" else f"{path.parent.name}-ema"
+    owner = run_of(path)
+    if owner is not None:
+        return f"{owner.name}-ema" if path.name == "model-ema" else owner.name
     return path.stem if path.suffix == ".gguf" else path.name
