@@ -103,11 +103,15 @@ def test_a_schema_cannot_break_out_of_the_grammar(constrainer):
     assert constraint.allowed([]).sum() < 10
 
 
-def test_tools_need_a_model_that_knows_them():
+def test_a_thought_that_nothing_closes_cannot_be_bounded():
+    """Told by a field that a request has."""
+
     class Plain:
         def id_of(self, *names):
             return None
 
     with pytest.raises(ApiError) as caught:
-        Constrainer(Plain(), 10).grammar(request(tools=TOOLS, tool_choice="required"), thinking=False)
-    assert (caught.value.status, caught.value.code) == (400, "no_tools")
+        Constrainer(Plain(), 10).grammar(request(response_format=FORM), thinking=True)
+    fault = caught.value
+    assert (fault.status, fault.code, fault.param) == (400, "no_constraints", "reasoning_effort")
+    assert fault.param in ChatRequest.model_fields and fault.param in fault.message

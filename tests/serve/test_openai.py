@@ -425,6 +425,18 @@ def test_tool_choice(client, scripted):
     assert said.tool_calls is None and "<|" not in said.content
 
 
+def test_tools_need_a_model_that_knows_them(scripted):
+    server = scripted("yes")
+    server.service.models.get("script").markers = None
+    client = client_of(server)
+    for choice in ("auto", "required", None):
+        with pytest.raises(openai.BadRequestError, match="leave tools out") as caught:
+            chat(client, model="script", tools=[TIME], **({"tool_choice": choice} if choice else {}))
+        assert (caught.value.code, caught.value.param) == ("no_tools", "tools")
+    assert chat(client, model="script", tools=[TIME], tool_choice="none").choices[0].message.content == "yes"
+    assert len(server.engine.requests) == 1
+
+
 def test_one_call_at_a_time(scripted):
     client = client_of(scripted(wire(("get_time", "{}"), ("get_time", "{}"))))
     assert len(chat(client, model="script", tools=[TIME]).choices[0].message.tool_calls) == 2

@@ -115,8 +115,8 @@ def _piece(tokens: Sequence[int], drafts: Sequence[int], start: int, count: int)
 class Payoff:
     """Whether drafting pays, by the clock: tokens a second with drafts against without, for each size of batch.
 
-    Sizes are told apart by powers of two. Both ways are tried first; later the slower one again in a few steps of
-    every hundred, since acceptance changes with the text. Answers do not depend on it.
+    Sizes are told apart by powers of two. Both ways are tried first, in TRIAL steps each; later the slower one again in
+    so many of every PERIOD, since acceptance changes with the text. Answers do not depend on it.
     """
 
     TRIAL, PERIOD, MEMORY = 6, 150, 0.98

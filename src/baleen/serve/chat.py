@@ -118,6 +118,9 @@ class Chat:
     def __init__(self, service: Service, request: ChatRequest):
         self._service, self._request = service, request
         self._model = service.models.get(request.model)
+        if request.offered and self._model.markers is None:
+            message = "this model has no tokens for tool calls: leave tools out, or set tool_choice to none"
+            raise BadRequest(message, param="tools", code="no_tools")
         count = request.n or 1
         service.check_choices(count)
         self._prompt_ids, self._dropped = self._read()

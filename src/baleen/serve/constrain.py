@@ -81,7 +81,7 @@ class Constrainer:
             body.append("calls")
         elif isinstance(form, JsonObjectFormat | JsonSchemaFormat):
             body.append(_json(form.json_schema.schema_ if isinstance(form, JsonSchemaFormat) else ANY_OBJECT))
-            body += ["calls"] * (bool(offered) and self._markers is not None)
+            body += ["calls"] * bool(offered)
         else:
             return None
         if "calls" in body:
@@ -94,8 +94,7 @@ class Constrainer:
 
     def _calls(self, request: ChatRequest, tools: Sequence[Tool]) -> list[str]:
         names = self._markers
-        if names is None:
-            raise BadRequest("this model has no tokens for tool calls", param="tool_choice", code="no_tools")
+        assert names is not None, "tools are offered only to a model that has tokens for calls"
         if isinstance(request.tool_choice, ChosenTool):
             tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
         one_only = request.parallel_tool_calls is False or isinstance(request.tool_choice, ChosenTool)
@@ -112,7 +111,11 @@ class Constrainer:
     def _token(self, name: str) -> str:
         id = self._tokenizer.id_of(name)
         if id is None:
-            raise BadRequest(f"this model has no token {name}, so its reasoning can't be bounded", param="thinking")
+            raise BadRequest(
+                f"this model has no token {name}, so its reasoning can't be bounded: set reasoning_effort to none",
+                param="reasoning_effort",
+                code="no_constraints",
+            )
         return f"<[{id}]>"
 
     def _own_tokens(self) -> llguidance.LLTokenizer:
