@@ -191,7 +191,7 @@ def chat_(
         engine = Engine(loaded.model, loaded.tokenizer, runner=partial(fastest_runner, format=weights))  # type: ignore[arg-type]
         partner = Local(engine)
         params = params_of(loaded.path)
-        if votes > 1:  # a vote needs answers that differ
+        if votes > 1 and params.temperature == 0:  # a vote needs answers that differ
             params = replace(params, temperature=CHAT_PARAMS.temperature)
         if thinking_budget is not None:
             tokenizer = loaded.tokenizer

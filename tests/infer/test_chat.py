@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ def expected(engine, messages, params=GREEDY):
     return printable(engine.complete([Request(ids, params)])[0].text)
 
 
-def test_a_model_may_ask_for_its_likeliest_token(tmp_path):
+def test_a_model_may_say_how_it_is_drawn(tmp_path):
     assert params_of(tmp_path) == params_of(tmp_path / "model.gguf") == CHAT_PARAMS
     for said, temperature in [(False, 0.0), (True, CHAT_PARAMS.temperature)]:
         (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": said}))
@@ -67,6 +68,16 @@ def test_a_model_may_ask_for_its_likeliest_token(tmp_path):
     for said, ends in ((7, (7,)), ([7, 9], (7, 9)), (None, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
         assert params_of(tmp_path).stop_ids == ends
+    said = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "top_k": 40, "min_p": None, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert params_of(tmp_path) == SamplingParams(temperature=0.2, top_p=0.9, top_k=40)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 40}))
+    assert params_of(tmp_path) == replace(CHAT_PARAMS, top_k=40)
+    (tmp_path / "generation_config.json").write_text(json.dumps(said | {"do_sample": False}))
+    assert params_of(tmp_path).temperature == 0
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 9}))
+    with pytest.raises(UserError, match=r"generation_config\.json: top_p is 9"):
+        params_of(tmp_path)
 
 
 def words(text):
@@ -355,6 +366,16 @@ def test_votes_know_a_thought_that_the_template_opened(thinker, monkeypatch):
     del texts[1:3], texts[2:]
     with pytest.raises(UserError, match="none of the 2 answers"):
         answer_by_vote(thinker, asked("3+8="), io.StringIO(), io.StringIO(), 2)
+
+
+@pytest.mark.parametrize("generation, temperature", [({"temperature": 0.2}, 0.2), ({"do_sample": False}, 0.7)])
+def test_a_vote_is_drawn_as_the_model_says_but_never_greedily(engine, tmp_path, monkeypatch, generation, temperature):
+    model, drawn = engine(), []
+    save_model(model.model.float(), tmp_path, tokenizer=model.tokenizer, generation=generation)
+    vote = SimpleNamespace(votes=3, cast=3)
+    monkeypatch.setattr(infer_chat, "answer_by_vote", lambda *args: drawn.append(args[-1].temperature) or vote)
+    cli.chat_(tmp_path, prompt="3+8=", votes=3)
+    assert drawn == [temperature]
 
 
 def test_an_interrupt_before_the_first_word_leaves_no_turn(thinker):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import openai
 import pytest
@@ -144,6 +145,15 @@ def test_cached_tokens_of_the_next_turn(client):
     second = chat(client, messages, max_tokens=4)
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert first.usage.prompt_tokens // 16 * 16 <= cached < second.usage.prompt_tokens
+
+
+def test_both_endpoints_end_at_the_models_own_ends(scripted, tokenizer):
+    """Any of those that its generation_config.json lists."""
+    server = scripted("one, two")
+    model = server.service.models.get("script")
+    model.chat_params = replace(model.chat_params, stop_ids=(tokenizer.encode(",")[0],))
+    assert text(client_of(server), model="script").choices[0].text == "one"
+    assert chat(client_of(server), model="script").choices[0].message.content == "one"
 
 
 def test_a_suffix_fills_in_the_middle(scripted, tokenizer):

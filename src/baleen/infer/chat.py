@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from baleen.config import UserError, read_json
+from baleen.config import UserError
 from baleen.data.corpus import Message
 from baleen.infer.answers import Vote, majority
 from baleen.infer.engine import Engine, Generation, Request, Speculate, Stats
@@ -27,8 +27,10 @@ from baleen.infer.parse import THINK, opens_reasoning, words_of
 from baleen.infer.recent import recent
 from baleen.infer.sampler import SamplingParams
 from baleen.infer.shown import ShownAnswer
+from baleen.interop.load import generation_of
 
 CHAT_PARAMS = SamplingParams(temperature=0.7, top_p=0.95)
+SAID = ("temperature", "top_p", "top_k", "min_p")  # where generation_config.json does
 ROOM_SHARE = 4  # a quarter of the context is kept free for the answer while there are older turns to drop
 
 
@@ -95,14 +97,18 @@ def opening_of(engine: Engine, prompt_ids: list[int]) -> str:
 
 
 def params_of(model: Path) -> SamplingParams:
-    """How the model at this path talks: by CHAT_PARAMS, greedily if its generation_config.json says so, and until any
-    of the end tokens that are listed there."""
-    file = model / "generation_config.json"
-    said = read_json(file) if file.is_file() else {}
+    """How the model at this path talks: as its generation_config.json says (a do_sample of false is temperature 0), for
+    the rest by CHAT_PARAMS, and until any of the end tokens that are listed there."""
+    said = generation_of(model)
     ends = said.get("eos_token_id")
     stop_ids = tuple(id for id in (ends if isinstance(ends, list) else [ends]) if isinstance(id, int))
-    temperature = 0.0 if said.get("do_sample") is False else CHAT_PARAMS.temperature
-    return replace(CHAT_PARAMS, temperature=temperature, stop_ids=stop_ids)
+    own = {name: said[name] for name in SAID if isinstance(said.get(name), int | float)}
+    if said.get("do_sample") is False:
+        own["temperature"] = 0.0
+    try:
+        return replace(CHAT_PARAMS, **own, stop_ids=stop_ids)
+    except UserError as error:
+        raise UserError(f"{model / 'generation_config.json'}: {error}") from None
 
 
 def respond(engine: Engine, prompt_ids: list[int], params: SamplingParams, speculate: Speculate) -> Generation:

@@ -72,7 +72,7 @@ class Completions:
         params = sampling_params(
             request,
             self._model,
-            SamplingParams(),
+            SamplingParams(stop_ids=self._model.chat_params.stop_ids),
             max_tokens=request.max_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs or 0
