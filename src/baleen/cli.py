@@ -226,7 +226,7 @@ def serve(
     max_choices: Annotated[int, typer.Option(help="Answers of one request: n times its prompts.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Answers that wait.")] = 1024,
     queue_seconds: Annotated[float, typer.Option(help="How long they wait at most.")] = 60.0,
-    request_seconds: Annotated[float, typer.Option(help="How long a request takes at most.")] = 600.0,
+    request_seconds: Annotated[float, typer.Option(help="How long a request's answers take at most.")] = 600.0,
     grace_seconds: Annotated[float, typer.Option(help="What answers get when the server is told to stop.")] = 20.0,
 ) -> None:
     """Serve models to browsers and to every program that speaks the OpenAI API."""

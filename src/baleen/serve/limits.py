@@ -11,8 +11,8 @@ from baleen.config import UserError
 class Limits:
     """body_bytes: of a request. prompt_tokens: of a prompt, 0 for what the model's context holds. choices: answers
     that one request may ask for, n times its prompts. queue, queue_seconds: requests that wait for room in the cache,
-    and for how long. request_seconds: from the first byte to the last. grace_seconds: what answers in flight get when
-    the server is told to stop."""
+    and for how long. request_seconds: of its answers, from when the engine is asked for them to the last of them, the
+    wait in the queue included. grace_seconds: what answers in flight get when the server is told to stop."""
 
     body_bytes: int = 8 * 2**20
     prompt_tokens: int = 0
