@@ -592,6 +592,22 @@ def test_bad_requests(client, options, code, param):
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "https://whale.example/a.png"}}
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]}, "Input should be 'text'"),
+        ({"stop": ["x"] * 33}, "at most 32 items"),
+        ({"stop": "x" * 501}, "at most 500 characters"),
+    ],
+)
+def test_a_fault_is_told_of_the_branch_that_was_meant(client, options, says):
+    with pytest.raises(openai.BadRequestError, match=says):
+        chat(client, **{"messages": HELLO, **options})
+
+
 def test_model_not_found(client):
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model="gpt-4")

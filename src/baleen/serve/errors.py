@@ -84,12 +84,15 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def explained(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors as one sentence. What was sent is not repeated: it may hold anything."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """One of pydantic's errors as a sentence. What was sent is not repeated: it may hold anything.
+
+    Of the branches of a union it is that which was got furthest into, and was not merely of another type.
+    """
+    error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+    place = [str(part) for part in error["loc"] if part != "body"]
     param = place[0] if place else None  # what follows names pydantic's branches too
-    if first["type"] == "json_invalid":
+    if error["type"] == "json_invalid":
         return BadRequest("the body is not valid JSON", code="invalid_json")
-    if first["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         return BadRequest(f"{place[-1]!a} is not a parameter that this server knows", param=param, code="unknown_param")
-    return BadRequest(f"{'.'.join(place) or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+    return BadRequest(f"{'.'.join(place) or 'the body'}: {error['msg']}", param=param, code="invalid_value")
