@@ -160,7 +160,10 @@ def test_a_taken_port_is_a_mistake():
         listen(Address(port=door.getsockname()[1]))
 
 
-HOSTS = {"127.0.0.1": False, "::1": False, "localhost": False, "::": True, "10.0.0.1": True, "whale.example": True}
+HOSTS = {
+    "127.0.0.1": False, "127.0.0.2": False, "::1": False, "localhost": False,
+    "::": True, "10.0.0.1": True, "whale.example": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("host, open", HOSTS.items())

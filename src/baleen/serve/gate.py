@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,7 +14,6 @@ from baleen.serve.errors import ApiError
 
 OPEN_PATHS = ("/", "/health")
 OPEN_FOLDER = "/page/"  # the chat page: it asks for the key itself
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -27,6 +27,14 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 Responded = Callable[[str, int], None]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name of a host is always this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Gate:
@@ -64,7 +72,7 @@ class Gate:
         if self._key is None:
             host = headers.get("host", "")
             name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.rpartition(":")[0] or host
-            if name not in LOOPBACK:
+            if not is_loopback(name):
                 return ApiError(403, "without an API key this server answers only to 127.0.0.1 and localhost")
         elif path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
             scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from baleen.interop.load import Loaded
 from baleen.model.machine import counted_devices
 from baleen.recipe import cost_of
 from baleen.serve.app import create_app
+from baleen.serve.gate import is_loopback
 from baleen.serve.limits import Limits
 from baleen.serve.models import Models, load_models
 from baleen.serve.service import Service
@@ -53,13 +53,6 @@ class Address:
     @property
     def url(self) -> str:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server(uvicorn.Server):
