@@ -1,5 +1,6 @@
 """`baleen chat --url`: a server as the terminal's partner."""
 
+import contextlib
 import http.server
 import io
 import socket
@@ -18,6 +19,36 @@ from baleen.serve.limits import Limits
 from baleen.serve.remote import Remote
 
 PARAMS = SamplingParams(temperature=0.25, top_p=0.5, seed=7)
+MODELS = b'{"data": [{"id": "m"}]}'
+
+
+@contextlib.contextmanager
+def elsewhere(models, stream, *, status=200, length=None):
+    """The URL of a server that is none of ours: it says these bytes, and that they are of this length."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(models)
+
+        def do_POST(self):
+            self.answer(stream)
+
+        def answer(self, body):
+            self.send_response(status)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def test_an_answer_streams_and_is_counted(scripted, tokenizer):
@@ -77,31 +108,36 @@ def test_what_goes_wrong_is_said(scripted, tiny):
     [
         (b"<html>", b""),
         (b'["x"]', b""),
-        (b'{"data": [{"id": "m"}]}', b'data: {"error": "busy"}\n'),
-        (b'{"data": [{"id": "m"}]}', b"data: {\n"),
+        (MODELS, b'data: {"error": "busy"}\n'),
+        (MODELS, b"data: {\n"),
+        (MODELS, b'data: ["x"]\n'),
+        (MODELS, b'data: {"choices": ["x"]}\n'),
     ],
 )
 def test_what_is_no_openai_api_is_said(models, stream):
-    class Other(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer(models)
+    with elsewhere(models, stream) as url, pytest.raises(UserError, match="is it an OpenAI API"):
+        list(Remote(url).reply([Message("user", "x")], PARAMS, False))
 
-        def do_POST(self):
-            self.answer(stream)
 
-        def answer(self, body):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
+def test_a_connection_that_breaks_is_said():
+    with elsewhere(MODELS, b"", length=99) as url, pytest.raises(UserError, match="connection to the server broke"):
+        Remote(url)
+    with elsewhere(b'{"error": {"mes', b"", status=500, length=99) as url, pytest.raises(UserError, match="status 500"):
+        Remote(url)
 
-        def log_message(self, *_):
-            pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="is it an OpenAI API"):
-            list(Remote(f"http://127.0.0.1:{server.server_port}").reply([Message("user", "x")], PARAMS, False))
-        server.shutdown()
+def test_other_servers_have_chunks_of_their_own():
+    """No delta, a null for an error, and an empty thought where there is none."""
+    chunks = [
+        b'{"choices": [{"index": 0}], "error": null}',
+        b'{"choices": [{"delta": {"reasoning_content": "", "content": "Hel"}}]}',
+        b'{"choices": [{"delta": {"reasoning_content": null, "content": "lo"}}]}',
+        b'{"choices": [{"delta": null}]}',
+        b'{"choices": []}',
+        b"[DONE]",
+    ]
+    with elsewhere(MODELS, b"".join(b"data: %b\n\n" % chunk for chunk in chunks)) as url:
+        assert "".join(Remote(url).reply([Message("user", "x")], PARAMS, False)) == "Hello"
 
 
 def test_stopping_to_listen_stops_the_server(scripted):

@@ -7,7 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from baleen.config import UserError
 from baleen.data.document import Message
@@ -37,8 +37,10 @@ class Remote:
                 cards = {card["id"]: card for card in json.load(response)["data"]}
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self._base}/models answers with something else: is it an OpenAI API?") from None
+            except (OSError, http.client.HTTPException) as error:
+                raise _broken(error) from None
         if not cards or (model or next(iter(cards))) not in cards:
-            raise UserError(f"{url} has no model {model}: take one of {', '.join(cards) or 'none'}")
+            raise UserError(f"{url} has no model {model}: take one of {', '.join(map(str, cards)) or 'none'}")
         self.model = model or next(iter(cards))
         self._is_ours = "baleen" in cards[self.model]
 
@@ -68,23 +70,22 @@ class RemoteReply:
     def __init__(self, response: http.client.HTTPResponse):
         self._chunks = _chunks(response)
         self.stats = Stats()
-        self._first = next(self._chunks, {})
-        self.dropped = self._first.get("baleen", {}).get("dropped_messages", 0)
+        self._first = next(self._chunks, None)
+        self.dropped = self._first.ours.get("dropped_messages", 0) if self._first else 0
 
     def __iter__(self) -> Iterator[str]:
         thinking = False
         try:
             chunk = self._first
-            while chunk:
-                self._count(chunk.get("baleen", {}).get("stats"))
-                delta = chunk["choices"][0]["delta"] if chunk.get("choices") else {}
-                if (thought := delta.get("reasoning_content")) is not None:
-                    yield thought if thinking else f"{THINK}\n{thought}"
+            while chunk is not None:
+                self._count(chunk.ours.get("stats"))
+                if chunk.thought:
+                    yield chunk.thought if thinking else f"{THINK}\n{chunk.thought}"
                     thinking = True
-                if text := delta.get("content"):
-                    yield f"{END_THINK}\n{text}" if thinking else text
+                if chunk.text:
+                    yield f"{END_THINK}\n{chunk.text}" if thinking else chunk.text
                     thinking = False
-                chunk = next(self._chunks, {})
+                chunk = next(self._chunks, None)
         finally:
             self._chunks.close()
 
@@ -102,7 +103,13 @@ class RemoteReply:
             )
 
 
-def _chunks(response: http.client.HTTPResponse) -> Generator[dict[str, Any], None, None]:
+class _Chunk(NamedTuple):
+    thought: str
+    text: str
+    ours: dict[str, Any]
+
+
+def _chunks(response: http.client.HTTPResponse) -> Generator[_Chunk, None, None]:
     """The chunks of an event stream. Raises UserError for an error among them, or an end before the end."""
     with response:
         try:
@@ -113,23 +120,33 @@ def _chunks(response: http.client.HTTPResponse) -> Generator[dict[str, Any], Non
                 if line.startswith(b"data:"):
                     yield _chunk(data)
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"the connection to the server broke ({error}): ask again") from None
+            raise _broken(error) from None
     raise UserError("the server ended the answer in its midst: ask again")
 
 
-def _chunk(data: bytes) -> dict[str, Any]:
+def _chunk(data: bytes) -> _Chunk:
+    """One choice's delta; a chunk may have none, as that of the usage. Raises UserError for what the server calls an
+    error, and for what is no chunk."""
     try:
         chunk = json.loads(data)
-        message = chunk["error"]["message"] if "error" in chunk else None
-    except (ValueError, KeyError, TypeError):
+        error = chunk.get("error")
+        message = error["message"] if error else None
+        choices = chunk.get("choices")
+        delta = choices[0].get("delta") if choices else None
+        thought, text = ((delta or {}).get(name) or "" for name in ("reasoning_content", "content"))
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"the server sends {data[:60]!r} in its stream: is it an OpenAI API?") from None
     if message is not None:
         raise UserError(f"the server says: {message}")
-    return chunk
+    return _Chunk(thought, text, chunk.get("baleen") or {})
 
 
 def _message(error: urllib.error.HTTPError) -> str:
     try:
         return f"the server says: {json.load(error)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return f"the server answers with status {error.code}: is it an OpenAI API?"
+
+
+def _broken(error: Exception) -> UserError:
+    return UserError(f"the connection to the server broke ({error}): ask again")
