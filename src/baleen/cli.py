@@ -153,7 +153,7 @@ def chat_(
     prompt: Annotated[str | None, typer.Option(help="One question: prints the answer and ends.")] = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server instead, such as http://127.0.0.1:8000.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="BALEEN_API_KEY", help="The server's key.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key, else that in BALEEN_API_KEY.")] = None,
     votes: Annotated[int, typer.Option(min=1, help="With --prompt: the majority of so many answers.")] = 1,
     thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thought at most.")] = None,
     weights: WeightsOption = None,
@@ -180,11 +180,13 @@ def chat_(
         raise UserError("--votes, --thinking-budget and --weights are for a RUN here: leave them out with --url")
     if run is not None and model is not None:
         raise UserError("--model is for a --url: a RUN is one model")
+    if run is not None and api_key is not None:
+        raise UserError("--api-key is for a --url: a RUN here wants no key")
     if votes > 1 and prompt is None:
         raise UserError("--votes is for one question: give it by --prompt")
     params, system = CHAT_PARAMS, ""
     if url is not None:
-        partner = Remote(url, model, api_key)
+        partner = Remote(url, model, api_key or os.environ.get("BALEEN_API_KEY") or None)
     else:
         assert run is not None
         loaded, system = load(run), recipe_sections(run).get("system", "")  # as it was trained to be asked

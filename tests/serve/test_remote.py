@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from baleen import cli
 from baleen.config import UserError
 from baleen.data.document import Message
 from baleen.infer.chat import Chat, answer_once, asked
@@ -138,6 +140,16 @@ def test_other_servers_have_chunks_of_their_own():
     ]
     with elsewhere(MODELS, b"".join(b"data: %b\n\n" % chunk for chunk in chunks)) as url:
         assert "".join(Remote(url).reply([Message("user", "x")], PARAMS, False)) == "Hello"
+
+
+def test_the_key_is_the_options_else_the_environments(scripted, monkeypatch, tmp_path):
+    server, run = scripted("yes", api_key="sesame"), str(tmp_path / "nothing")
+    ask = ["chat", "--url", server.url, "--prompt", "hi"]
+    assert CliRunner().invoke(cli.app, [*ask, "--api-key", "sesame"]).exit_code == 0
+    monkeypatch.setenv("BALEEN_API_KEY", "sesame")
+    assert CliRunner().invoke(cli.app, ask).exit_code == 0
+    assert "API key is missing or wrong" in str(CliRunner().invoke(cli.app, [*ask, "--api-key", "other"]).exception)
+    assert "neither a run" in str(CliRunner().invoke(cli.app, ["chat", run]).exception)  # the key is for others
 
 
 def test_stopping_to_listen_stops_the_server(scripted):

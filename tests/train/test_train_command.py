@@ -106,7 +106,8 @@ def test_killed_and_resumed_equals_straight(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["train", "cpu-s", "--run", "r", "--world", "8"], "--world is for --dry-run"),
-     (["chat", "runs/r", "--model", "m"], "--model is for a --url")],
+     (["chat", "runs/r", "--model", "m"], "--model is for a --url"),
+     (["chat", "runs/r", "--api-key", "k"], "--api-key is for a --url")],
 )  # fmt: skip
 def test_options_that_would_be_ignored(arguments, says):
     with pytest.raises(UserError, match=says):
