@@ -63,6 +63,16 @@ class TracedEngine(ScriptedEngine):
         return event._replace(routes=routes, accepted=guessed, drafted=guessed + 1)
 
 
+class DenseEngine(TracedEngine):
+    """Of a model without experts: nothing is told of where tokens went."""
+
+    def __init__(self, config, *arguments, **options):
+        super().__init__(config.model_copy(update={"first_k_dense_replace": 4}), *arguments, **options)
+
+    def _traced(self, event):
+        return super()._traced(event)._replace(routes=None)
+
+
 def say(answers: dict[str, str]):
     """An answer for each last message of the person; any other is echoed."""
 

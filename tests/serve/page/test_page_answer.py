@@ -2,7 +2,7 @@
 
 import re
 
-from chat_page import EXPERTS, LAYERS, RICH, experts_of
+from chat_page import EXPERTS, LAYERS, RICH, DenseEngine, experts_of, say
 
 CARET = "(box) => getComputedStyle(document.querySelector(box + ' > :last-child'), '::after').content !== 'none'"
 
@@ -132,6 +132,20 @@ def test_the_mixture_at_work(visit):
     page.reload()
     page.locator(".fingerprint").click()
     assert tokens.count() == len(ids)  # kept with the conversation
+
+
+def test_a_model_without_experts_has_tokens_and_a_bill(visit, scripted):
+    chat = visit(server=scripted(say({"go": "The sea is wide."}), engine=DenseEngine, per_step=3))
+    page = chat.page
+    chat.ask("go")
+    for _ in range(2):  # as it was written, and as it was kept
+        page.locator(".fingerprint").click()
+        assert page.locator(".strip span").count() > 10
+        page.locator(".strip").focus()
+        page.keyboard.press("Home")
+        assert "expert" not in page.locator("#token-0").get_attribute("aria-label")
+        assert page.locator(".bill").is_visible() and not page.locator(".map canvas").is_visible()
+        page.reload()
 
 
 def test_the_end_is_followed_until_a_person_scrolls_up(visit):

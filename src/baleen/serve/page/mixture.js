@@ -35,9 +35,9 @@ export class Mixture {
       this.bill,
       element("section", {},
         element("h3", {}, "Tokens"),
-        element("p", { class: "quiet legend" }, element("span", { class: "guessed" }, "Underlined"), " ones were guessed ahead by MTP, and right. Point at one to see its experts."),
+        element("p", { class: "quiet legend" }, element("span", { class: "guessed" }, "Underlined"), " ones were guessed ahead by MTP, and right.", trace.shape.layers > 0 && " Point at one to see its experts."),
         this.strip),
-      element("section", {},
+      element("section", { hidden: !trace.shape.layers },
         element("h3", {}, "Experts"),
         element("p", { class: "quiet" }, `A row a layer, a column an expert: ${trace.shape.experts_per_token} of ${trace.shape.experts} work on each token, beside the shared ones.`),
         element("div", { class: "scroll map" }, this.canvas), this.scale(), this.readout, tableBox),
@@ -128,7 +128,8 @@ export class Mixture {
     const ofLayer = (chosen, layer) => `layer ${this.trace.layerName(layer)}: ${[...chosen].sort((a, b) => a - b).join(", ")}`;
     const none = this.node.state === "running" ? "no expert has read it yet" : "the last token, which no expert read";
     const experts = row?.map(ofLayer).join("; ") ?? none;
-    return `“${shown(text)}”${accepted ? ", guessed ahead" : ""} — ${experts}`;
+    const token = `“${shown(text)}”${accepted ? ", guessed ahead" : ""}`;
+    return this.trace.shape.layers ? `${token} — ${experts}` : token;
   }
 
   /** An expert is looked at: its tokens light up. */

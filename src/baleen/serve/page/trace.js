@@ -1,7 +1,8 @@
 // How one answer was made: its tokens, which of them MTP had guessed, and the experts each went to.
 //
 // As JSON: {shape: {layers, first_moe_layer, experts, experts_per_token}, tokens: [[text, part, accepted]], rows: [[[expert]]]}
-// where rows[i] holds one list of experts a layer for token i. The last token was never read, so it has no row.
+// where rows[i] holds one list of experts a layer for token i. The last token was never read, so it has no row; those of
+// a model without experts, which has 0 layers of them, have none either.
 
 const PARTS = ["content", "reasoning"];
 
@@ -68,8 +69,8 @@ export class Trace {
     const natural = (value, below) => Number.isInteger(value) && value >= 0 && value < below;
     try {
       const { shape, tokens, rows } = json;
-      const sizes = [shape.layers, shape.experts, shape.experts_per_token];
-      if (!sizes.every((size) => natural(size, 4096) && size > 0) || !natural(shape.first_moe_layer, 4096)) return null;
+      const sizes = [shape.layers, shape.first_moe_layer, shape.experts, shape.experts_per_token];
+      if (!sizes.every((size) => natural(size, 4096)) || !shape.experts || !shape.experts_per_token) return null;
       const isRow = (row) => row.length === shape.layers && row.every((chosen) => chosen.every((expert) => natural(expert, shape.experts)));
       if (rows.length > tokens.length || !rows.every(isRow) || !tokens.every(([text]) => typeof text === "string")) return null;
       const trace = new Trace(shape);
