@@ -1,5 +1,7 @@
 """Who is woken by what a step brings, and who is billed for it."""
 
+import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +31,67 @@ def test_what_ends_a_flight_early_wakes_its_reader():
 
 def test_streams_are_woken_by_every_arrival():
     assert Flight(None, "tiny", ["first"], 1.0, streams=True).bring(arrival(0))
+
+
+class Faulty:
+    """An engine that takes two requests, says nothing, and breaks where it is told to."""
+
+    def __init__(self, breaks):
+        self.breaks, self.requests, self.steps = breaks, [], 0
+
+    def _may_break(self, place):
+        if place in self.breaks:
+            raise RuntimeError(f"planted in {place}")
+
+    @property
+    def has_work(self):
+        return bool(self.requests)
+
+    def submit(self, request):
+        if request == "bad":
+            self._may_break("submit")
+        self.requests.append(request)
+        return len(self.requests)
+
+    def abort(self, id):
+        self._may_break("abort")
+
+    def step(self):
+        self.steps += 1
+        self._may_break("step")
+        time.sleep(0.001)
+        return []
+
+
+async def fault_of(worker, request):
+    with pytest.raises(ApiError) as caught:
+        async with asyncio.timeout(20), Flight(worker, "tiny", [request], 60.0, streams=True) as flight:
+            await anext(flight)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("breaks", [("submit",), ("submit", "abort"), ("step",), ("step", "abort"), ("abort",)])
+def test_what_breaks_is_told_to_all_and_the_thread_lives_on(breaks, capsys):
+    engine = Faulty(breaks)
+    worker = Worker({"tiny": engine}, devices=1, meter=EstimatedMeter(10.0), on_step=lambda *_: None)
+
+    async def talk():
+        worker.start(asyncio.get_running_loop())
+        other = asyncio.create_task(fault_of(worker, "good"))
+        if "submit" in breaks:
+            await asyncio.sleep(0.05)
+            assert await fault_of(worker, "bad") == "engine_failed"
+        elif breaks == ("abort",):
+            async with Flight(worker, "tiny", ["good"], 60.0, streams=True):
+                await asyncio.sleep(0.05)
+        assert await other == "engine_failed"
+        steps = engine.steps
+        assert await fault_of(worker, "good") == "engine_failed" and engine.steps == steps  # it is not asked again
+
+    asyncio.run(talk())
+    assert worker.failed and worker._thread.is_alive()
+    worker.stop()
+    assert "planted in" in capsys.readouterr().err and not worker._thread.is_alive()
 
 
 def test_a_step_is_billed_once_with_the_prompt_read_before_it(monkeypatch):

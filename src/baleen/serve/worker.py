@@ -8,6 +8,7 @@ step each.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sys
 import threading
@@ -139,16 +140,20 @@ class Worker:
     # --- on the thread
 
     def _run(self) -> None:
-        while self._obey(wait=not any(engine.has_work for engine in self._engines.values())):
-            for name, engine in self._engines.items():
-                if not engine.has_work:
-                    continue
-                try:
+        while True:
+            try:
+                if not self._obey(wait=not self._working()):
+                    return
+                for name in self._working():
                     self._step(name)
-                except Exception:  # a fault of ours: no answer of the engine can be trusted any more
-                    traceback.print_exc(file=sys.stderr)
-                    self.failed = True
+            except Exception:  # a fault of ours: no answer can be trusted any more, and no engine steps again
+                traceback.print_exc(file=sys.stderr)
+                self.failed = True
+                with contextlib.suppress(Exception):  # all are told before any is freed, which may fail as well
                     self._fail_all(engine_failed())
+
+    def _working(self) -> list[str]:
+        return [] if self.failed else [name for name, engine in self._engines.items() if engine.has_work]
 
     def _obey(self, wait: bool) -> bool:
         """Carry out the commands that are there, waiting for the first if told to; False to end."""
@@ -198,6 +203,9 @@ class Worker:
             self._refuse(flight, ApiError(429, "the server is busy: its queue is full", code="queue_full"))
         except UserError as error:
             self._refuse(flight, BadRequest(str(error)))
+        except Exception:
+            self._post([(flight, engine_failed())])  # it may have no place yet by which `_fail_all` would find it
+            raise
 
     def _refuse(self, flight: Flight, error: ApiError) -> None:
         self._abort(flight)
@@ -210,9 +218,10 @@ class Worker:
                 self._engines[place[0]].abort(place[1])
 
     def _fail_all(self, error: ApiError) -> None:
-        flights = {id(flight): flight for flight, _ in self._places.values()}
-        for flight in flights.values():
-            self._refuse(flight, error)
+        flights = {id(flight): flight for flight, _ in self._places.values()}.values()
+        self._post([(flight, error) for flight in flights])
+        for flight in flights:
+            self._abort(flight)
 
     def _post(self, mail: Sequence[tuple[Flight, Arrival | ApiError]]) -> None:
         assert self._loop is not None
