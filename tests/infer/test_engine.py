@@ -146,5 +146,5 @@ def test_one_forward_a_step(engine):
     generation = engine.generate([Request(ids, p) for ids, p in zip(prompts(3, 8, 5, 5), params, strict=True)])
     list(generation)
     assert shapes == [(1, 21), (1, 4), (1, 3), (1, 3), (1, 2), (1, 2)]
-    assert (generation.stats.steps, generation.stats.turns) == (5, 14)
+    assert generation.stats.turns == 14
     assert generation.stats.tokens == sum(lengths) and generation.stats.tokens_per_step == 1.0

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from toy import ByteTokenizer
+from toy import ByteTokenizer, latents_of
 
 from baleen.config import UserError
 from baleen.infer.engine import Busy, Engine, Request
@@ -99,7 +99,7 @@ def test_giving_way_changes_nothing(engine, speculate):
             events[event.request].append(event)
         put_back += small.waiting > waiting
         waiting = small.waiting
-    assert put_back > 0 and min(starts) >= 0 and small.latents.latents.isfinite().all()
+    assert put_back > 0 and min(starts) >= 0 and latents_of(small).latents.isfinite().all()
     plain = engine().complete(requests)
     for id, alone in zip(ids, plain, strict=True):
         assert ids_of(events[id]) == alone.token_ids
@@ -343,10 +343,10 @@ def test_random_life(engine, seed):
 def test_a_token_takes_the_latents_of_its_layers(engine):
     """Those of the MTP layers too, for any request may ask for drafts; but a CPU gives them room only once it does."""
     e = engine(page_size=4)
-    latents, config = e.latents.latents, e.model.config
+    latents, config = latents_of(e).latents, e.model.config
     width = (config.kv_lora_rank + config.qk_rope_head_dim) * latents.element_size()
     layers = config.num_hidden_layers
-    assert e.latents.bytes_per_token == (layers + 2) * width
+    assert latents_of(e).bytes_per_token == (layers + 2) * width
     e.complete([Request(text(9), drawn())])
     assert latents[:layers].any() and not latents[layers:].any()
     e.complete([Request(text(9), drawn())], speculate=2)

@@ -1,6 +1,11 @@
 """A tokenizer of bytes, for models of any small vocabulary: id = byte, and one special end token."""
 
 
+def latents_of(engine):
+    """The pages that an engine keeps latents in."""
+    return engine._stepper.runner.pages
+
+
 class ByteTokenizer:
     eos_id = 256
     bos_id = 257

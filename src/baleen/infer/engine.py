@@ -109,10 +109,6 @@ class Engine:
         return self._tokenizer
 
     @property
-    def latents(self) -> LatentPages:
-        return self._stepper.runner.pages
-
-    @property
     def has_work(self) -> bool:
         return bool(self._runs or self._unclaimed)
 
@@ -239,7 +235,6 @@ class Generation:
             while index:
                 engine._unclaimed = engine.step()
                 stats.seconds += time.perf_counter() - started
-                stats.steps += any(event.request in spoken for event in events)
                 while events:
                     event = events.popleft()
                     stats.tokens += len(event.token_ids)

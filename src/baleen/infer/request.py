@@ -10,8 +10,7 @@ from torch import Tensor
 
 from baleen.infer.sampler import SamplingParams
 
-# "abort" is said by whoever aborts; "timeout": waited too long in the queue and was never started.
-FinishReason = Literal["stop", "length", "abort", "timeout"]
+FinishReason = Literal["stop", "length", "timeout"]  # timeout: waited too long in the queue and was never started
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
-    steps: int = 0  # forwards of the trunk that moved an answer on
     turns: int = 0
     drafted: list[int] = field(default_factory=list)  # per depth: drafts made
     accepted: list[int] = field(default_factory=list)  # per depth: drafts kept

@@ -103,7 +103,7 @@ def serve(
         return Engine(
             loaded.model,
             loaded.tokenizer,
-            speculate=speculate if loaded.model.config.num_nextn_predict_layers else 0,
+            speculate=speculate,
             max_batch=max_batch,
             cache_tokens=cache_tokens,
             max_queue=limits.queue,

@@ -11,7 +11,7 @@ const ROLES = ["user", "assistant"];
 const STATES = ["done", "length", "stopped", "failed"];
 
 // crypto.randomUUID is there on https and localhost only.
-export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export function newConversation({ model = null, system = "", sampling = {}, thinking = null } = {}) {
   const now = Date.now();
@@ -34,7 +34,7 @@ function titleOf(text) {
 }
 
 /** The messages from the first to the one with this id. */
-export function pathTo(conversation, id) {
+function pathTo(conversation, id) {
   const path = [];
   for (let node = conversation.nodes[id]; node; node = conversation.nodes[node.parent]) path.unshift(node);
   return path;

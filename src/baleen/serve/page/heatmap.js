@@ -35,7 +35,6 @@ export function paint(canvas, trace, { width, outlined = null, cell = null }) {
       const [layer, expert] = [Math.floor(y / row), Math.floor((x - LABEL) / column)];
       return layer >= 0 && layer < layers && expert >= 0 && expert < experts ? { layer, expert } : null;
     },
-    most,
   };
 }
 

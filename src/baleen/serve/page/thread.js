@@ -222,7 +222,7 @@ class AnswerView {
 }
 
 /** 118 tokens · 42/s · 66 % guessed ahead · 3.2 J · $0.0000013 */
-export function figuresOf({ stats }) {
+function figuresOf({ stats }) {
   if (!stats) return "";
   return [
     `${count(stats.completion_tokens)} tokens`,
