@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from baleen.config import RopeScaling, UserError
+from baleen.config import LongRope, RopeScaling, UserError
+from baleen.model.rope import inverse_frequencies
 from baleen.model.transformer import Transformer
 from baleen.recipe import load_recipe, read_recipe
 from baleen.train.context import with_context
@@ -40,6 +41,24 @@ def test_a_rope_of_another_size_is_refused(model):
     )
     with pytest.raises(UserError, match=r"\[context\]: longrope has 1 factors"):
         with_context(model, context)
+
+
+def test_a_rope_that_the_base_has_is_not_dropped_without_a_word(model):
+    """YaRN, or what an upcycled model holds its source's frequencies in."""
+    long = LongRope(original_max_position_embeddings=256, short_factor=(2.0,) * 8, long_factor=(2.0,) * 8)
+    for rope in (YARN, long):
+        base = with_context(model, ContextConfig(max_position_embeddings=512, rope_scaling=rope))
+        with pytest.raises(UserError, match=r"\[context\] names no rope_scaling, and the base has one"):
+            with_context(base, ContextConfig(max_position_embeddings=4096))
+        longer = with_context(base, ContextConfig(max_position_embeddings=4096, rope_scaling=rope))
+        ids = torch.arange(40)[None]
+        assert torch.equal(longer(ids).hidden_BTd, base(ids).hidden_BTd)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_angles_stay_float32_whatever_the_weights_are(model, dtype):
+    rotary = with_context(model.to(dtype), ContextConfig(max_position_embeddings=4096, rope_scaling=YARN)).model.rotary
+    assert rotary.inv_freq.dtype is torch.float32 and torch.equal(rotary.inv_freq, inverse_frequencies(rotary.config))
 
 
 def test_both_stages_have_one_rope_and_it_can_be_left_out():

@@ -36,7 +36,7 @@ class ContextConfig(Strict):
     """The context that the model gets, and the rope for it: keys of config.json, in place of the base's."""
 
     max_position_embeddings: Positive
-    rope_scaling: RopeScaling | LongRope | None = None
+    rope_scaling: RopeScaling | LongRope | None = None  # none: only where the base has none either
 
     @field_validator("rope_scaling", mode="before")
     @classmethod
