@@ -156,6 +156,17 @@ def test_conversations_in_every_spelling(tmp_path):
     assert {d.text for d in documents} == {"hi\nhello\n"}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_of_rows_with_text_and_messages_the_format_takes_its_own(tmp_path, kind):
+    row = {"text": "words", "messages": CHAT}
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    else:
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}), tmp_path / "a.parquet")
+    assert texts(tmp_path, format="text") == ["words"]
+    assert [d.messages for d in read_documents([str(tmp_path)], "chat")] == [MESSAGES]
+
+
 def test_chat_wants_conversations(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match="plain text, but data.format is 'chat'"):

@@ -29,7 +29,7 @@ def read_documents(sources: Iterable[str], format: str, counts: Counter[str] | N
 
     A source is a file (.txt, .md, .jsonl, .parquet, each also .gz or .zst), a folder (all of those below it, sorted by
     path) or `package:NAME`. Text files are one document each; a row of jsonl or parquet has the key `text`, or
-    `messages` [{role, content}], or `conversations` [{from, value}].
+    `messages` [{role, content}], or `conversations` [{from, value}]; where it has both, `format` says which counts.
 
     A file that was named and is empty or binary is an error. Inside a folder such files are passed over, and so are
     those of other kinds; `counts` says how many ("files_read", "files_binary", "files_empty", "files_other").
@@ -43,7 +43,7 @@ def read_documents(sources: Iterable[str], format: str, counts: Counter[str] | N
         if source.startswith("package:"):
             documents = read_package(source.removeprefix("package:"), counts)
         else:
-            documents = (d for path, named in _files(source, counts) for d in _read_file(path, named, counts))
+            documents = (d for path, named in _files(source, counts) for d in _read_file(path, named, format, counts))
         found = False
         for document in documents:
             if format == "chat" and document.messages is None:
@@ -99,13 +99,13 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _read_file(path: Path, named: bool, counts: Counter[str]) -> Iterator[Document]:
+def _read_file(path: Path, named: bool, format: str, counts: Counter[str]) -> Iterator[Document]:
     kind = _kind(path)
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, format)
         elif kind == ".jsonl":
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(path, format)
         else:
             with _opened(path) as file:
                 text = decode_text(file.read(), str(path))
@@ -174,7 +174,7 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, format: str) -> Iterator[Document]:
     empty = True
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -192,12 +192,12 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:  # also a number of too many digits
                 raise UserError(f"{where} is not valid JSON ({error}): write one object a line") from None
             empty = False
-            yield _row_document(row, where)
+            yield _row_document(row, where, format)
     if empty:
         raise NotText("files_empty", f"{path} is empty: give a file with text in it")
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path, format: str) -> Iterator[Document]:
     parquet = _extra("pyarrow.parquet", path)
     from pyarrow import ArrowException
 
@@ -207,6 +207,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         try:
             table = parquet.ParquetFile(file)
             columns = [c for c in ("text", "messages", "conversations") if c in table.schema_arrow.names]
+            columns.sort(key=lambda column: (column == "text") != (format == "text"))  # only the first is read
             if not columns:
                 raise UserError(
                     f"{path} has columns {table.schema_arrow.names}: it needs text, messages or conversations"
@@ -215,15 +216,16 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             for batch in table.iter_batches(batch_size=1024, columns=columns[:1]):
                 for row in batch.to_pylist():
                     row_number += 1
-                    yield _row_document(row, f"{path}:{row_number}")
+                    yield _row_document(row, f"{path}:{row_number}", format)
         except (ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a readable parquet file: {_one_line(error)}") from None
 
 
-def _row_document(row: Any, where: str) -> Document:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return Document(_whole(row["text"]), where)
+def _row_document(row: Any, where: str, format: str) -> Document:
+    text = row.get("text") if isinstance(row, dict) else None
     turns = row.get("messages", row.get("conversations")) if isinstance(row, dict) else None
+    if isinstance(text, str) and (format == "text" or not isinstance(turns, list)):
+        return Document(_whole(text), where)
     if not isinstance(turns, list):
         keys = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{where} has {keys}: it needs text (a string), or messages=[{{role, content}}]")
