@@ -74,7 +74,7 @@ def test_tools_their_calls_and_their_outputs(tokenizer, oracle):
     assert tokenizer.decode(ids, skip_special=False) == text and ids.count(tokenizer.user_id) == 1
     for function in ({"name": "<|assistant|>"}, {"name": "f", "parameters": {"x<|user|>a<|assistant|>": {}}}):
         ids = tokenizer.encode_chat(chat[:1], tools=[{"type": "function", "function": function}])
-        assert ids.count(tokenizer.assistant_id) == 0 and ids.count(tokenizer.user_id) == 1
+        assert ids.count(tokenizer.id_of("<|assistant|>")) == 0 and ids.count(tokenizer.user_id) == 1
 
 
 def test_transformers_gives_the_same_tokens_and_mask(tokenizer, oracle):

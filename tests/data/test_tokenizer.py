@@ -23,17 +23,15 @@ def test_round_trip_of_any_text(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert b"".join(tokenizer.token_bytes(id) for id in ids).decode() == text
     assert not set(ids) & set(range(len(SPECIAL_TOKENS)))  # whatever is typed, no control token
-    assert tokenizer.decode(tokenizer.encode(text, allow_special=True), skip_special=False) == text
+    assert tokenizer.decode(tokenizer.encode_batch([text], allow_special=True)[0], skip_special=False) == text
 
 
 def test_special_tokens_stand_where_the_model_expects_them(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
-    assert (tokenizer.user_id, tokenizer.assistant_id) == (3, 4)
+    assert (tokenizer.user_id, tokenizer.id_of("<|assistant|>")) == (3, 4)
     assert tokenizer.vocab_size == 600
-    assert [tokenizer.encode(t, allow_special=True) for t in SPECIAL_TOKENS] == [
-        [i] for i in range(len(SPECIAL_TOKENS))
-    ]
-    ids = tokenizer.encode("<|user|>a<think>b", allow_special=True)
+    assert tokenizer.encode_batch(SPECIAL_TOKENS, allow_special=True) == [[i] for i in range(len(SPECIAL_TOKENS))]
+    ids = tokenizer.encode_batch(["<|user|>a<think>b"], allow_special=True)[0]
     assert tokenizer.decode(ids) == "a<think>b"
     assert tokenizer.decode(ids, skip_special=False) == "<|user|>a<think>b"
     assert tokenizer.token_bytes(3) == b"<|user|>" and tokenizer.token_bytes(10_000) == b""
@@ -120,7 +118,7 @@ def test_a_foreign_tokenizer_loads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 265]}))
     tokenizer = Tokenizer.load(foreign(tmp_path, settings))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (266, 1, 2, 2)
-    assert (tokenizer.user_id, tokenizer.assistant_id) == (None, None)
+    assert tokenizer.user_id is None
     ids = tokenizer.encode("hi hi é")
     assert tokenizer.decode(ids) == "hi hi é"
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " hi hi é"
@@ -178,6 +176,28 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         tokenizer.encode_chat([])
     with pytest.raises(UserError, match="names no eos_token"):
         _ = tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"eos_token": {"lstrip": False}}, "eos_token = .*: it needs a string, or an object with `content`"),
+        ({"bos_token": 3}, "bos_token = 3"),
+        ({"chat_template": [{"template": "x"}]}, "chat_template is neither"),
+        ({"chat_template": ["x"]}, "chat_template is neither"),
+        ({"chat_template": 3}, "chat_template is neither"),
+    ],
+)
+def test_settings_without_sense_are_named(tmp_path, settings, fault):
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json.* {fault}"):
+        Tokenizer.load(foreign(tmp_path, settings))
+
+
+@pytest.mark.parametrize("pad", [-1, 2**40, None])
+def test_no_padding_and_no_template_in_any_spelling(tmp_path, pad):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": pad}))
+    tokenizer = Tokenizer.load(foreign(tmp_path, {"chat_template": []}))
+    assert (tokenizer.pad_id, tokenizer.template) == (tokenizer.eos_id, None)
 
 
 def test_a_token_that_ends_a_character_is_not_split(tmp_path):

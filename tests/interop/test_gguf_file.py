@@ -188,7 +188,7 @@ def test_its_tokenizer_is_read(tmp_path, llama_gguf):
     llama_gguf()
     tokenizer = open_llama(tmp_path / "llama.gguf").tokenizer()
     assert tokenizer.decode(tokenizer.encode("the whale, 12 krill\n")) == "the whale, 12 krill\n"
-    assert tokenizer.encode("<|user|>", allow_special=True) == [tokenizer.user_id]
+    assert tokenizer.encode_batch(["<|user|>"], allow_special=True) == [[tokenizer.user_id]]
     assert len(tokenizer.encode("the whale")) < 9
 
 

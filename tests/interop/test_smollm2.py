@@ -70,7 +70,7 @@ def test_upcycled_smollm2_is_the_source_and_knows_paris(cache):
     assert abs(bits[0] / bits[1] - 1) <= 1e-6
 
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    answer = loaded.tokenizer.encode(question, allow_special=True)
+    (answer,) = loaded.tokenizer.encode_batch([question], allow_special=True)
     start = len(answer)
     with torch.no_grad():
         for _ in range(10):

@@ -49,7 +49,7 @@ def scripted(tokenizer):
                 script = answer
                 if callable(answer):
                     script = answer(tokenizer.decode(prompt_ids, skip_special=False))
-                return tokenizer.encode(script, allow_special=True) if isinstance(script, str) else script
+                return tokenizer.encode_batch([script], allow_special=True)[0] if isinstance(script, str) else script
 
             made = engine(CONFIG, tokenizer, ids, pause=pause, per_step=per_step)
             server = stack.enter_context(running({"script": made}, limits=limits, **options))

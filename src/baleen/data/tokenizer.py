@@ -90,10 +90,6 @@ class Tokenizer:
     def user_id(self) -> int | None:
         return self.id_of("<|user|>", "<｜User｜>")
 
-    @property
-    def assistant_id(self) -> int | None:
-        return self.id_of("<|assistant|>", "<｜Assistant｜>")
-
     def id_of(self, *names: str) -> int | None:
         """The id of the first of these control tokens that there is."""
         return next((self._control.ids[name] for name in names if name in self._control.ids), None)
@@ -116,8 +112,8 @@ class Tokenizer:
 
     # --- text
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        return self.encode_batch([text], allow_special)[0]
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
         """Many texts at once, on all cores. No beginning or end token is added."""
@@ -322,16 +318,18 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer that `tokenizers` can load: {error}") from None
-        settings = read_json(directory / "tokenizer_config.json")
+        config = directory / "tokenizer_config.json"
+        settings = read_json(config)
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            if isinstance(settings.get(key), dict):
-                settings[key] = settings[key]["content"]
+            token = settings.get(key)
+            if isinstance(token, dict):
+                settings[key] = token = token.get("content", token)
+            if not isinstance(token, str | None):
+                raise UserError(f"{config} has {key} = {token!r}: it needs a string, or an object with `content`")
         for key in ("bos_token", "eos_token", "pad_token"):
             if settings.get(key) is None:
                 settings[key] = _token_of_config(backend, directory / "config.json", f"{key}_id")
-        template = settings.pop("chat_template", None)
-        if isinstance(template, list):
-            template = next((t["template"] for t in template if t["name"] == "default"), template[0]["template"])
+        template = _one_template(settings.pop("chat_template", None), config)
         if (directory / "chat_template.jinja").is_file():
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, settings, template)
@@ -357,10 +355,22 @@ def _without_tokens(description: dict[str, Any], names: Mapping[str, int]) -> to
     return tokenizers.Tokenizer.from_str(json.dumps(plain))
 
 
+def _one_template(given: Any, config: Path) -> str | None:
+    """Of several by name the default one, else the first."""
+    try:
+        by_name = {one["name"]: one["template"] for one in given} if isinstance(given, list) else {"default": given}
+    except (KeyError, TypeError):
+        by_name = {"default": given}
+    template = by_name.get("default", next(iter(by_name.values()), None))
+    if not isinstance(template, str | None):
+        raise UserError(f"{config}: chat_template is neither a string nor a list of {{name, template}}")
+    return template
+
+
 def _token_of_config(backend: tokenizers.Tokenizer, path: Path, key: str) -> str | None:
     id = read_json(path).get(key) if path.is_file() else None
     id = id[0] if isinstance(id, list) and id else id
-    return backend.id_to_token(id) if isinstance(id, int) else None
+    return backend.id_to_token(id) if isinstance(id, int) and 0 <= id < 2**32 else None  # some write -1 for none
 
 
 def find(ids: Sequence[int], part: Sequence[int], start: int = 0) -> int:
