@@ -66,6 +66,17 @@ def test_json_compares_values():
 
 
 @pytest.mark.parametrize(
+    ("said", "right", "paid"),
+    [
+        ("true", "1", 0), ("1", "true", 0), ("0", "false", 0), ('[1, {"a": true}]', '[1, {"a": 1}]', 0),
+        ("true", "true", 1), ("1.0", "1", 1), ("null", "false", 0), ("[1]", "[1, 2]", 0), ('{"a": 1}', '{"b": 1}', 0),
+    ],
+)  # fmt: skip
+def test_in_json_true_is_no_number(said, right, paid):
+    assert REWARDS["json"]("", R(said), right) == paid
+
+
+@pytest.mark.parametrize(
     "completion",
     [
         "<answer>7</answer>",

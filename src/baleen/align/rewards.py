@@ -74,9 +74,9 @@ def sorting(prompt: str, completion: str, answer: str) -> float:
 
 
 def json_value(prompt: str, completion: str, answer: str) -> float:
-    """1 if the answer is JSON of the same value as `answer`."""
+    """1 if the answer is JSON of the same value as `answer`: 1 is 1.0, but not true."""
     try:
-        return float(json.loads(answer_of(completion) or "") == json.loads(answer))
+        return float(_equal(json.loads(answer_of(completion) or ""), json.loads(answer)))
     except (ValueError, RecursionError):  # also a number of too many digits
         return 0.0
 
@@ -120,6 +120,15 @@ def _fraction(text: str | None) -> Fraction | None:
         return Fraction(text.strip())
     except ZeroDivisionError:
         return None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """As JSON; to Python True is 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
 def _evaluate(node: ast.AST, used: list[int]) -> Fraction:
