@@ -77,6 +77,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(tiny_config, monkeypatch):
         (torch.bfloat16, (8, 0), True, False),  # there grouped_mm reads on the CPU where its groups end
         (torch.float32, (9, 0), True, False),
         (torch.float32, (8, 0), False, True),
+        (torch.float16, (7, 0), False, True),  # where bf16 would be slow
     ],
 )
 def test_graphs_are_for_gpus_whose_operators_wait_for_nothing(

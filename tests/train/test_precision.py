@@ -26,7 +26,18 @@ def has_bf16(request, monkeypatch):
 def test_training_takes_bf16_where_it_is_fast(has_bf16):
     assert resolve_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
     assert resolve_precision("bf16", CPU) == "bf16"  # whoever asks for it gets it
-    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((7, 5), None, "fp32"), ((8, 0), None, "bf16"), ((9, 0), None, "bf16"), (None, "6.4", "bf16")],
+    ids=["T4", "A100", "H100", "AMD"],
+)
+def test_gpus_that_only_emulate_bf16_are_given_fp32(monkeypatch, capability, hip, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", torch.device("cuda")) == expected
+    assert resolve_precision("bf16", torch.device("cuda")) == "bf16"
 
 
 def test_inference_without_kernels_multiplies_in_bf16_where_it_is_fast(has_bf16, tiny_model, monkeypatch):

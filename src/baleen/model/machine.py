@@ -18,7 +18,10 @@ def counted_devices() -> tuple[str, int]:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmul is faster than fp32 there: GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
+    """Whether bf16 matmul is faster than fp32 there: on NVIDIA's GPUs of compute capability 8.0 and more (older ones
+    emulate it), other GPUs, and CPUs with AMX or AVX512-BF16 (elsewhere 10 x slower)."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -41,7 +41,8 @@ def fastest_runner(model: Transformer, pages: LatentPages, format: Format | None
     if library is None:
         if format is not None or native_mode() == "require":
             raise UserError(f"weights in {format or 'any format'} need a native runner: {reason}")
-        if dtype in (torch.bfloat16, torch.float16) and not multiplies_bf16(model.device):
+        is_narrow = dtype in (torch.bfloat16, torch.float16)
+        if is_narrow and model.device.type == "cpu" and not multiplies_bf16(model.device):
             return TorchRunner(model.float(), _wide(pages, model))
         can_wait_for_nothing = model.device.type == "cuda" and not model.gates
         if can_wait_for_nothing or groups_without_waiting(model.device, dtype):
