@@ -1,6 +1,7 @@
 """Whole runs of ten steps: resuming, stopping, refusing, and what they leave behind."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,10 +146,11 @@ def test_rows_past_the_checkpoint_are_dropped(tiny_recipe, tmp_path):
 def test_metrics_rewrite_nothing_but_the_tail(tmp_path):
     metrics = Metrics(tmp_path, 0)
     for step in range(1, 4):
-        metrics.write({"step": step, "loss": 1 / step})
+        metrics.write({"step": step, "loss": 1 / step, "grad_norm": math.inf})
     metrics.close()
     Metrics(tmp_path, 2).close()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    kept = [{"step": 1, "loss": 1.0, "grad_norm": None}, {"step": 2, "loss": 0.5, "grad_norm": None}]
+    assert read_metrics(tmp_path) == kept
     assert not list(tmp_path.glob(".*aside"))
 
 
@@ -404,6 +407,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_told(tiny_recipe, 
         return totals
 
     monkeypatch.setattr(Alone, "accumulate", poisoned)
+    tracked = []
+    tracker = SimpleNamespace(log=lambda step, numbers: tracked.append(numbers), close=lambda: None)
+    monkeypatch.setattr(loop, "open_tracker", lambda *_: tracker)
     summary, warnings = run(tiny_recipe(train={"ema_decay": 0.5}), tmp_path / "run", max_steps=5)
     before, after = before_and_after
     assert all(tensor.equal(after[name]) for name, tensor in before.items())
@@ -414,6 +420,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_told(tiny_recipe, 
         rows[2]["loss"] is None and rows[3]["loss"] > 0 and [row["tokens"] for row in rows] == [64, 128, 192, 256, 320]
     )
     assert last_checkpoint(tmp_path / "run").state["counters"]["skipped"] == 1
+    assert ["loss" in numbers for numbers in tracked] == [True, True, False, True, True]
+    json.dumps(tracked, allow_nan=False)
     json.dumps(summary, allow_nan=False)
 
 
@@ -491,6 +499,7 @@ def test_the_exported_model_is_the_one_that_was_trained(tiny_recipe, tmp_path):
     from baleen.interop.load import load
 
     summary, _ = run(tiny_recipe(), tmp_path / "run", max_steps=2)
+    assert (summary["status"], summary["step"]) == ("stopped", 2)  # of ten
     assert loop.weights_sha256(load(tmp_path / "run").model.state_dict()) == summary["weights_sha256"]
 
 

@@ -96,7 +96,7 @@ class ShardedCheckpoint:
         read_shards(self.directory, groups, self.shapes)
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
     """Write `folder`/step-N and drop all but the `keep` newest.
 
     Raises NotSaved if the disk refuses it: what was written is removed, and the checkpoints before it stay.
@@ -111,13 +111,13 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             safetensors.torch.save_file(contiguous, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps(checkpoint.state))
         sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        return publish(aside, final, sums, keep=keep)
+        publish(aside, final, sums, keep=keep)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise NotSaved(f"checkpoint {final.name} could not be saved ({error}); the one before it stays") from error
 
 
-def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> Path:
+def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> None:
     """The end of a save: what was written aside, with these checksums, takes its name; old ones go. Raises OSError."""
     (aside / MANIFEST).write_text(json.dumps(sums, indent=1))
     for file in [*aside.rglob("*"), aside]:
@@ -132,7 +132,6 @@ def publish(aside: Path, final: Path, sums: dict[str, str], *, keep: int) -> Pat
     kept = [number for number in steps if number <= step][-keep:]  # a later one was passed over as torn
     for number in set(steps) - set(kept):
         shutil.rmtree(folder / f"step-{number}")
-    return final
 
 
 def load(folder: Path, step: int) -> Stored:

@@ -49,11 +49,11 @@ def train_on(
 ) -> dict[str, Any]:
     """Train the model of `recipe.base` on, into `run_dir`: all of it, or only its MTP layers behind a frozen trunk.
 
-    Returns {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, agreement, heldout_bpb_before,
-    heldout_bpb, closest_experts}; agreement: share of positions at which the first MTP layer says what the trunk will;
-    bits per byte of held-out text are None where the trunk is frozen, for they stay what they were; closest_experts: of
-    the layers that were trained. Ctrl-C and SIGTERM save and return. Raises UserError for bad input, having overwritten
-    nothing.
+    Returns {run, status ("done", or "stopped" before the recipe's end), step, tokens, train_seconds, loss, agreement,
+    heldout_bpb_before, heldout_bpb, closest_experts}; agreement: share of positions at which the first MTP layer says
+    what the trunk will; bits per byte of held-out text are None where the trunk is frozen, for they stay as they were;
+    closest_experts: of the layers that were trained. Ctrl-C and SIGTERM save and return; a run of `max_steps` is
+    exported as well. Raises UserError for bad input, having overwritten nothing.
     """
     if only not in get_args(Only):
         raise UserError(f"--only {only} is unknown: take {' or '.join(get_args(Only))}")
@@ -112,17 +112,17 @@ def _train_on(
             if only == "all":
                 run.heldout_bpb_before = run.heldout_bpb(prepared)
             part_experts(run.trained_layers, recipe.train.expert_noise, recipe.train.seed)
-        status = run.train(max_steps)
-    if status == "stopped":
+        interrupted = run.train(max_steps)
+    if interrupted:
         display.say(f"stopped at step {run.step} {run.saver.standing(run.step)}; go on with --resume")
-        return run.summary(status, None)
+        return run.summary("stopped", None)
     heldout = None
     if only == "all":
         with run_stage(recipe.cost, run_dir, "eval"):
             heldout = run.heldout_bpb(prepared)
     with run_stage(recipe.cost, run_dir, "export"):
         run.export(heldout)
-    return run.summary(status, heldout)
+    return run.summary("done" if run.trainer.done else "stopped", heldout)
 
 
 def drawn_otherwise(base: dict[str, Any], recipe: ContinuedRecipe) -> bool:
@@ -176,8 +176,8 @@ class _Run:
     def step(self) -> int:
         return self.trainer.counters.step
 
-    def train(self, last_step: float) -> str:
-        """Steps until the tokens or the steps are used up, or Ctrl-C or SIGTERM; returns "done" or "stopped"."""
+    def train(self, last_step: float) -> bool:
+        """Steps until the tokens or the steps are used up, or Ctrl-C or SIGTERM; returns whether one of these came."""
         trainer, every = self.trainer, self.recipe.train.checkpoint_every
         counters = trainer.counters
         tokens, seconds = counters.tokens, counters.seconds
@@ -198,7 +198,7 @@ class _Run:
         if interruption.wanted:
             self.stage.interrupted()
         self.model.eval()
-        return "stopped" if interruption.wanted else "done"
+        return interruption.wanted
 
     def _save(self) -> None:
         taken = self.trainer.checkpoint()
@@ -216,13 +216,12 @@ class _Run:
         parts["tok/s"] = f"{counters.tokens / counters.seconds:,.0f}"
         parts["left"] = duration(counters.seconds / share - counters.seconds)
         self.display.update(share, parts)
-        row = {
+        return {
             "step": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 3),
             "loss": result.loss, "mtp_loss": result.mtp_loss, "agreement": self.agreement, "lr": result.lr,
             "grad_norm": result.grad_norm, "max_violation": result.max_violation, "skipped": counters.skipped,
             "usd": self.stage.usd_of_run,
         }  # fmt: skip
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
     @property
     def trained_layers(self) -> list[DecoderLayer]:

@@ -61,9 +61,10 @@ def train(
 ) -> dict[str, Any]:
     """Train a model from scratch, or go on where the newest whole checkpoint stands.
 
-    Ctrl-C and SIGTERM end the step under way, save and return; `go_on` is what is said of how to continue. Returns
-    {run, status ("done" | "stopped"), step, tokens, train_seconds, loss, heldout_bpb, max_violation_pooled,
-    weights_sha256}. Raises UserError for bad input, having overwritten nothing.
+    Ctrl-C and SIGTERM end the step under way, save and return; `go_on` is what is said of how to continue. A run of
+    `max_steps` is measured and exported as well. Returns {run, status ("done", or "stopped" before the recipe's end),
+    step, tokens, train_seconds, loss, heldout_bpb, max_violation_pooled, weights_sha256}. Raises UserError for bad
+    input, having overwritten nothing.
 
     Under torchrun every process calls this, and all get the same summary. Then nothing is sampled or held out on the
     way (heldout_bpb is None: see `baleen eval`), and weights_sha256 is over all ranks' parts.
@@ -108,12 +109,14 @@ def _train(
                 row = run.step()
                 if metrics is not None:
                     metrics.write(row)
-                tracker.log(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
+                numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+                tracker.log(row["step"], numbers)
                 run.save_if_due()
                 stopped = run.agree(interruption)
         finally:
             if metrics is not None:
                 metrics.close()
+        done = run.trainer.done  # not when it is saved: the clock may end a schedule too
         if stopped:
             stage.interrupted()
         run.save()
@@ -125,7 +128,7 @@ def _train(
         heldout = run.heldout_bpb()
     with run_stage(recipe.cost, run_dir, "export", ranks):
         run.export(heldout)
-    return run.summary("done", heldout)
+    return run.summary("done" if done else "stopped", heldout)
 
 
 class _Run:
@@ -206,7 +209,7 @@ class _Run:
             row["sample"] = self._sample()
         self._tick()
         self._show(row)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        return row
 
     def _tick(self) -> None:
         self.trainer.counters.wall_seconds = self._before[0] + time.monotonic() - self._started
@@ -312,7 +315,6 @@ class _Run:
         if self.trainer.ema:
             averaged = Transformer(recipe.model).to(model.device)
             averaged.load_state_dict(self.trainer.ema, strict=not recipe.model.tie_word_embeddings)
-            averaged.model.rotary.reset_parameters()
             save_model(averaged, self.run_dir / "model-ema", tokenizer=self.prepared.tokenizer, card=card)
 
     def summary(self, status: str, heldout_bpb: float | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -115,6 +116,8 @@ class Metrics:
         self._stream: IO[str] = file.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
+        """A number that is not finite becomes null, for JSON has none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
 

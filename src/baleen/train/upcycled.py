@@ -12,12 +12,11 @@ from baleen.model.moe import DeepseekMoE, Gate
 from baleen.model.transformer import Transformer
 
 
-def keep_constants(model: Transformer) -> int:
-    """Gradients of 0 for the constants that make a latent's norm an identity; returns how many there are.
+def keep_constants(model: Transformer) -> None:
+    """Gradients of 0 for the constants that make a latent's norm an identity.
 
     They are the coordinates whose norm weight is exactly 0, as only upcycling makes them: that weight and the bias.
     """
-    kept = 0
     for layer in [*model.trunk_layers, *model.mtp_layers]:
         attention = layer.self_attn
         bias, norm = attention.kv_a_proj_with_mqa.bias, attention.kv_a_layernorm.weight
@@ -25,11 +24,9 @@ def keep_constants(model: Transformer) -> int:
             continue
         learns_norm = (norm != 0).detach().clone()
         learns_bias = torch.cat((learns_norm, learns_norm.new_ones(len(bias) - len(norm))))
-        kept += int((~learns_norm).sum())
         for parameter, learns in ((norm, learns_norm), (bias, learns_bias)):
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient, learns=learns: gradient * learns)
-    return kept
 
 
 def jitter_routers(gates: Iterable[Gate], amount: float) -> None:
