@@ -1,6 +1,7 @@
 """`baleen reason` on a network so small that it learns nothing: its table, its questions, its control, its going on."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_stages import SFT, tiny_recipe
 from baleen.align import reason, sft
 from baleen.align.accuracy import HELDOUT_SEED
 from baleen.align.pipeline import align
+from baleen.align.recipe import AlignRecipe
 from baleen.align.tasks import ChainSum, Sorting, distinct_questions
 from baleen.config import UserError
 from baleen.train.display import Display
@@ -56,9 +58,11 @@ def test_three_models_in_one_summary_and_nothing_is_done_twice(tmp_path, monkeyp
 
 def test_the_control_has_the_cold_start_s_schedule_over_its_own_clock():
     schedule = {"lr": [[0, 0.0], [16, 1.0], ["50%", 1.0], [640, 0.25]]}
-    stage = SFT | {"schedule": schedule, "train": SFT["train"] | {"tokens": 320}}
-    recipe = tiny_recipe(stage, RL)
-    control = reason.control_recipe(recipe, Path("base"), 30.0).stages[0]
+    train = SFT["train"] | {"tokens": 320, "eval_every": 2}
+    recipe = tiny_recipe(SFT | {"schedule": schedule, "train": train, "eval_samples": 2}, RL)
+    whole = reason.control_recipe(recipe, Path("base"), 30.0)
+    assert AlignRecipe.model_validate(tomllib.loads(whole.to_toml())) == whole  # as it is resumed
+    control = whole.stages[0]
     lr = Curve(control.schedule.lr, control.train.tokens)
     assert control.train.tokens == reason.ENOUGH and control.train.minutes == 0.5
     assert [lr(share * reason.ENOUGH) for share in (0.025, 0.05, 0.5, 1.0)] == pytest.approx([0.5, 1.0, 1.0, 0.75])

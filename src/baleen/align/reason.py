@@ -76,7 +76,8 @@ def control_recipe(recipe: AlignRecipe, base: Path, seconds: float) -> AlignReci
     cold = recipe.stages[0]
     assert isinstance(cold, SFTStage)
     train = cold.train.model_copy(update={"minutes": seconds / 60, "tokens": ENOUGH, "eval_every": 0})
-    stage = cold.model_copy(update={"train": train, "schedule": stretched(cold.schedule, ENOUGH / cold.train.tokens)})
+    schedule = stretched(cold.schedule, ENOUGH / cold.train.tokens)
+    stage = cold.model_copy(update={"train": train, "schedule": schedule, "eval_samples": 0})
     cost = recipe.cost.model_copy(update={"purpose": "ablation"})
     keys = {"name": f"{recipe.name}-control", "base": str(base.absolute()), "model": None, "stages": (stage,)}
     return recipe.model_copy(update={**keys, "cost": cost})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from baleen.align.tasks import Task
+from baleen.align.tasks import ReasoningGym, Task
 from baleen.config import (
     Count,
     Fraction,
@@ -39,8 +39,8 @@ class RewardConfig(Strict):
 class SamplingConfig(Strict):
     """How answers are drawn."""
 
-    temperature: Heat = 1.0  # of rollouts; the log-probabilities trained on are those at it
-    top_p: Share = 1.0
+    temperature: Heat = 1.0  # in RL also that of the log-probabilities which are trained on
+    top_p: Share = 1.0  # below 1 for sample stages alone
     max_tokens: Positive = 256
 
 
@@ -58,10 +58,22 @@ class SFTStage(Strict):
     train: TrainConfig  # eval_every: of held-out questions, at the end too; 0: not at all. No samples are shown
     schedule: ScheduleConfig = ScheduleConfig()
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _each_by_itself(cls, train: Any) -> Any:
+        """V3 §5.1. A recipe says so, once it is resolved."""
+        return {"document_mask": True, **train} if isinstance(train, dict) else train
+
     @model_validator(mode="after")
     def _something(self) -> SFTStage:
         if not (self.worked or self.sources or self.sampled):
             raise ValueError("an sft stage has nothing to learn from: set worked, sources or sampled = true")
+        if self.hasty and not self.worked:
+            raise ValueError("hasty is a share of the worked solutions: set worked, or leave out hasty")
+        if self.eval_samples and not self.train.eval_every:
+            raise ValueError("eval_samples are drawn every train.eval_every steps: set that, or leave out eval_samples")
+        if not self.train.document_mask:
+            raise ValueError("an sft stage shows each conversation by itself: leave out train.document_mask")
         if self.train.ema_decay:
             raise ValueError("an sft stage hands on the weights, not their average: leave out train.ema_decay")
         return self
@@ -130,6 +142,11 @@ class RLStage(Strict):
                 f"minibatches ({self.minibatches}) does not divide the {self.questions * self.group_size} answers of a "
                 "step (questions * group_size)"
             )
+        if self.sampling.top_p != 1.0:
+            raise ValueError(
+                f"sampling.top_p is {self.sampling.top_p}, but rl learns from the log-probabilities of the whole "
+                "distribution: leave out top_p"
+            )
         if self.overlong_buffer and self.mask_truncated:
             raise ValueError("overlong_buffer punishes long answers, mask_truncated leaves them out: choose one")
         if self.overlong_buffer >= self.sampling.max_tokens:
@@ -164,6 +181,12 @@ class AlignRecipe(Strict):
             practises = isinstance(stage, RLStage | SampleStage) or stage.worked
             if practises and not (stage.tasks or self.tasks):
                 raise ValueError(f"stage {number} ({stage.kind}) has no tasks: add [[tasks]] with a name")
+            tasks = stage.tasks or self.tasks
+            if isinstance(stage, SFTStage) and stage.worked and any(isinstance(task, ReasoningGym) for task in tasks):
+                raise ValueError(
+                    f"stage {number} (sft) wants worked solutions, which tasks of reasoning_gym do not have: leave out "
+                    "worked, or give the stage tasks of its own"
+                )
             before = self.stages[: number - 1]
             if isinstance(stage, SFTStage) and stage.sampled and not any(s.kind == "sample" for s in before):
                 raise ValueError(f"stage {number} (sft) wants sampled answers, but no sample stage comes before it")
@@ -174,12 +197,8 @@ class AlignRecipe(Strict):
         return tomli_w.dumps(without_null(self.model_dump(exclude=None if self.model else {"model"})))
 
     def training(self, model: ModelConfig, stage: SFTStage) -> Recipe:
-        """An sft stage as a recipe of training, which the trainer takes; documents are told apart as V3 §5.1 does.
-
-        Raises UserError if the stage does not fit the model.
-        """
-        train = stage.train.model_copy(update={"document_mask": True})
-        parts = {"model": model, "train": train, "schedule": stage.schedule, "cost": self.cost}
+        """An sft stage as a recipe of training, for the trainer. Raises UserError if it does not fit the model."""
+        parts = {"model": model, "train": stage.train, "schedule": stage.schedule, "cost": self.cost}
         raw = {"name": self.name} | {name: part.model_dump() for name, part in parts.items()}
         return validated(Recipe, raw, f"recipe {self.name}")
 
