@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tomllib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from baleen.align import grpo as grpo_module
 from baleen.align import pipeline as pipeline_module
 from baleen.align.pipeline import align
-from baleen.align.recipe import for_command
+from baleen.align.recipe import AlignRecipe, for_command
 from baleen.align.rollout import Answer, Group, Score, punish_overlong
 from baleen.align.sft import chat_of, conversations, packed_rows
 from baleen.align.tasks import Question
@@ -29,7 +30,7 @@ from baleen.train import checkpoint
 from baleen.train.checkpoint import NotSaved
 from baleen.train.display import Display
 from baleen.train.loop import weights_sha256
-from baleen.train.rundir import read_metrics
+from baleen.train.rundir import Metrics, read_metrics
 from baleen.train.trainer import Trainer
 
 RL = {
@@ -38,6 +39,7 @@ RL = {
     "rewards": [{"name": "length"}, {"name": "accuracy"}],
 }  # fmt: skip
 LIMITS = {"questions": 6, "samples": 4, "sampling": {"max_tokens": 8}}
+GYM = {"name": "reasoning_gym", "task": "chain_sum"}
 
 
 def run(recipe, path, **keys):
@@ -236,6 +238,36 @@ def test_only_the_assistants_words_are_learnt_and_each_conversation_by_itself():
     assert tokenizer.decode(learnt, skip_special=False) == "3<|end_of_sentence|>4<|end_of_sentence|>"
     recipe = tiny_recipe(SFT)
     assert recipe.training(recipe.model, recipe.stages[0]).train.document_mask
+    resolved = tomllib.loads(recipe.to_toml())  # which says what is done
+    assert resolved["stages"][0]["train"]["document_mask"] and AlignRecipe.model_validate(resolved) == recipe
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "1+2="}]], ids=["none", "of the user alone"])
+def test_conversations_without_words_of_an_assistant_are_refused(tmp_path, messages):
+    run(tiny_recipe(SFT), tmp_path / "base")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    sft = SFT | {"worked": 0, "sources": [str(tmp_path / "chats.jsonl")]}
+    with pytest.raises(UserError, match="no conversation has words of an assistant"):
+        run(tiny_recipe(sft, base=str(tmp_path / "base"), model=None), tmp_path / "run")
+
+
+@pytest.mark.parametrize("seed", [2**62, 2**63 - 1])
+def test_the_largest_seeds_are_taken(tmp_path, seed):
+    run(tiny_recipe(SFT, RL | {"steps": 1, "seed": seed}), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["stage"] == "rl"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_the_curves_are_closed_when_a_step_fails(tmp_path, monkeypatch, stage):
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    closed = []
+    monkeypatch.setattr(Metrics, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(*{"sft": (Trainer, "step"), "rl": (grpo_module, "collect")}[stage], fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tiny_recipe(SFT, RL), tmp_path / "run")
+    assert len(closed) == {"sft": 1, "rl": 2}[stage]
 
 
 def test_the_stages_of_r1_in_one_recipe(tmp_path, monkeypatch):
@@ -469,6 +501,12 @@ def test_the_routers_bias_is_frozen_or_moves_by_choice(tmp_path, speed):
         ({"tasks": ()}, "has no tasks"),
         ({"stages": [SFT | {"worked": 0}]}, "nothing to learn from"),
         ({"stages": [SFT | {"sampled": True}]}, "no sample stage comes before"),
+        ({"stages": [SFT | {"hasty": 0.5, "worked": 0, "sources": ["chats.jsonl"]}]}, "share of the worked solutions"),
+        ({"stages": [SFT | {"eval_samples": 4}]}, "every train.eval_every steps"),
+        ({"stages": [SFT | {"train": SFT["train"] | {"document_mask": False}}]}, "each conversation by itself"),
+        ({"tasks": [{"name": "chain_sum"}, GYM]}, "stage 1 .sft. wants worked solutions"),
+        ({"stages": [SFT | {"tasks": [GYM]}]}, "stage 1 .sft. wants worked solutions"),
+        ({"stages": [RL | {"sampling": {"top_p": 0.9}}]}, "sampling.top_p is 0.9"),
         ({"stages": [RL | {"minibatches": 5}]}, "does not divide"),
         ({"stages": [RL | {"overlong_buffer": 8}]}, "must be below sampling.max_tokens"),
         ({"stages": [RL | {"overlong_buffer": 4, "mask_truncated": True}]}, "choose one"),

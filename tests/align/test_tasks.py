@@ -138,6 +138,8 @@ def test_distinct_questions_are_distinct_and_a_small_task_says_so():
     assert len(set(prompts)) == 200
     with pytest.raises(UserError, match="fewer than 200"):
         distinct_questions([Comparison(digits=(1, 1))], "test", 0, 200)
+    few = distinct_questions([Comparison(digits=(1, 1))], "test", 0, 200, or_fewer=True)
+    assert 0 < len(few) == len({q.asked for q in few}) < 200
 
 
 def test_a_task_without_a_question_of_the_split_ends():

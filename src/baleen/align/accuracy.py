@@ -38,12 +38,12 @@ def wilson(right: float, count: int) -> Share:
     return Share(p, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
-def heldout_questions(work: Work, tasks: Sequence[Task], count: int) -> list[Question]:
+def heldout_questions(work: Work, tasks: Sequence[Task], count: int, *, or_fewer: bool = False) -> list[Question]:
     """The ones that curves are measured on, but for those that are too long for the model.
 
-    Raises UserError if the tasks have fewer than `count`, or if all are too long.
+    Raises UserError if the tasks have fewer than `count` (unless or_fewer), or if all are too long.
     """
-    asked = distinct_questions(tasks, "test", HELDOUT_SEED, count)
+    asked = distinct_questions(tasks, "test", HELDOUT_SEED, count, or_fewer=or_fewer)
     fit = list(that_fit(work.model, work.tokenizer, asked, work.recipe.system))
     if not fit:
         raise UserError(f"held-out questions such as {asked[0].prompt[:60]!r} fill the model's context")

@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -60,8 +61,8 @@ def grpo(work: Work, stage: RLStage) -> Progress:
         policy.restore(newest)
     progress = policy.progress
     before = dict(progress.seconds), progress.tokens
-    metrics = work.metrics(progress.step)
-    with Judge(reward_specs(stage, tasks), stage.reward_seconds) as judge:
+    judging = Judge(reward_specs(stage, tasks), stage.reward_seconds)
+    with closing(work.metrics(progress.step)) as metrics, judging as judge:
         while progress.step < stage.steps and not work.must_stop(progress.step):
             started, failed = time.monotonic(), Counter(judge.failures)
             drawn_before = progress.tokens
@@ -91,10 +92,9 @@ def grpo(work: Work, stage: RLStage) -> Progress:
             row |= {"reward_failures": sum(progress.failures.values()), "usd": work.ledger.usd_of_run}
             row |= {f"rewards_{kind}": count for kind, count in progress.failures.items()}
             _tell(work, stage, judge, row)
-            metrics.write({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+            metrics.write(row)
             if stage.checkpoint_every and progress.step % stage.checkpoint_every == 0:
                 work.saver.save(policy.checkpoint())
-    metrics.close()
     if work.saver.saved_step < progress.step:
         work.saver.save(policy.checkpoint())
     return progress
@@ -244,7 +244,8 @@ class Policy:
         lr = stage.lr * min(1.0, (self.progress.step + 1) / (stage.warmup_steps + 1))
         seen: defaultdict[str, float] = defaultdict(float)
         for epoch in range(stage.inner_epochs):
-            generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + self.progress.step * 101 + epoch)
+            seed = (stage.seed * 1_000_003 + self.progress.step * 101 + epoch) % 2**64  # larger ones it does not take
+            generator = torch.Generator().manual_seed(seed)
             for minibatch in torch.randperm(len(answers), generator=generator).chunk(stage.minibatches):
                 weights_NT = torch.zeros_like(mask_NT)
                 weights_NT[minibatch] = token_weights(mask_NT[minibatch], stage.loss_type, stage.sampling.max_tokens)

@@ -104,7 +104,7 @@ class Pipeline:
             keep = stage.train.keep_checkpoints if isinstance(stage, SFTStage) else KEEP
             saver = Saver(folder / "checkpoints", keep=keep, warn=self.display.warn)
             work = Work(
-                recipe, self.run_dir, folder, self.first_step(number), loaded.model.train(), loaded.tokenizer,
+                recipe, self.run_dir, folder, self.first_step(number), loaded.model, loaded.tokenizer,
                 ledger, saver, self.display, interruption, self.max_steps,
             )  # fmt: skip
             finished = self._work(work, number, generation_of(loaded.path))

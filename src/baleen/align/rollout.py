@@ -95,8 +95,6 @@ def sample(
     thought the template has opened. A new engine each time: pages and packed weights of the last one are of weights
     that have since been trained.
     """
-    was_training = model.training
-    model.eval()
     prompts = [prompt_of(tokenizer, question, system) for question in questions]
     end = (tokenizer.eos_id,) if tokenizer.turn_end_id is None else (tokenizer.eos_id, tokenizer.turn_end_id)
     opened = [f"{THINK}\n" if opens_reasoning(tokenizer, prompt) else "" for prompt in prompts]
@@ -116,7 +114,6 @@ def sample(
         for again in range(count)
     ]
     drawn = draw(model, requests)
-    model.train(was_training)
     answers = [
         Answer(
             tuple(request.prompt_ids),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 from baleen.align.accuracy import drawn_answers, greedy_accuracy, heldout_questions, mean_correct
 from baleen.align.judge import Judge
 from baleen.align.recipe import SamplingConfig, SFTStage
 from baleen.align.stage import Row, Work
-from baleen.align.tasks import Question, count_up_to, distinct_questions
+from baleen.align.tasks import Question, distinct_questions
 from baleen.config import UserError
 from baleen.data.corpus import read_documents
 from baleen.data.document import Message
@@ -60,8 +60,13 @@ def tokenised(chats: Sequence[Chat], tokenizer: Tokenizer) -> Iterator[Tokenised
 
 
 def packed_rows(chats: Sequence[Chat], tokenizer: Tokenizer, seq_len: int) -> PackedTokens:
-    """Rows in which no conversation is cut. Raises UserError if one is longer than a row."""
+    """Rows in which no conversation is cut. Raises UserError if one is longer than a row, or if no assistant speaks."""
     documents = list(tokenised(chats, tokenizer))
+    if not any(1 in (document.loss_mask or ()) for document in documents):
+        raise UserError(
+            "no conversation has words of an assistant, so there is nothing to learn from: give messages of the role "
+            "assistant"
+        )
     longest = max(len(document.tokens) for document in documents)
     if longest > seq_len + 1:
         raise UserError(
@@ -82,26 +87,26 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
             work.display.warn(f"this stage may not repeat bit for bit: {difference}")
     counters = trainer.counters
     wall, seconds, tokens = counters.wall_seconds, counters.seconds, counters.tokens
-    metrics, started = work.metrics(counters.step), time.monotonic()
-    while not trainer.done and not work.must_stop(counters.step):
-        result = trainer.step()
-        counters.wall_seconds = wall + time.monotonic() - started
-        work.ledger.progress(tokens=counters.tokens - tokens, productive_seconds=counters.seconds - seconds)
-        row: Row = {
-            "step": work.first_step + counters.step, "stage": "sft", "tokens": counters.tokens,
-            "seconds": round(counters.seconds, 3), "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
-            "tokens_per_second": round(result.tokens / result.seconds, 1), "max_violation": result.max_violation,
-            "skipped": counters.skipped, "usd": work.ledger.usd_of_run,
-        }  # fmt: skip
-        work.display.warn_if_left_out(counters.step, result.grad_norm)
-        if stage.train.eval_every and (trainer.done or counters.step % stage.train.eval_every == 0):
-            row |= heldout_accuracy(work, stage)
+    started = time.monotonic()
+    with closing(work.metrics(counters.step)) as metrics:
+        while not trainer.done and not work.must_stop(counters.step):
+            result = trainer.step()
             counters.wall_seconds = wall + time.monotonic() - started
-        _tell(work, trainer, row)
-        metrics.write({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
-        if stage.train.checkpoint_every and counters.step % stage.train.checkpoint_every == 0:
-            work.saver.save(trainer.checkpoint())
-    metrics.close()
+            work.ledger.progress(tokens=counters.tokens - tokens, productive_seconds=counters.seconds - seconds)
+            row: Row = {
+                "step": work.first_step + counters.step, "stage": "sft", "tokens": counters.tokens,
+                "seconds": round(counters.seconds, 3), "loss": result.loss, "lr": result.lr,
+                "grad_norm": result.grad_norm, "tokens_per_second": round(result.tokens / result.seconds, 1),
+                "max_violation": result.max_violation, "skipped": counters.skipped, "usd": work.ledger.usd_of_run,
+            }  # fmt: skip
+            work.display.warn_if_left_out(counters.step, result.grad_norm)
+            if stage.train.eval_every and (trainer.done or counters.step % stage.train.eval_every == 0):
+                row |= heldout_accuracy(work, stage)
+                counters.wall_seconds = wall + time.monotonic() - started
+            _tell(work, trainer, row)
+            metrics.write(row)
+            if stage.train.checkpoint_every and counters.step % stage.train.checkpoint_every == 0:
+                work.saver.save(trainer.checkpoint())
     if work.saver.saved_step < counters.step:
         work.saver.save(trainer.checkpoint())
     return trainer
@@ -116,7 +121,7 @@ def heldout_accuracy(work: Work, stage: SFTStage) -> Row:
     tasks = work.recipe.tasks or stage.tasks
     if not tasks:
         return {}
-    asked = heldout_questions(work, tasks, min(EVAL_QUESTIONS, count_up_to(tasks, "test", EVAL_QUESTIONS)))
+    asked = heldout_questions(work, tasks, EVAL_QUESTIONS, or_fewer=True)
     with Judge(sorted({question.verifier for question in asked}), seconds=5.0) as judge:
         common = (work.model, work.tokenizer, asked, judge)
         row: Row = {"heldout_accuracy": greedy_accuracy(*common, EVAL_TOKENS, work.recipe.system)}

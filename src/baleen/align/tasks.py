@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -256,28 +256,14 @@ def questions(tasks: Sequence[Task], split: Split, seed: int) -> Iterator[Questi
     raise UserError(f"the tasks have no question for the split {split!r}: make them harder, or more varied")
 
 
-def count_up_to(tasks: Sequence[Task], split: Split, count: int) -> int:
-    """How many different questions there are about, `count` at most."""
-    return len(_different(tasks, split, 0, count))
-
-
-def distinct_questions(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Question]:
+def distinct_questions(
+    tasks: Sequence[Task], split: Split, seed: int, count: int, *, or_fewer: bool = False
+) -> list[Question]:
     """`count` different questions; for testing, one that is only worded otherwise is no other.
 
-    Raises UserError if the tasks have fewer.
+    Raises UserError if the tasks have fewer, unless or_fewer.
     """
-    found = _different(tasks, split, seed, count)
-    if len(found) < count:
-        raise UserError(
-            f"the tasks have about {len(found)} questions for the split {split!r}, fewer than {count}: ask for fewer, "
-            "or make the tasks harder"
-        )
-    return list(islice(found.values(), count))
-
-
-def _different(tasks: Sequence[Task], split: Split, seed: int, count: int) -> dict[str, Question]:
-    """By prompt, or for testing by what is asked, `count` at most; fewer if no more turn up."""
-    found: dict[str, Question] = {}
+    found: dict[str, Question] = {}  # by prompt, or by what is asked
     in_vain = 0
     stream = questions(tasks, split, seed)
     while len(found) < count and in_vain < PATIENCE:
@@ -285,7 +271,12 @@ def _different(tasks: Sequence[Task], split: Split, seed: int, count: int) -> di
         name = question.asked if split == "test" else question.prompt
         in_vain = in_vain + 1 if name in found else 0
         found.setdefault(name, question)
-    return found
+    if len(found) < count and not or_fewer:
+        raise UserError(
+            f"the tasks have about {len(found)} questions for the split {split!r}, fewer than {count}: ask for fewer, "
+            "or make the tasks harder"
+        )
+    return list(found.values())
 
 
 def _within(rng: random.Random, limits: tuple[int, int]) -> int:
