@@ -119,7 +119,7 @@ def test_a_layer_keeps_for_its_backward_what_is_counted(storage, off_by, layer_i
 
     model, tokens = Transformer(TINY), 3000
     model.init_weights(0)
-    context = model._context(torch.zeros(15, tokens // 15, dtype=torch.long), None, None, None)
+    context = model._context(torch.zeros(15, tokens // 15, dtype=torch.long), None, None)
     hidden = torch.randn(15, tokens // 15, TINY.hidden_size, requires_grad=True)
     weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
     kept = {}

@@ -31,6 +31,14 @@ class Context(NamedTuple):
     cache: CacheView | None  # then B is 1, T counts the tokens of all sequences, and who sees what the cache knows
 
 
+def document_mask(document_ids_BT: Tensor | None) -> Tensor | None:
+    """A Context's mask by which tokens see those before them in their own document; None without documents."""
+    if document_ids_BT is None:
+        return None
+    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig
-from baleen.model.attention import Context, RMSNorm
+from baleen.model.attention import Context, RMSNorm, document_mask
 from baleen.model.cache import CacheView
 from baleen.model.initial import fill
 from baleen.model.layer import DecoderLayer
@@ -78,16 +78,15 @@ class Transformer(nn.Module):
         self,
         input_ids_BT: Tensor,
         *,
-        positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: CacheView | None = None,
     ) -> Output:
         """The trunk over token ids.
 
-        positions_BT: default 0, 1, 2, ... document_ids_BT: tokens attend only within their own document.
-        cache: in place of both; input_ids_BT are the tokens of its batch, [1, N], and are written to it.
+        document_ids_BT: tokens attend only within their own document. cache: in its place; input_ids_BT are the tokens
+        of its batch, [1, N], and are written to it.
         """
-        context = self._context(input_ids_BT, positions_BT, document_ids_BT, cache)
+        context = self._context(input_ids_BT, document_ids_BT, cache)
         x_BTd, routings = self.model.embed_tokens(input_ids_BT), []
         for layer in self.trunk_layers:
             x_BTd, routing = layer(x_BTd, context)
@@ -101,17 +100,16 @@ class Transformer(nn.Module):
         hidden_BTd: Tensor,
         next_ids_BT: Tensor,
         *,
-        positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: CacheView | None = None,
     ) -> Output:
         """MTP layer k = depth + 1 (Eq. 21-23): h^{k-1}_i with t_{i+k} -> h^k_i, from which t_{i+k+1} is predicted.
 
         hidden_BTd: the trunk's output for depth 0, this method's own for the next. next_ids_BT: t_{i+k}, the *input*;
-        feeding t_{i+k+1} would train a copier. positions_BT: of i.
+        feeding t_{i+k+1} would train a copier.
         """
         layer = self.mtp_layers[depth]
-        context = self._context(next_ids_BT, positions_BT, document_ids_BT, cache)
+        context = self._context(next_ids_BT, document_ids_BT, cache)
         hidden, routing = layer.predict(hidden_BTd, self.model.embed_tokens(next_ids_BT), context)
         return Output(hidden, [] if routing is None else [routing])
 
@@ -119,18 +117,12 @@ class Transformer(nn.Module):
         """[..., d] -> [..., Z], for the trunk's and the MTP layers' hidden states alike."""
         return self.lm_head(hidden)
 
-    def _context(
-        self, ids_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None, cache: CacheView | None
-    ) -> Context:
+    def _context(self, ids_BT: Tensor, document_ids_BT: Tensor | None, cache: CacheView | None) -> Context:
         B, T = ids_BT.shape
-        mask = None
-        if cache is not None:
-            assert B == 1 and positions_BT is None and document_ids_BT is None, "the cache knows who is who"
-            positions_BT = cache.positions_N[None]
-        elif positions_BT is None:
+        if cache is None:
             positions_BT = torch.arange(T, device=ids_BT.device).expand(B, T)
-        if document_ids_BT is not None:
-            same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-            mask = (same & same.new_ones(T, T).tril())[:, None]
+        else:
+            assert B == 1 and document_ids_BT is None, "the cache knows who is who"
+            positions_BT = cache.positions_N[None]
         cos, sin = self.model.rotary(positions_BT, self.model.norm.weight.dtype)
-        return Context(cos, sin, mask, cache)
+        return Context(cos, sin, document_mask(document_ids_BT), cache)

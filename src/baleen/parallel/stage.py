@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from baleen.config import ModelConfig, UserError
-from baleen.model.attention import Context
+from baleen.model.attention import Context, document_mask
 from baleen.model.moe import DeepseekMoE, Gate, Routing, sequence_balance_loss
 from baleen.model.mtp import MTPLayer
 from baleen.model.transformer import Output, Transformer
@@ -184,13 +184,10 @@ class Stage(nn.Module):
 
     def _context(self, x_BTd: Tensor, document_ids_BT: Tensor | None) -> Context:
         B, T = x_BTd.shape[:2]
-        positions_BT, mask = torch.arange(T, device=x_BTd.device).expand(B, T), None
-        if document_ids_BT is not None:
-            same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-            mask = (same & same.new_ones(T, T).tril())[:, None]
+        positions_BT = torch.arange(T, device=x_BTd.device).expand(B, T)
         dtype = next(super().parameters()).dtype  # not x's, which autocast may have made bf16
         cos, sin = self.model.rotary(positions_BT, dtype)  # type: ignore[operator]
-        return Context(cos=cos, sin=sin, mask=mask, cache=None)
+        return Context(cos, sin, document_mask(document_ids_BT), None)
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
