@@ -56,8 +56,9 @@ class Routing(NamedTuple):
 class Gate(nn.Module):
     """Eq. 13-16: s = sigmoid(u · e); the top K are chosen by s + b within the best groups, and weighted by s alone.
 
-    A group's score is the sum of its two best s + b; experts of the other groups are masked with -inf (0 would be
-    wrong as soon as a bias is negative). b, `e_score_correction_bias`, takes no gradient and stays in float32.
+    A group's score is the sum of its two best s + b, as in the released code; the paper has the K_r / M best of a node,
+    which are two for V3. Experts of the other groups are masked with -inf (0 would be wrong as soon as a bias is
+    negative). b, `e_score_correction_bias`, takes no gradient and stays in float32.
     """
 
     e_score_correction_bias: Tensor

@@ -95,6 +95,7 @@ def prediction_loss(
         output = model.predict_ahead(k - 1, hidden[:, :-1], tokens[:, k:T], document_ids_BT=documents)
         hidden = output.hidden_BTd
         routings = routings + output.routings
+        # A mean over this depth's own targets, where Eq. 24 divides their sum by T.
         mtp = mtp + cross_entropy(hidden, head, targets[:, k + 1 :], all_learnt=all_learnt) * shares[1 + k] / depth
     counted = routings if balance_loss_weight else []
     balances = [sequence_balance_loss(r, tokens.shape[0], model.config.num_experts_per_tok) for r in counted]
