@@ -28,7 +28,7 @@ namespace {
 #ifdef __AVX512F__
 constexpr int64_t WIDTH = 16, ROWS = 8, STRIP = 256;  // floats in a vector; rows of a tile, whose sums fit the registers
 #else
-constexpr int64_t WIDTH = 8, ROWS = 6, STRIP = 192;
+constexpr int64_t WIDTH = 8, ROWS = 6, STRIP = 228;
 #endif
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 constexpr int64_t PANEL = 2 * WIDTH, PANELS = 4, WIDE = 16 * PANEL, DEPTH = 256;
@@ -82,11 +82,42 @@ inline void last_rows(int64_t R, const E *a, int64_t a_row, int64_t a_col, const
     ((R == LESS + 1 ? tile<LESS + 1, C>(a, a_row, a_col, b, b_row, c, c_row, K, add) : (void)0), ...);
 }
 
-// Tiles of ROWS rows, those of a `a_tile` apart, and what is left.
+template <class T> struct Matrix {
+    const T *data;
+    int64_t row, col;  // how far its rows and its columns are apart
+    const T *at(int64_t i, int64_t j) const { return data + i * row + j * col; }
+    Matrix from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
+};
+
+// Memory that is packed next, called into the second cache a few lines before each tile: or packing would wait for it.
+struct Ahead {
+    const char *at = nullptr;
+    int64_t row = 0, lines = 0, rows = 0, line = 0, each = 0;  // bytes between rows; lines of a row; the next; of a tile
+
+    Ahead() = default;
+    Ahead(const Matrix<float> &x, int64_t M, int64_t N, int64_t tiles) : at((const char *)x.data) {
+        bool across = x.row == 1;
+        row = (across ? x.col : x.row) * sizeof(float), rows = across ? N : M;
+        lines = ((across ? M : N) * sizeof(float) + 63) / 64, each = rows * lines / std::max<int64_t>(tiles, 1) + 1;
+    }
+
+    void some() {
+        for (int64_t i = 0; i < each && rows > 0; i++) {
+            __builtin_prefetch(at + line * 64, 0, 2);
+            if (++line == lines) line = 0, rows--, at += row;
+        }
+    }
+};
+
+// Tiles of ROWS rows, those of a `a_tile` apart, and what is left. Where a tile is written, its lines are asked for before.
 template <int64_t C, class E>
 inline void columns(int64_t M, const E *a, int64_t a_tile, int64_t a_row, int64_t a_col, const E *b, int64_t b_row, float *c,
-                    int64_t c_row, int64_t K, bool add) {
-    for (; M >= ROWS; M -= ROWS, a += a_tile, c += ROWS * c_row) tile<ROWS, C>(a, a_row, a_col, b, b_row, c, c_row, K, add);
+                    int64_t c_row, int64_t K, bool add, Ahead *ahead_a = nullptr, Ahead *ahead_b = nullptr) {
+    for (; M >= ROWS; M -= ROWS, a += a_tile, c += ROWS * c_row) {
+        if (ahead_a) ahead_a->some(), ahead_b->some();
+        for (int64_t r = ROWS; r < std::min(M, 2 * ROWS); r++) __builtin_prefetch(c + r * c_row, 1);
+        tile<ROWS, C>(a, a_row, a_col, b, b_row, c, c_row, K, add);
+    }
     last_rows<C>(M, a, a_row, a_col, b, b_row, c, c_row, K, add, std::make_integer_sequence<int64_t, ROWS - 1>());
 }
 
@@ -97,12 +128,6 @@ void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t a_row, in
     for (; n + PANEL <= N; n += PANEL) columns<2>(M, a, ROWS * a_row, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
     for (; n < N; n += WIDTH) columns<1>(M, a, ROWS * a_row, a_row, a_col, b + n, b_row, c + n, c_row, K, add);
 }
-
-template <class T> struct Matrix {
-    const T *data;
-    int64_t row, col;  // how far its rows and its columns are apart
-    const T *at(int64_t i, int64_t j) const { return data + i * row + j * col; }
-};
 
 // c[M, N] = or += a[M, K] b[K, N]; the columns of c are neighbours.
 template <class T> struct Product {
@@ -181,26 +206,54 @@ struct Room {
 };
 
 // Rows [m, m + M) and columns [n, n + N) of a product.
-void work(const Product<float> &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
+template <class T> struct Task {
+    const Product<T> *product;
+    int64_t m, M, n, N;
+};
+
+// What a task multiplies at depth k.
+struct Slice {
+    Matrix<float> a, b;
+    int64_t M, N, K;
+    Slice(const Task<float> &t, int64_t k)
+        : a(t.product->a.from(t.m, k)), b(t.product->b.from(k, t.n)), M(t.M), N(t.N), K(std::min(DEPTH, t.product->K - k)) {}
+    bool packs_a() const { return a.row == 1 && a.col != 1; }
+    int64_t width(int64_t j) const { return std::min(PANELS * PANEL, N - j); }  // of the panels from column j on
+};
+
+void work(const Task<float> &task, const Task<float> *next, bool add, const Room &room) {
+    const Product<float> &p = *task.product;
+    float *corner = p.c + task.m * p.c_row + task.n;
     if (p.K == 0 && !add)
-        for (int64_t i = m; i < m + M; i++) std::memset(p.c + i * p.c_row + n, 0, N * sizeof(float));
+        for (int64_t i = 0; i < task.M; i++) std::memset(corner + i * p.c_row, 0, task.N * sizeof(float));
     for (int64_t k = 0; k < p.K; k += DEPTH) {
-        int64_t K = std::min(DEPTH, p.K - k);
+        Slice now(task, k);
+        Matrix<float> a = now.a;
+        int64_t M = now.M, K = now.K, a_tile = ROWS * a.row;
         bool adds = add || k > 0;
-        Matrix<float> a = {p.a.at(m, k), p.a.row, p.a.col};
-        int64_t a_tile = ROWS * a.row;
-        if (a.row == 1 && a.col != 1) {
+        if (now.packs_a()) {
             pack_strip(a, M, K, room.strip);
             a = {room.strip, 1, ROWS};
             a_tile = ROWS * K;
         }
-        for (int64_t j = 0; j < N; j += PANEL) {
-            if (j % (PANELS * PANEL) == 0)
-                pack_panels({p.b.at(k, n + j), p.b.row, p.b.col}, K, std::min(PANELS * PANEL, N - j), room.panels);
+        Ahead ahead_a, ahead_b;
+        for (int64_t j = 0; j < now.N; j += PANEL) {
+            if (j % (PANELS * PANEL) == 0) {
+                pack_panels(now.b.from(0, j), K, now.width(j), room.panels);
+                int64_t tiles = M / ROWS * (now.width(j) / PANEL), then = j + PANELS * PANEL;
+                ahead_b = Ahead();
+                if (then < now.N) ahead_b = Ahead(now.b.from(0, then), K, now.width(then), tiles);
+                else if (k + DEPTH < p.K || next) {
+                    Slice following = k + DEPTH < p.K ? Slice(task, k + DEPTH) : Slice(*next, 0);
+                    ahead_b = Ahead(following.b, following.K, following.width(0), tiles);
+                    if (following.packs_a()) ahead_a = Ahead(following.a, following.M, following.K, tiles);
+                }
+            }
             const float *panel = room.panels + j % (PANELS * PANEL) * K;
-            int64_t width = std::min(PANEL, N - j);
-            float *c = p.c + m * p.c_row + n + j;
-            if (width == PANEL) columns<2>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, adds);
+            int64_t width = std::min(PANEL, now.N - j);
+            float *c = corner + j;
+            if (width == PANEL)
+                columns<2>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, adds, &ahead_a, &ahead_b);
             else if (width == WIDTH) columns<1>(M, a.data, a_tile, a.row, a.col, panel, PANEL, c, p.c_row, K, adds);
             else
                 for (int64_t i = 0; i < M; i += ROWS) {  // by way of a tile that is wide enough
@@ -267,7 +320,9 @@ void pack_strip(const Matrix<bf16> &a, int64_t M, int64_t K, pair *to) {
             }
 }
 
-void work(const Product<bf16> &p, int64_t m, int64_t M, int64_t n, int64_t N, bool add, const Room &room) {
+void work(const Task<bf16> &task, const Task<bf16> *, bool add, const Room &room) {
+    const Product<bf16> &p = *task.product;
+    const auto &[_, m, M, n, N] = task;
     pair *panel = (pair *)room.panels, *strip = (pair *)room.strip;
     int64_t row = (N + PANEL - 1) / PANEL * PANEL;
     if (p.K == 0) std::memset(room.sums, 0, M * row * sizeof(float));
@@ -285,7 +340,8 @@ void work(const Product<bf16> &p, int64_t m, int64_t M, int64_t n, int64_t N, bo
             int64_t width = std::min(PANEL, N - j);
             pack_panel({p.b.at(k, n + j), p.b.row, p.b.col}, K, width, panel);
             auto multiply = width > WIDTH ? columns<2, pair> : columns<1, pair>;
-            multiply(M, in_pairs.data, a_tile, in_pairs.row, in_pairs.col, panel, PANEL, room.sums + j, row, pairs, k > 0);
+            multiply(M, in_pairs.data, a_tile, in_pairs.row, in_pairs.col, panel, PANEL, room.sums + j, row, pairs, k > 0,
+                     nullptr, nullptr);
         }
     }
     for (int64_t i = 0; i < M; i++) {
@@ -302,32 +358,31 @@ void work(const Product<bf16> &p, int64_t m, int64_t M, int64_t n, int64_t N, bo
 #endif
 
 template <class T> void multiply_packed(int threads, const std::vector<Product<T>> &products, bool add) {
-    struct Task {
-        const Product<T> *product;
-        int64_t m, M, n;
-    };
-    std::vector<Task> tasks;
-    int64_t high = STRIP, wide = WIDE, alone = products.size() == 1 ? threads : 1;
+    if (products.empty()) return;
     auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-    auto cut = [&] {  // strips of one height, as many for each thread where there is but one product
+    bool alone = products.size() == 1;
+    int64_t high = STRIP, wide = PANEL * std::min(WIDE / PANEL, up(products[0].N, PANEL));  // N is one for all
+    std::vector<Task<T>> tasks;
+    auto cut = [&] {  // strips of one height, where there is but one product as many for each thread
         tasks.clear();
         for (const Product<T> &p : products) {
-            int64_t strips = alone * up(p.M, alone * high);
+            int64_t team = alone && p.M > high ? threads : 1, strips = team * up(p.M, team * high);
             for (int64_t m = 0, rows; m < p.M; m += rows) {
                 rows = std::min(ROWS * up(p.M, ROWS * strips), p.M - m);
-                for (int64_t n = 0; n < p.N; n += wide) tasks.push_back({&p, m, rows, n});
+                for (int64_t n = 0; n < p.N; n += wide) tasks.push_back({&p, m, rows, n, std::min(wide, p.N - n)});
             }
         }
-        return (int64_t)tasks.size() >= 2 * threads;  // enough for all to be busy
+        return (int64_t)tasks.size() >= (alone ? 1 : 2) * threads;  // enough for all to be busy
     };
-    while (!cut() && high > 4 * ROWS) (wide > PANEL ? wide : high) /= 2;
+    while (!cut() && high > 4 * ROWS)
+        if (wide > PANEL) wide = PANEL * up(wide / PANEL, 2);
+        else high /= 2;
 #pragma omp parallel num_threads(threads)
     {
         Room room(!std::is_same<T, float>::value);
 #pragma omp for schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) {
-            const auto &[p, m, M, n] = tasks[t];
-            work(*p, m, M, n, std::min(wide, p->N - n), add, room);
+            work(tasks[t], t + threads < tasks.size() ? &tasks[t + threads] : nullptr, add, room);
         }
     }
 }
