@@ -236,6 +236,7 @@ def _account(notebook: Notebook) -> list[str]:
         f"| this notebook | {len(rows)} | {hours:.2f} | {usd:.3f} |",
         f"| what it has replaced | {gone['rows']} | {gone['device_hours']:.2f} | {gone['usd']:.3f} |",
         f"| the final run of `make demo` (README) | | {DEMO:.2f} | |", "",
+        f"Its rows are {len(notebook.all_rows())} runs and what was timed and studied beside them.",
         f"So {research / (research + DEMO):.1%} of that is research; of Olmo 3's 8.34M GPU-hours {OLMO:.1%} were",
         f"development (arXiv 2605.01158). A device is a thread of the CPU. The notebook takes {hours / ALLOWED:.0%} of",
         f"the {ALLOWED:.0f} device-hours that it may take; its longest row {60 * longest:.0f} device-minutes. Rows of "

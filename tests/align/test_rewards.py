@@ -104,6 +104,8 @@ def test_language_is_the_share_of_letters_in_the_prompts_script():
     assert language("How many?", "四四four", "") == pytest.approx(4 / 6)
     assert language("多少?", "<think>four", "") == 0
     assert language("3+4=", "seven", "") == 1
+    assert language("次の計算問題を解いてください", "答えは七です。テスト", "") == 1
+    assert language("What is ｘ?", "ｘ is seven", "") == 1
 
 
 def test_length_grows_and_is_bounded():

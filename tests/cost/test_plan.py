@@ -37,11 +37,11 @@ def test_the_readme_quotes_the_plan(v3):
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
     assert f"says {v3['step_seconds']:.1f} s a step and {v3['gpu_hours'] / 1e6:.2f}M GPU-hours" in readme
     errors = shipped_fit().errors
-    model, left_out = (
-        [f"{errors[kind][key]:.0%}"[:-1] for kind in ("step", "run")] for key in ("mape", "baseline_mape")
-    )
-    assert "is off by {} % a step and {} % a run".format(*model) in readme
-    assert "found without that source too, is off by {} and {} %".format(*left_out) in readme
+    step, run = errors["step"], errors["run"]
+    said = f"is {step['mape']:.0%} for the time of a step ({step['n']} rows) and {run['mape']:.0%} for the GPU-hours"
+    assert f"{said} of a run ({run['n']})".replace("%", " %") in readme
+    baseline = f"errs by {step['baseline_mape']:.0%} and {run['baseline_mape']:.0%}"
+    assert baseline.replace("% and", " and").replace("%", " %") in readme
 
 
 def test_keys_that_are_held_stable(v3):

@@ -142,6 +142,18 @@ def test_the_native_draw_is_its_twins(monkeypatch, vocab, spread):
     assert torch.equal(forbidden, torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_no_token_is_drawn_from_what_is_no_number(monkeypatch, params, native):
+    if not native:
+        monkeypatch.setattr(sampler, "native_library", lambda: None)
+    logits = torch.randn(3, 40)
+    logits[1, 17] = math.nan
+    for spoilt in (logits, torch.full((3, 40), math.nan)):
+        with pytest.raises(UserError, match="no numbers"):
+            choose(spoilt, [Place(SamplingParams(**params), 0, (), i) for i in range(3)])
+
+
 def test_logits_are_not_changed():
     logits = torch.randn(2, 5)
     before = logits.clone()

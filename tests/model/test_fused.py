@@ -58,6 +58,13 @@ def test_rms_norm(dtype: torch.dtype, to: torch.dtype, shape: tuple[int, ...]):
 
 
 @needs_native
+def test_no_number_stays_none_when_it_is_rounded():
+    """All bits set, as in a torn file, would become -0 with the carry of rounding."""
+    x = torch.full((2, 16), -1, dtype=torch.int32).view(FP32)
+    assert rms_norm(x, torch.ones(16), 1e-6, BF16).isnan().all()
+
+
+@needs_native
 def test_rms_norm_of_a_slice():
     torch.manual_seed(0)
     whole, weight = torch.randn(4, 6, 40), torch.rand(24)
@@ -179,10 +186,12 @@ def test_combine_rows_passes_gradcheck():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("tokens", [2, 7, 64, 131, 2500])
-def test_causal_attention(dtype: torch.dtype, tokens: int):
+@pytest.mark.parametrize("tokens", [1, 2, 7, 24, 25, 32, 33, 64, 131, 2500])
+@pytest.mark.parametrize("widths", [(20, 6, 12), (32, 16, 32)])
+def test_causal_attention(dtype: torch.dtype, tokens: int, widths: tuple[int, int, int]):
+    """Of tokens on either side of a block, and of widths that are and are not whole vectors."""
     torch.manual_seed(0)
-    B, H, N, P, V = (2, 3, 20, 6, 12) if tokens < 1000 else (1, 1, 20, 6, 12)
+    B, H, N, P, V = ((2, 3) if tokens < 1000 else (1, 1)) + widths
     queries, turned = torch.randn(B, tokens, H, N + P).to(dtype), torch.randn(B, tokens, H, P)
     kv, k_rope = torch.randn(B, tokens, H, N + V).to(dtype), torch.randn(B, tokens, P)
     inputs = [queries, turned, kv, k_rope]
@@ -200,7 +209,8 @@ def test_causal_attention(dtype: torch.dtype, tokens: int):
     long = 1 + tokens / 500  # sums of so many terms
     assert close(out, expected.to(dtype), dtype, long)
     for grad, wanted in zip(grads, expected_grads, strict=True):
-        assert close(grad, wanted.to(grad.dtype), dtype, long)
+        nothing = tokens == 1 and wanted.abs().max() < 1e-12  # a lone token attends to itself whatever it asks
+        assert grad.abs().max() < 1e-5 if nothing else close(grad, wanted.to(grad.dtype), dtype, long)
 
 
 @needs_native
@@ -218,7 +228,7 @@ def test_attention_is_pytorchs_beyond_the_longest_and_under_a_mask(monkeypatch: 
 @needs_native
 @multiplied
 @pytest.mark.parametrize("counts", [[3, 0, 21, 1], [300, 40], [600]])
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (33, 16), (48, 80), (300, 352), (513, 31)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (33, 16), (48, 80), (264, 40), (300, 352), (513, 31)])
 def test_matmuls_by_groups(dtype: torch.dtype, counts: list[int], inputs: int, outputs: int):
     """Of sizes on either side of a vector, a tile, a strip and a depth."""
     torch.manual_seed(0)
@@ -248,7 +258,7 @@ def test_a_linear_layer_of_a_slice():
 @needs_native
 @multiplied
 @pytest.mark.parametrize("rows", [50, 51, 600])
-@pytest.mark.parametrize("inputs", [33, 64])
+@pytest.mark.parametrize("inputs", [33, 40, 64])
 def test_gradients_of_weights_are_added(dtype: torch.dtype, rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     grad, x, before = (torch.randn(shape).to(dtype) for shape in ((rows, 20), (rows, inputs), (20, inputs)))
@@ -277,10 +287,10 @@ def test_under_autocast_matmuls_are_native_and_no_row_is_added(dtype: torch.dtyp
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", NATIVE[1:])
-def test_sums_are_in_fp32_and_nothing_behind_a_slice_is_read(dtype: torch.dtype):
+@multiplied
+def test_sums_are_in_fp32_and_nothing_around_a_slice_is_read_or_written(dtype: torch.dtype):
     """Sums of several depths differ from the exact ones by the rounding of a result alone; NaN lies around slices whose
-    rows are of even and odd length and distance and begin at even and odd places."""
+    rows are of even and odd length and distance and begin at even and odd places, and around the result."""
     torch.manual_seed(0)
     for first, width, distance in ((0, 1301, 1400), (1, 1300, 1399), (3, 1301, 1305), (2, 1300, 1400)):
         whole = torch.full((70, distance), torch.nan, dtype=dtype)
@@ -292,8 +302,10 @@ def test_sums_are_in_fp32_and_nothing_behind_a_slice_is_read(dtype: torch.dtype)
         assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
         grad = torch.randn(70, 33).to(dtype)
         exact = grad.double().t() @ x.double()
-        found = weight_gradients(grad, x, [70], torch.empty_like(weight)).double()[0]
+        around = torch.full((3, 33, width), torch.nan, dtype=dtype)
+        found = weight_gradients(grad, x, [70], around[1:2]).double()[0]
         assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+        assert around[::2].isnan().all()
 
 
 @needs_native
@@ -304,7 +316,7 @@ def test_matmuls_do_not_depend_on_threads_or_on_their_neighbours(dtype: torch.dt
     x, weight = torch.randn(700, 1301).to(dtype), torch.randn(2, 45, 1301).to(dtype)
     found, threads = {}, torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             y, grads = gradients(lambda x, w: grouped_linear(x, w, [400, 300]), [x, weight])
             alone = gradients(lambda x, w: grouped_linear(x, w, [700]), [x, weight[:1]])  # cut evenly for the threads

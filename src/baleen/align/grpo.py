@@ -117,7 +117,7 @@ def collect(work: Work, stage: RLStage, judge: Judge, progress: Progress) -> tup
     useful: list[Group] = []
     idle: list[Group] = []
     for attempt in range(1 + stage.dynamic_sampling):
-        seed = (stage.seed * 1_000_003 + progress.step) * 101 + attempt
+        seed = (stage.seed * 1_000_003 + progress.step) * 101 + attempt  # 101: there are no more attempts
         stream = that_fit(work.model, work.tokenizer, questions(tasks, "train", seed), work.recipe.system)
         asked = list(islice(stream, wanted - len(useful)))
         with _timed(progress.seconds, "rollout"):

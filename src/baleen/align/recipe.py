@@ -120,7 +120,8 @@ class RLStage(Strict):
     clip_eps_high: NotNegative = 0.0  # 0: as clip_eps; higher: DAPO's clip-higher, arXiv 2503.14476
     kl_coef: NotNegative = 0.001
     reference_every: Count = 400  # steps after which the policy becomes the reference; 0: never
-    dynamic_sampling: Count = 0  # further rollouts at most to replace groups of no variance (DAPO); 0: off
+    # Further rollouts at most to replace groups of no variance (DAPO); 0: off.
+    dynamic_sampling: Annotated[int, Field(ge=0, le=100)] = 0
     mask_truncated: bool = False  # answers cut off by length teach nothing (DAPO's overlong filtering)
     overlong_buffer: Count = 0  # last tokens before max_tokens, over which the reward falls by 1 (DAPO); 0: off
     bias_update_speed: NotNegative = 0.0  # of the router's bias; 0: frozen

@@ -150,5 +150,7 @@ def _evaluate(node: ast.AST, used: list[int]) -> Fraction:
 
 
 def _scripts(text: str) -> list[str]:
-    """The script of each letter: LATIN, GREEK, CJK, ..."""
-    return [unicodedata.name(character, "UNKNOWN").split()[0] for character in text if character.isalpha()]
+    """The script of each letter: LATIN, GREEK, CJK (with the kana that Japanese writes beside it), ..."""
+    names = [unicodedata.name(character, "UNKNOWN").split() for character in text if character.isalpha()]
+    scripts = [name[1] if name[0] in ("FULLWIDTH", "HALFWIDTH") else name[0] for name in names]
+    return ["CJK" if script.startswith(("HIRAGANA", "KATAKANA")) else script for script in scripts]

@@ -49,7 +49,7 @@ def claim_cells(claim: Claim) -> tuple[str, str, str, str]:
     """(claimed, computed, error, what it leaves out) as text."""
     claimed = figure(claim.claimed, claim.unit)
     if claim.computed is None or claim.relative_error is None:
-        return claimed, "not derivable", "", f"{claim.why} {claim.leaves_out}"
+        return claimed, "not derivable", "", f"Why: {claim.why} Left out: {claim.leaves_out}"
     return claimed, figure(claim.computed, claim.unit), signed_share(claim.relative_error), claim.leaves_out
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from baleen.model.native.training import call, serves
 
-LONGEST = 32768  # tokens; the native kernel keeps 32 rows of scores a thread, which are 4 MB then
+LONGEST = 32768  # tokens; of V3's heads the native kernel then keeps 170 MB for each thread that has one
 
 
 class Joined(nn.Module):

@@ -45,8 +45,9 @@ inline int64_t draw(const float* logits, int vocab, float temperature, Key key, 
     float best = -INFINITY;
     int64_t token = 0;
     for (int i = 0; i < vocab; i++) {
-        if (!(bounds[i] > best)) continue;
+        if (bounds[i] <= best) continue;  // never so of what is no number, which is drawn at once, as argmax does
         const float score = gumbel(hashed((uint32_t)i, key)) + logits[i] / temperature;
+        if (score != score) return i;
         if (score > best) best = score, token = i;
     }
     return token;

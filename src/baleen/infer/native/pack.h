@@ -6,7 +6,7 @@
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return x != x ? (uint16_t)(bits >> 16 | 0x40) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Up, so that a scale of few digits still reaches the largest weight. x >= 0.

@@ -67,10 +67,9 @@ template <class X>
 void attention(int threads, const X *qn, const float *qr, const X *kv, const float *kr, const Strides *strides, X *out,
                float *lse, int64_t B, int64_t H, int64_t T, int64_t N, int64_t P, int64_t V, float scale) {
 #pragma omp parallel num_threads(threads)
-    {
+    if (Rows tasks = share(B * H); tasks.first < tasks.last) {
         Packed in(T, N, P, V);
         std::vector<float> scores(BLOCK * in.Tp), sums(BLOCK * in.Vp);
-        Rows tasks = share(B * H);
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             int64_t b = task / H, h = task % H;
             in.fill(qn, qr, kv, kr, strides, b, h, scale);
@@ -108,11 +107,10 @@ void attention_backward(int threads, const X *qn, const float *qr, const X *kv, 
                         const X *out, const float *lse, const X *dout, X *dqn, float *dqr, X *dkv, float *dkr, int64_t B,
                         int64_t H, int64_t T, int64_t N, int64_t P, int64_t V, float scale) {
 #pragma omp parallel num_threads(threads)
-    {
+    if (Rows tasks = share(B * H); tasks.first < tasks.last) {
         Packed in(T, N, P, V);
         int64_t Tp = in.Tp, Dp = in.Dp, Vp = in.Vp;
         std::vector<float> probs(BLOCK * Tp), grads(BLOCK * Tp), go(T * Vp), dq(BLOCK * Dp), dk(T * Dp), dv(T * Vp);
-        Rows tasks = share(B * H);
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             int64_t b = task / H, h = task % H;
             in.fill(qn, qr, kv, kr, strides, b, h, scale);

@@ -23,7 +23,7 @@ inline void narrow(float x, float &out) { out = x; }
 inline void narrow(float x, bf16 &out) {  // to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    out.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    out.bits = x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // exp(x) to 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. A library call would not vectorise.
