@@ -8,6 +8,7 @@ from chi_square import chi_square_excess
 from toy import ByteTokenizer, latents_of
 
 import baleen.infer.step
+from baleen.config import UserError
 from baleen.infer.engine import Engine, Request
 from baleen.infer.pages import DRAFTED, page_key
 from baleen.infer.run import Run
@@ -46,6 +47,25 @@ def triples(model, answers):
             kept[event.accepted] += 1
     tokens = torch.tensor([texts[row][:3] for row in range(answers)])
     return torch.bincount(tokens @ torch.tensor([36, 6, 1]), minlength=216), kept
+
+
+@pytest.mark.parametrize("runner", [TorchRunner, None])
+def test_drafts_that_are_no_numbers_cost_no_answer_and_a_trunk_that_is_none_gives_none(tiny_model, runner):
+    model = tiny_model(num_nextn_predict_layers=1)
+    request = Request([3, 1, 4], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+
+    def answered(**how):
+        return tokens_of(Engine(model, None, **({"runner": runner} if runner else {})).generate([request], **how))
+
+    plain = answered()
+    with torch.no_grad():
+        model.mtp_layers[0].eh_proj.weight.fill_(torch.nan)
+    assert answered(speculate=1) == plain
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    for params in (request.params, SamplingParams(max_tokens=0, prompt_logprobs=0)):
+        with pytest.raises(UserError, match="no numbers"):
+            Engine(model, None).complete([Request([3, 1, 4], params)])
 
 
 @torch.no_grad()

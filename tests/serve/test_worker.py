@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from baleen.config import UserError
 from baleen.cost.energy import EstimatedMeter
 from baleen.infer.engine import Event
 from baleen.serve import worker as worker_module
@@ -92,6 +93,30 @@ def test_what_breaks_is_told_to_all_and_the_thread_lives_on(breaks, capsys):
     assert worker.failed and worker._thread.is_alive()
     worker.stop()
     assert "planted in" in capsys.readouterr().err and not worker._thread.is_alive()
+
+
+def test_a_model_that_gives_no_numbers_fails_alone():
+    class Spoilt(Faulty):
+        def abort(self, id):
+            self.requests.clear()
+
+        def step(self):
+            raise UserError("the model's logits are no numbers")
+
+    spoilt, sound = Spoilt(()), Faulty(())
+    worker = Worker({"tiny": spoilt, "other": sound}, devices=1, meter=EstimatedMeter(10.0), on_step=lambda *_: None)
+
+    async def talk():
+        worker.start(asyncio.get_running_loop())
+        async with Flight(worker, "other", ["good"], 60.0, streams=True):
+            assert await fault_of(worker, "good") == "model_failed"
+            steps = sound.steps
+            while sound.steps == steps:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(talk(), 20))
+    assert not worker.failed
+    worker.stop()
 
 
 def test_a_step_is_billed_once_with_the_prompt_read_before_it(monkeypatch):

@@ -229,6 +229,16 @@ def test_a_users_own_recipe_file_is_not_overwritten(tiny_recipe, tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_a_users_own_tokenizer_beside_the_recipe_is_not_removed(tiny_recipe, tmp_path):
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.toml").write_text(tiny_recipe().to_toml())
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("my only copy")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="holds tokenizer, which is no run's"):
+        run(tiny_recipe(), tmp_path / "run")
+    assert tree(tmp_path) == before
+
+
 def test_resume_without_a_run_begins_one(tiny_recipe, tmp_path):
     assert run(tiny_recipe(), tmp_path / "run", resume=True, max_steps=1)[0]["step"] == 1
 
@@ -493,6 +503,16 @@ def test_a_sample_asks_what_its_context_holds(tiny_recipe, corpus, tmp_path, mon
     run(recipe, tmp_path / "run", max_steps=2)
     samples = [row["sample"] for row in curves(tmp_path / "run") if "sample" in row]
     assert samples and all(sample.startswith(prompt) and "whale " * 9 not in sample for sample in samples)
+
+
+def test_a_model_that_gives_no_numbers_has_no_sample_and_trains_on(tiny_recipe, tmp_path, monkeypatch):
+    def spoilt(*given):
+        raise UserError("the model's logits are no numbers")
+
+    monkeypatch.setattr(loop, "FIRST_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(loop.Engine, "complete", spoilt)
+    run(tiny_recipe(**SAMPLED), tmp_path / "run", max_steps=2)
+    assert [row.keys() & {"sample"} for row in curves(tmp_path / "run")] == [set(), set()]
 
 
 def test_the_exported_model_is_the_one_that_was_trained(tiny_recipe, tmp_path):

@@ -72,7 +72,9 @@ def run_reason(recipe: AlignRecipe, run_dir: Path, console: Console) -> dict[str
 
 
 def control_recipe(recipe: AlignRecipe, base: Path, seconds: float) -> AlignRecipe:
-    """More of the cold start's own fine-tuning, from its end, for so long."""
+    """More of the cold start's own fine-tuning, from its end, for so long. Raises UserError if that is no time."""
+    if seconds <= 0:
+        raise UserError("the ledger has no RL of this run, whose time the control would take: begin with another --run")
     cold = recipe.stages[0]
     assert isinstance(cold, SFTStage)
     train = cold.train.model_copy(update={"minutes": seconds / 60, "tokens": ENOUGH, "eval_every": 0})

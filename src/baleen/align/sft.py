@@ -101,7 +101,11 @@ def fine_tune(work: Work, stage: SFTStage, chats: Sequence[Chat]) -> Trainer:
             }  # fmt: skip
             work.display.warn_if_left_out(counters.step, result.grad_norm)
             if stage.train.eval_every and (trainer.done or counters.step % stage.train.eval_every == 0):
-                row |= heldout_accuracy(work, stage)
+                try:
+                    row |= heldout_accuracy(work, stage)
+                except UserError:  # the model gives no numbers
+                    work.saver.save(trainer.checkpoint())
+                    raise
                 counters.wall_seconds = wall + time.monotonic() - started
             _tell(work, trainer, row)
             metrics.write(row)

@@ -62,7 +62,8 @@ class EngineLM(LM):
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         whole, before = beginning(tokenizer, context + continuation), beginning(tokenizer, context)
-        return whole[: len(before)], whole[len(before) :]
+        rest = whole[len(before) :]  # nothing, where one token crosses the border and no other follows
+        return (whole[: len(before)], rest) if rest else (before, tokenizer.encode(continuation))
 
     def _request(self, context: str, settings: dict[str, Any]) -> Request:
         engine = self.engine

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from baleen.config import UserError, validated
 from baleen.data.corpus import read_documents
 from baleen.data.document import Document
@@ -17,6 +19,7 @@ from baleen.eval.bits_per_byte import bits_per_byte
 from baleen.eval.score import score_task
 from baleen.eval.tasks import Program, Question, made_task, read_task
 from baleen.infer.engine import Engine
+from baleen.infer.logprobs import require_numbers
 from baleen.interop.load import load
 from baleen.recipe import DataConfig, recipe_sections, run_of
 
@@ -78,7 +81,8 @@ def evaluate_run(
     with account():
         if documents:
             result["heldout"] = not texts
-            result |= bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window)
+            result |= (found := bits_per_byte(loaded.model, loaded.tokenizer, documents, window=window))
+            require_numbers(torch.tensor([float(number) for number in found.values()]))
         if tasks:
             engine = Engine(loaded.model, loaded.tokenizer, context=window)
             result["tasks"] = {

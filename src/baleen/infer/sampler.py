@@ -123,18 +123,8 @@ class Place(NamedTuple):
 
 
 def choose(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
-    """One token a place, int64 [R]. The logits are not changed. Raises UserError where they are no numbers."""
+    """One token a place, int64 [R]; one whose logit is NaN where there is such. The logits are not changed."""
     logits_RZ = _adjusted(logits_RZ, places)
-    tokens_R = _chosen(logits_RZ, places)
-    if logits_RZ.gather(1, tokens_R[:, None]).isnan().any():  # every way takes NaN for the largest
-        raise UserError(
-            "the model's logits are no numbers: its weights are damaged, or too large for the format it runs in; "
-            "fetch or train it again, or run it in fp32"
-        )
-    return tokens_R
-
-
-def _chosen(logits_RZ: Tensor, places: Sequence[Place]) -> Tensor:
     ways: dict[Callable[[Tensor, Sequence[Place]], Tensor], list[int]] = {}
     for r, (params, *_) in enumerate(places):
         nucleus = params.top_k or params.top_p < 1

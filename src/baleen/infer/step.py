@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from baleen.infer.logprobs import logprobs_of
+from baleen.infer.logprobs import logprobs_of, require_numbers
 from baleen.infer.request import Event, Logprob
 from baleen.infer.run import Run
 from baleen.infer.runner import Runner
@@ -28,7 +28,8 @@ class Stepper:
         self._payoff = Payoff()
 
     def step(self, plan: Sequence[tuple[Run, int]]) -> list[tuple[Run, Event]]:
-        """Each run reads so many tokens; an event for each that then says something.
+        """Each run reads so many tokens; an event for each that then says something. Raises UserError where the model
+        gives no numbers: its answers can only be aborted then.
 
         Afterwards `run.span.count` tokens of it are true and in the cache, from `job.computed` on.
         """
@@ -78,7 +79,9 @@ class Stepper:
         if not places:
             return [([], []) for _ in runs]
         logits_RZ = self.runner.logits(hidden_Nd if len(rows) == len(hidden_Nd) else hidden_Nd[rows])
-        drawn = choose(logits_RZ, places).tolist()
+        drawn_R = choose(logits_RZ, places)
+        require_numbers(logits_RZ.gather(1, drawn_R[:, None]))
+        drawn = drawn_R.tolist()
         tops = [place.params.logprobs for place in places]
         asked = any(top is not None for top in tops)
         logprobs = logprobs_of(logits_RZ, drawn, [top or 0 for top in tops]) if asked else []

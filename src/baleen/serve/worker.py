@@ -168,7 +168,11 @@ class Worker:
 
     def _step(self, name: str) -> None:
         started, joules_before = time.perf_counter(), self._meter.joules(self._busy_seconds * self._devices)
-        events = self._engines[name].step()
+        try:
+            events = self._engines[name].step()
+        except UserError as error:  # of this model's weights: the others go on
+            self._fail(name, ApiError(500, str(error), code="model_failed"))
+            return
         now = time.perf_counter()
         seconds = now - started
         self._busy_seconds += seconds
@@ -218,7 +222,12 @@ class Worker:
                 self._engines[place[0]].abort(place[1])
 
     def _fail_all(self, error: ApiError) -> None:
-        flights = {id(flight): flight for flight, _ in self._places.values()}.values()
+        self._fail(None, error)
+
+    def _fail(self, model: str | None, error: ApiError) -> None:
+        """All answers under way of a model, or of every one."""
+        under_way = [flight for (name, _), (flight, _) in self._places.items() if model in (None, name)]
+        flights = {id(flight): flight for flight in under_way}.values()
         self._post([(flight, error) for flight in flights])
         for flight in flights:
             self._abort(flight)

@@ -206,7 +206,7 @@ class _Run:
         self._tick()
         if self.ranks.world == 1 and train.sample_every_seconds and counters.wall_seconds >= self._next_sample:
             self._next_sample = counters.wall_seconds + train.sample_every_seconds
-            row["sample"] = self._sample()
+            row |= self._sample()
         self._tick()
         self._show(row)
         return row
@@ -232,13 +232,17 @@ class _Run:
         losses = [result.loss for result in self._recent if math.isfinite(result.loss)]
         return sum(losses) / len(losses) if losses else math.nan
 
-    def _sample(self) -> str:
-        """A short answer of the model as it is now, on its own random stream."""
+    def _sample(self) -> dict[str, str]:
+        """{sample: a short answer of the model as it is now, on its own random stream}; nothing if it has none."""
         prompt, ids = self._opening
         params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.recipe.train.seed)
-        text = Engine(self.trainer.model, self.prepared.tokenizer).complete([Request(ids, params)])[0].text.strip()
+        try:
+            text = Engine(self.trainer.model, self.prepared.tokenizer).complete([Request(ids, params)])[0].text.strip()
+        except UserError as error:  # training has its own way with what is not finite
+            self.display.warn(f"step {self.trainer.counters.step}: no sample: {error}")
+            return {}
         self.display.sample(self.trainer.counters.step, prompt, text)
-        return f"{prompt} {text}".strip()
+        return {"sample": f"{prompt} {text}".strip()}
 
     @cached_property
     def _opening(self) -> tuple[str, list[int]]:

@@ -52,7 +52,14 @@ def own_text(
         aside = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        pack_to(aside, _answered(Engine(model, tokenizer), tokenizer, prompts, config, progress), packed.seq_len)
+        try:
+            pack_to(aside, _answered(Engine(model, tokenizer), tokenizer, prompts, config, progress), packed.seq_len)
+        except UserError:
+            shutil.rmtree(aside)
+            raise UserError(
+                f"the model's own answers were too short to fill a row of {packed.seq_len}: raise own_text.prompts, or "
+                "take a shorter train.seq_len"
+            ) from None
         os.replace(aside, directory)
     return PackedTokens.open(directory, packed.seq_len)
 

@@ -60,6 +60,8 @@ def _claim(run_dir: Path, recipe: Strict, resume: bool) -> None:
         paths = [path for path in run_dir.iterdir() if path.name != METRICS or path.stat().st_size]
         names = {path.name for path in paths if not path.name.startswith(".")}
         begun = names - BEFORE_TRAINING - BEFORE_STAGES or any(p.is_file() for p in run_dir.glob("stages/**/*"))
+        if not begun and not other and "run_id" not in names and names - {RECIPE}:  # a user's own folder
+            raise UserError(f"{run_dir} holds {min(names - {RECIPE})}, which is no run's: choose another --run")
         if not begun and (not other or "run_id" in names):  # without run_id it is a user's own file
             shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # that of another recipe's words
             write_aside(file, recipe.to_toml())
