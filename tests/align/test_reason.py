@@ -68,6 +68,11 @@ def test_the_control_has_the_cold_start_s_schedule_over_its_own_clock():
     assert [lr(share * reason.ENOUGH) for share in (0.025, 0.05, 0.5, 1.0)] == pytest.approx([0.5, 1.0, 1.0, 0.75])
 
 
+def test_the_control_of_no_time_is_refused():
+    with pytest.raises(UserError, match="the ledger has no RL of this run"):
+        reason.control_recipe(tiny_recipe(SFT, RL), Path("base"), 0.0)
+
+
 def test_recipes_of_other_stages_are_refused(tmp_path):
     with pytest.raises(UserError, match="an sft stage and then an rl stage"):
         reason.run_reason(tiny_recipe(SFT), tmp_path / "reason", Console(quiet=True))

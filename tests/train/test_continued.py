@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from baleen.config import UserError
-from baleen.data.packing import PackedTokens
+from baleen.data.packing import PackedTokens, TokenisedDocument
 from baleen.data.prepare import prepare
 from baleen.data.tokenizer_training import train_tokenizer
 from baleen.interop import smollm2
@@ -21,6 +21,7 @@ from baleen.interop.upcycle import upcycle
 from baleen.parallel.worker import MicroBatch
 from baleen.recipe import DataConfig, read_recipe
 from baleen.train import checkpoint
+from baleen.train import own_text as own_words
 from baleen.train.checkpoint import NotSaved
 from baleen.train.continued import drawn_otherwise, train_on
 from baleen.train.continued_recipe import ContextConfig, ContinuedRecipe, OwnTextConfig
@@ -185,6 +186,16 @@ def test_own_words_are_those_of_this_text_and_this_model(tmp_path, base, recipe)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     assert made() == 3
+
+
+def test_own_words_too_short_for_a_row_are_told_as_such(tmp_path, base, recipe, monkeypatch):
+    prepared = PackedTokens(64, np.arange(3, 275, dtype=np.int32), np.arange(272, dtype=np.int32) // 16)
+    model, config = base(), OwnTextConfig(prompts=4, prompt_tokens=4, max_tokens=32)
+    tokenizer = load(tmp_path / "base").tokenizer
+    monkeypatch.setattr(own_words, "_answered", lambda *given: iter([TokenisedDocument([5] * 8, [1] * 8)]))
+    with pytest.raises(UserError, match="answers were too short to fill a row of 64: raise own_text.prompts"):
+        own_text(model, tokenizer, prepared, config, tmp_path / "own", seed=0, progress=lambda _: None)
+    assert list((tmp_path / "own").iterdir()) == []
 
 
 def test_an_mtp_layer_learns_what_the_trunk_will_say(base):
